@@ -1,0 +1,109 @@
+"""Pools of real gloo ranks that tests reuse, since a process that imports torch and DeepSpeed takes seconds to start.
+
+`ranks(W).run(function, *arguments)` calls an importable function on W processes that share a process group and
+returns what each of them returned, in rank order. A pool whose function raised or hung is thrown away.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class RankFailed(Exception):
+    """A function raised on at least one rank; `tracebacks[rank]` is None where it did not."""
+
+    def __init__(self, tracebacks: list[str | None]):
+        self.tracebacks = tracebacks
+        super().__init__("\n".join(f"--- rank {r}\n{text}" for r, text in enumerate(tracebacks) if text))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    import torch
+
+    from dist_ssl import distributed
+
+    torch.set_num_threads(1)
+    distributed.initialize()
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, function(*arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+class Pool:
+    def __init__(self, size: int):
+        self.size, port = size, free_port()
+        context = multiprocessing.get_context("spawn")
+        self.connections, self.processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, size, port), daemon=True)
+            process.start()
+            there.close()
+            self.connections.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, arguments))
+        answers: list[tuple[bool, Any] | None] = [None] * self.size
+        pending = dict(zip(self.connections, range(self.size), strict=True))
+        while pending:
+            ready = wait(list(pending), timeout)
+            if not ready:
+                self.close()
+                raise TimeoutError(f"ranks {sorted(pending.values())} did not answer within {timeout} s")
+            for connection in ready:
+                rank = pending.pop(connection)  # type: ignore[call-overload]
+                try:
+                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    answers[rank] = (False, "the process died")
+                if not answers[rank][0]:  # type: ignore[index]
+                    timeout = min(timeout, 20.0)  # its peers raise too, or are stuck waiting for it
+        if not all(ok for ok, _ in answers):  # type: ignore[misc]
+            self.close()
+            raise RankFailed([None if ok else text for ok, text in answers])  # type: ignore[misc]
+        return [value for _, value in answers]  # type: ignore[misc]
+
+    def close(self) -> None:
+        _pools.pop(self.size, None)
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_pools: dict[int, Pool] = {}
+
+
+def ranks(size: int) -> Pool:
+    """The pool of `size` ranks, started on first use."""
+    if size not in _pools:
+        _pools[size] = Pool(size)
+    return _pools[size]
+
+
+@atexit.register
+def close_all() -> None:
+    for pool in list(_pools.values()):
+        pool.close()

@@ -1,0 +1,76 @@
+"""Gathers and global batch norm on real ranks, against one process that sees everything."""
+
+import pytest
+import torch
+
+from dist_ssl import distributed
+from dist_ssl.distributed import GlobalBatchNorm
+from tests.pool import RankFailed, ranks
+
+
+def slices(total: int, size: int) -> list[int]:
+    return [total * (r + 1) // size - total * r // size for r in range(size)]
+
+
+def batch_norm_on_ranks(total: int, shape: tuple[int, ...], offset: float):
+    torch.manual_seed(0)
+    x, g = torch.randn(2, total, *shape, dtype=torch.float64)
+    x = x + offset
+    layer = GlobalBatchNorm(shape[0]).double()
+    rows = slices(total, distributed.world_size())
+    start = sum(rows[: distributed.rank()])
+    mine = slice(start, start + rows[distributed.rank()])
+    leaf = x[mine].clone().requires_grad_()
+    y = layer(leaf)
+    y.backward(g[mine])
+    return y.detach(), leaf.grad, layer.weight.grad, layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(5, 4, 4), (7,)])
+def test_batch_norm_equals_one_process(size, shape):
+    offset = 1000.0  # E[x^2] - E[x]^2 would lose six digits here
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 11, *shape, dtype=torch.float64)
+    leaf = (x + offset).requires_grad_()
+    oracle = (torch.nn.BatchNorm2d if len(shape) == 3 else torch.nn.BatchNorm1d)(shape[0]).double()
+    y = oracle(leaf)
+    y.backward(g)
+    answers = ranks(size).run(batch_norm_on_ranks, 11, shape, offset)
+    torch.testing.assert_close(torch.cat([a[0] for a in answers]), y.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([a[1] for a in answers]), leaf.grad, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(sum(a[2] for a in answers), oracle.weight.grad, rtol=1e-9, atol=1e-9)
+    for answer in answers:
+        torch.testing.assert_close(answer[3], oracle.running_mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(answer[4], oracle.running_var, rtol=1e-9, atol=0)
+
+
+def test_frozen_statistics():
+    layer = GlobalBatchNorm(3)
+    with distributed.frozen_running_statistics():
+        layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked == 0 and torch.equal(layer.running_mean, torch.zeros(3))
+    layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked == 1
+
+
+def gather(rows: list[int]):
+    mine = torch.arange(rows[distributed.rank()]).view(-1, 1) + 100 * distributed.rank()
+    return distributed.gather_rows(mine, rows)
+
+
+@pytest.mark.parametrize("rows", [[2, 2], [3, 1], [2, 3, 1]])
+def test_gather_rows_uneven(rows):
+    expected = torch.cat([torch.arange(n).view(-1, 1) + 100 * r for r, n in enumerate(rows)])
+    for gathered in ranks(len(rows)).run(gather, rows):
+        assert torch.equal(gathered, expected)
+
+
+def fail_on_rank_one():
+    distributed.raise_together(ValueError("expected x") if distributed.rank() == 1 else None)
+
+
+def test_raise_together_raises_everywhere():
+    with pytest.raises(RankFailed) as failure:
+        ranks(2).run(fail_on_rank_one)
+    assert all("ValueError" in text and "expected x" in text for text in failure.value.tracebacks)
