@@ -1,4 +1,4 @@
-"""What the training loop watches beside the loss: geometry of h and z, alarms, and linear probes trained beside the run.
+"""What the training loop watches beside the loss: geometry of h and z, alarms, linear probes trained beside the run.
 
 How the loop calls it, all three outside the encoder's graph and outside DeepSpeed:
 
@@ -115,7 +115,7 @@ def alarms(metrics: Mapping[str, float]) -> list[str]:
     if late and negative > 0.95:
         found.append(
             f"collapse: views of different images have cosine {negative:.3f} in z; try a lower "
-            "optimizer.base_learning_rate, a longer warm-up, batch norm in the head, or a larger train.global_batch_size"
+            "optimizer.base_learning_rate, a longer warm-up, batch norm in the head, or a larger batch"
         )
     elif late and metrics.get("rankme_z", infinity) < 3.0:
         found.append(
@@ -147,6 +147,9 @@ class OnlineProbe(nn.Module):
     Features are standardised by running statistics that all ranks share. Accuracy is measured on each batch before
     the update that learns from it (prequential), and smoothed over about 1 / (1 - smoothing) updates.
     """
+
+    accuracy: Tensor
+    updates: Tensor
 
     def __init__(
         self, num_classes: int, dims: Mapping[str, int], learning_rate: float = 2e-3, smoothing: float = 0.98
@@ -180,7 +183,7 @@ class OnlineProbe(nn.Module):
             seen = (count > 0).float()
             self.updates += seen
             for position, layer in enumerate(self.dims):
-                self._apply(position, layer, sums[position], count.clamp(min=1), seen)
+                self._learn(position, layer, sums[position], count.clamp(min=1), seen)
 
     def metrics(self) -> dict[str, float]:
         """{"online_accuracy_h": ...}: smoothed top-1 accuracy in [0, 1]; empty before the first labelled batch."""
@@ -211,7 +214,7 @@ class OnlineProbe(nn.Module):
         sums = [(inputs.T @ gradient).flatten(), centred.sum(0), centred.square().sum(0)]
         return [*sums, correct[None], mask.sum()[None]]
 
-    def _apply(self, position: int, layer: str, sums: Tensor, count: Tensor, seen: Tensor) -> None:
+    def _learn(self, position: int, layer: str, sums: Tensor, count: Tensor, seen: Tensor) -> None:
         dim = self.dims[layer]
         gradient, total, squares, correct, _ = sums.split([(dim + 1) * self.num_classes, dim, dim, 1, 1])
         gradient = gradient.view(dim + 1, self.num_classes) / count

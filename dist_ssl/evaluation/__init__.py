@@ -1,0 +1,1 @@
+"""Evaluation of a frozen encoder: features, probes, head information, the laboratory. Never imports DeepSpeed."""

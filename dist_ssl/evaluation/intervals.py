@@ -1,0 +1,62 @@
+"""Intervals: the bootstrap over the test set, and the spread over seeds. Every reported accuracy goes through here.
+
+Legend: S seeds, n test images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of the mean of (n,) values (Efron 1979).
+
+    Images with equal values are interchangeable, so a resample is one multinomial draw over the distinct values
+    instead of n indices: the same distribution, at a cost that does not grow with n for 0/1 values.
+    """
+    if len(values) == 0:
+        raise ValueError("expected at least one test value, got none")
+    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
+    means = draws @ distinct / len(values)
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def summarize(correct_sn: np.ndarray) -> dict[str, Any]:
+    """{top1, interval, seeds, spread} of (S, n) correct answers in [0, 1]; spread is the standard deviation over seeds.
+
+    The interval is over test images, of the mean over seeds; spread is 0 for one seed.
+    """
+    correct_sn = np.atleast_2d(np.asarray(correct_sn, dtype=np.float64))
+    per_seed = correct_sn.mean(axis=1)
+    return {
+        "top1": float(per_seed.mean()),
+        "interval": list(bootstrap_interval(correct_sn.mean(axis=0))),
+        "seeds": [float(value) for value in per_seed],
+        "spread": float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0,
+    }
+
+
+def difference(a_sn: np.ndarray, b_sn: np.ndarray) -> dict[str, Any]:
+    """{difference, interval} of mean accuracy a - b on the same test images: a paired bootstrap."""
+    paired = np.atleast_2d(a_sn).astype(np.float64).mean(axis=0) - np.atleast_2d(b_sn).astype(np.float64).mean(axis=0)
+    return {"difference": float(paired.mean()), "interval": list(bootstrap_interval(paired))}
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """A 95% t interval for the mean of a few independent runs; the values themselves where there is only one."""
+    if len(values) < 2:
+        return values[0], values[0]
+    # Two-sided 97.5% quantiles of Student's t for 1 to 10 degrees of freedom, then the normal's neighbourhood.
+    quantiles = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+    t = quantiles[len(values) - 2] if len(values) - 2 < len(quantiles) else 2.1
+    half = t * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    mean = float(np.mean(values))
+    return mean - half, mean + half
