@@ -1,0 +1,268 @@
+"""NT-Xent over the global batch, exact on any number of ranks, and two losses that share its machinery.
+
+With s_ij = u_i.u_j / tau of unit vectors u and the positive p(i), the other view of i's image,
+
+    L = (1/M) sum_i ( LSE_i - s_i,p(i) ),      LSE_i = log sum_{j != i} exp(s_ij)
+    dL/du_k = (1/(M tau)) [ sum_j (P_kj + P_jk) u_j - 2 u_p(k) ],   P_kj = exp(s_kj - LSE_k),  P_jk = exp(s_kj - LSE_j)
+
+s is symmetric, so a rank that knows all z and all LSE has its own rows' whole gradient at hand: one all-gather of z
+and one of M numbers forward, no collective in backward. The pairs are visited in tiles that are computed again in
+backward (`nt_xent_tiles`; `nt_xent_triton` on CUDA), so memory is O(M d), never O(M m).
+
+Legend: W ranks; n images of this rank, N of all; m = 2n and M = 2N views; d dimensions. Rows of (M, d) are ordered
+by rank, image, view: row r belongs to image r // 2 and its positive is row r ^ 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dist_ssl import distributed, nt_xent_tiles
+
+# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
+# temperature is computed in fp64, whose range ends at MIN_TEMPERATURE.
+MAX_SCALE_FP32 = 64.0
+MIN_TEMPERATURE = 0.002
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    *,
+    rows_per_rank: Sequence[int] | None = None,
+    sample_ids: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """The normalised temperature-scaled cross-entropy of Chen et al. 2020 (SimCLR, section 2.1), a scalar.
+
+    z1, z2: (n, d), row i the two views of image i, not normalised; fp32, fp64, or bf16 and fp16 with fp32 inside.
+    temperature: a number or a scalar tensor, whose gradient is exact too.
+    rows_per_rank: n of every rank. With it a call costs two all-gathers; without it, one more of a few numbers,
+        which also finds input that does not fit together and raises the same ValueError on every rank.
+    sample_ids: (n,) int64; copies of one image in the global batch are then not negatives of each other.
+    validate: raise ValueError on every rank, naming rank and images, where z is not finite.
+
+    The mean over ranks of what is returned, and of the parameter gradients that follow, is the loss of the global
+    batch and its gradient: rank r returns (W/M) times the sum over its own views. Collective in forward only.
+    """
+    return _contrast("nt_xent", z1, z2, temperature, rows_per_rank, sample_ids, None, validate)
+
+
+def decoupled(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    *,
+    rows_per_rank: Sequence[int] | None = None,
+    sample_ids: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """NT-Xent without the positive in the denominator (Yeh et al. 2021, DCL, equation 6). Arguments: `nt_xent`."""
+    return _contrast("decoupled", z1, z2, temperature, rows_per_rank, sample_ids, None, validate)
+
+
+def supervised(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    labels: Tensor,
+    *,
+    rows_per_rank: Sequence[int] | None = None,
+    sample_ids: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """Every view of an image's class is a positive (Khosla et al. 2020, L_out of equation 2).
+
+    labels: (n,) int64; a negative one means unlabelled: only the views of that image are its positives.
+    Other arguments: `nt_xent`. Where no two images share a label it is `nt_xent`.
+    """
+    return _contrast("supervised", z1, z2, temperature, rows_per_rank, sample_ids, labels, validate)
+
+
+def _contrast(
+    form: str,
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    rows_per_rank: Sequence[int] | None,
+    sample_ids: Tensor | None,
+    labels: Tensor | None,
+    validate: bool,
+) -> Tensor:
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(temperature, dtype=torch.float64)
+    rows_per_rank = _agree(form, z1, z2, temperature, rows_per_rank, sample_ids, labels)
+    ids = sample_ids
+    if labels is not None:
+        if sample_ids is None:
+            sample_ids = sum(rows_per_rank[: distributed.rank()]) + torch.arange(len(z1), device=z1.device)
+        ids = torch.where(labels < 0, -1 - sample_ids, labels)
+    if ids is not None:
+        ids = ids.to(z1.device, torch.int64)
+    with torch.autocast(z1.device.type, enabled=False):
+        loss: Tensor = _Contrast.apply(form, z1, z2, temperature, ids, tuple(rows_per_rank), validate)
+    return loss
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        form: str,
+        z1: Tensor,
+        z2: Tensor,
+        temperature: Tensor,
+        ids: Tensor | None,
+        rows_per_rank: tuple[int, ...],
+        validate: bool,
+    ) -> Tensor:
+        z, ids = _gather(z1, z2, ids, rows_per_rank)
+        if validate:
+            _check_finite(form, z, rows_per_rank)
+        first = 2 * sum(rows_per_rank[: distributed.rank()])
+        own = slice(first, first + 2 * len(z1))
+        scale = 1.0 / temperature.item()
+        if scale > MAX_SCALE_FP32:
+            z = z.double()
+        wide = torch.promote_types(z.dtype, torch.float32)
+        # As F.normalize: a vector shorter than 1e-12 is divided by that.
+        inverse_norm = torch.linalg.vector_norm(z, dim=1, dtype=wide).clamp(min=1e-12).reciprocal()
+        key = _keys(form, ids, z)
+        lse = _kernels(z).exponential_sums(z, inverse_norm, key, own, scale).log()
+        unit = z[own] * inverse_norm[own, None]
+        s_positive = (unit * _positives(form, z, inverse_norm, ids, own)).sum(dim=1) * scale
+        if form == "nt_xent":
+            # The positive joins the denominator last: where it dominates, LSE_i - s_i,p(i) would cancel.
+            losses = -F.logsigmoid(s_positive - lse)
+            pull = torch.sigmoid(lse - s_positive)
+            lse = torch.logaddexp(lse, s_positive)
+        else:
+            losses = lse - s_positive
+            pull = torch.ones_like(lse)
+        weight = distributed.gather_rows(lse, [2 * n for n in rows_per_rank]).neg_().exp_()
+        ctx.save_for_backward(z, inverse_norm, key, ids, weight, pull, temperature)
+        ctx.form, ctx.own, ctx.scale, ctx.dtype = form, own, scale, z1.dtype
+        ctx.factor = len(rows_per_rank) / len(z)  # W/M
+        loss = losses.sum() * ctx.factor
+        return loss.to(torch.promote_types(z1.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        z, inverse_norm, key, ids, weight, pull, temperature = ctx.saved_tensors
+        with torch.autocast(z.device.type, enabled=False):
+            du = _kernels(z).weighted_sums(z, inverse_norm, key, weight, ctx.own, ctx.scale)
+            pulls = pull + pull.view(-1, 2).flip(1).flatten()  # u_k is pulled as an anchor and as a positive
+            du -= pulls[:, None] * _positives(ctx.form, z, inverse_norm, ids, ctx.own)
+            du *= gradients[0].to(du.dtype) * (ctx.factor * ctx.scale)
+            unit = z[ctx.own] * inverse_norm[ctx.own, None]
+            radial = (unit * du).sum(dim=1)
+            # s is homogeneous in u: sum_k u_k.dL/du_k = 2 sum_ij s_ij dL/ds_ij = -2 tau dL/dtau.
+            dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature)
+            dz = (du - radial[:, None] * unit).mul_(inverse_norm[ctx.own, None]).to(ctx.dtype).view(-1, 2, z.shape[1])
+        return None, dz[:, 0], dz[:, 1], dtemperature, None, None, None
+
+
+def _kernels(z: Tensor) -> Any:
+    """The module whose `exponential_sums` and `weighted_sums` suit this device and dtype."""
+    return nt_xent_tiles
+
+
+def _gather(z1: Tensor, z2: Tensor, ids: Tensor | None, rows_per_rank: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """z (M, d) and ids (N,) of all ranks, by one all-gather: an id travels as the last elements of its image's row."""
+    d = z1.shape[1]
+    parts = [z1, z2] if ids is None else [z1, z2, ids[:, None].view(z1.dtype)]
+    rows = distributed.gather_rows(torch.cat(parts, dim=1), rows_per_rank)
+    return rows[:, : 2 * d].reshape(-1, d), None if ids is None else rows[:, 2 * d :].contiguous().view(-1).view(
+        ids.dtype
+    )
+
+
+def _keys(form: str, ids: Tensor | None, z: Tensor) -> Tensor:
+    """(M,): views with equal keys are kept out of each other's denominator."""
+    if ids is not None and form != "supervised":
+        return ids.repeat_interleave(2)
+    view = torch.arange(len(z), device=z.device)
+    return view if form == "supervised" else view // 2
+
+
+def _positives(form: str, z: Tensor, inverse_norm: Tensor, ids: Tensor | None, own: slice) -> Tensor:
+    """The mean of each own view's positives: (m, d)."""
+    if form != "supervised":
+        unit = z[own] * inverse_norm[own, None]
+        return unit.view(-1, 2, z.shape[1]).flip(1).reshape(unit.shape)
+    unit = z * inverse_norm[:, None]
+    _, image_class, images = torch.unique(ids, return_inverse=True, return_counts=True)
+    view_class = image_class.repeat_interleave(2)
+    sums = unit.new_zeros(len(images), z.shape[1]).index_add_(0, view_class, unit)
+    return (sums[view_class[own]] - unit[own]) / (2 * images[view_class[own], None] - 1)
+
+
+def _check_finite(form: str, z: Tensor, rows_per_rank: Sequence[int]) -> None:
+    """Every rank sees all of z, so every rank raises the same error."""
+    bad = (~z.isfinite().all(dim=1)).view(-1, 2).any(dim=1).cpu()
+    for rank, images in enumerate(bad.split(list(rows_per_rank))):
+        if images.any():
+            listed = images.nonzero().flatten().tolist()
+            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+            raise ValueError(f"{form}: expected finite z, got NaN or infinity on rank {rank}, rows {listed[:8]}{more}")
+
+
+def _agree(
+    form: str,
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Tensor,
+    rows_per_rank: Sequence[int] | None,
+    ids: Tensor | None,
+    labels: Tensor | None,
+) -> Sequence[int]:
+    """rows_per_rank, checked. Collective where it is None: then every rank sees all input's shapes, and all raise."""
+    problem = _problem(z1, z2, temperature.item(), rows_per_rank, ids, labels)
+    if rows_per_rank is not None:
+        if problem is not None:
+            raise ValueError(f"{form}: {problem}")
+        return rows_per_rank
+    mine = {"shape": tuple(z1.shape[1:]), "dtype": z1.dtype, "temperature": temperature.item()}
+    mine |= {"sample_ids": ids is not None, "labels": labels is not None}
+    answers = distributed.gather_objects((problem, len(z1) if z1.dim() else 0, mine))
+    for rank, (other_problem, _, other) in enumerate(answers):
+        if other_problem is not None:
+            raise ValueError(f"{form}: rank {rank}: {other_problem}")
+        if other != answers[0][2]:
+            raise ValueError(f"{form}: rank {rank}: expected the same as on rank 0, {answers[0][2]}, got {other}")
+    return [rows for _, rows, _ in answers]
+
+
+def _problem(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float,
+    rows_per_rank: Sequence[int] | None,
+    ids: Tensor | None,
+    labels: Tensor | None,
+) -> str | None:
+    """What is wrong with this rank's input taken alone."""
+    if z1.dim() != 2 or z1.shape != z2.shape or 0 in z1.shape:
+        return (
+            f"expected z1 and z2 of one shape (n, d), n and d at least 1, got {tuple(z1.shape)} and {tuple(z2.shape)}"
+        )
+    if z1.dtype not in DTYPES or z1.dtype != z2.dtype:
+        return f"expected z1 and z2 of one dtype among {DTYPES}, got {z1.dtype} and {z2.dtype}"
+    if not MIN_TEMPERATURE <= temperature < math.inf:
+        return f"expected a temperature of at least {MIN_TEMPERATURE}, got {temperature}"
+    for name, per_image in (("sample_ids", ids), ("labels", labels)):
+        if per_image is not None and (per_image.shape != z1.shape[:1] or per_image.is_floating_point()):
+            return f"expected integer {name} of shape ({len(z1)},), got {per_image.dtype} {tuple(per_image.shape)}"
+    if rows_per_rank is not None:
+        rank, size = distributed.rank(), distributed.world_size()
+        if len(rows_per_rank) != size or rows_per_rank[rank] != len(z1):
+            return f"expected rows_per_rank of {size} ranks with {len(z1)} at {rank}, got {list(rows_per_rank)}"
+    return None
