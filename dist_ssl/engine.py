@@ -1,0 +1,157 @@
+"""The DeepSpeed engine: its configuration derived from ours, its start, and the skipping of a step.
+
+Together with `partition.py` this is all that knows DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from dist_ssl import partition
+from dist_ssl.config import Config, UserError
+from dist_ssl.distributed import World, world_size
+from dist_ssl.optim import LARS, build_optimizer
+
+deepspeed_logger.setLevel(os.environ.get("DIST_SSL_DEEPSPEED_LOG", "ERROR"))
+
+
+class Engine:
+    """A ContrastiveModel on DeepSpeed: forward, backward of this rank's loss, and the optimizer's step.
+
+    `__call__`, `backward` and `step` are collective. Gradients are averaged over ranks in fp32.
+    """
+
+    def __init__(self, deepspeed_engine: Any):
+        self._engine = deepspeed_engine
+        self.optimizer: torch.optim.Optimizer = deepspeed_engine.basic_optimizer
+        self.fragments = partition.read(deepspeed_engine)
+        self._apply = self.optimizer.step
+        self._skip = False
+        # Deep inside its own step DeepSpeed calls this; everything around it (freeing gradients, gathering weights)
+        # must happen for a skipped step too, so the skip is here and nowhere else.
+        self.optimizer.step = self._guarded_step  # type: ignore[method-assign]
+
+    @property
+    def model(self) -> nn.Module:
+        """The module itself. Under ZeRO 3 its parameters are empty between steps."""
+        return self._engine.module
+
+    def __call__(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        return self._engine(views)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float, skip: bool = False) -> None:
+        """Apply the gradients of the `backward`s since the last step, or throw them away."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._skip = skip
+        self._engine.step()
+
+    def _guarded_step(self, *arguments: Any, **keywords: Any) -> Any:
+        return None if self._skip else self._apply(*arguments, **keywords)
+
+    def before_load(self) -> None:
+        """Call before writing to `fragments`."""
+        partition.before_load(self._engine)
+
+    def after_load(self) -> None:
+        """Call after writing to `fragments`: brings the weights that forward uses up to date. Collective."""
+        partition.after_load(self._engine)
+
+
+def deepspeed_config(config: Config, num_parameters: int) -> dict[str, Any]:
+    """The DeepSpeed configuration that follows from ours, with the raw keys of `engine.deepspeed` merged in.
+
+    Raises UserError for a raw key that is derived here or that would break a contract.
+    """
+    bucket = min(num_parameters, 50_000_000)
+    zero: dict[str, Any] = {
+        "stage": config.engine.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "round_robin_gradients": False,  # it breaks the mapping of fragments
+    }
+    if config.engine.zero_stage in (1, 2):
+        zero["compute_grad_norm"] = False  # an all-reduce and a host synchronisation a step that nothing here needs
+    if config.engine.zero_stage == 2 and config.objective.chunks > 1:
+        zero["overlap_comm"] = True
+    elif config.objective.chunks > 1:
+        zero["overlap_comm"] = False  # DeepSpeed refuses it without managed accumulation
+    derived: dict[str, Any] = {
+        # Rows differ between ranks and DeepSpeed never sees them: it only checks that these three multiply.
+        "train_batch_size": world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # GradCache calls backward once a chunk and steps once.
+        "managed_gradient_accumulation": config.objective.chunks == 1,
+        "steps_per_print": 2**31,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # LARS is tested here, under every stage
+        "torch_autocast": {
+            "enabled": config.engine.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # gradients are reduced in fp32
+        },
+        "communication_data_type": "fp32",
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},  # would cast the whole model, batch norm included
+    }
+    return _merge(derived, config.engine.deepspeed, "engine.deepspeed")
+
+
+def _merge(derived: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in raw.items():
+        if key not in derived:
+            merged[key] = value
+        elif isinstance(derived[key], dict) and isinstance(value, dict) and key == "zero_optimization":
+            merged[key] = _merge(derived[key], value, f"{path}.{key}")
+        else:
+            raise UserError(f"{path}.{key}: derived from the rest of the config, can't be set; remove it")
+    for key in ("offload_optimizer", "offload_param"):
+        if key in raw:
+            raise UserError(f"{path}.{key}: offload is not supported: the fragment checkpoint can't read it; remove it")
+    return merged
+
+
+def initialize(model: nn.Module, config: Config, world: World) -> Engine:
+    """A DeepSpeed engine around the model on this rank's device. Collective; the process group must exist."""
+    model = model.to(world.device)
+    if config.engine.compile:
+        model.compile()
+    if world.device.type == "cpu":
+        # DeepSpeed would compile a shared-memory operator for a minute, and need a compiler; gloo does without.
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    num_parameters = sum(p.numel() for p in parameters)
+    logging.getLogger("DeepSpeed").setLevel("ERROR")
+    deepspeed_engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer),
+        config=deepspeed_config(config, num_parameters),
+        dist_init_required=False,
+    )
+    engine = Engine(deepspeed_engine)
+    if isinstance(engine.optimizer, LARS):
+        names = {name: number for number, name in enumerate(sorted({f.name for f in engine.fragments}))}
+        if dist.is_initialized() and world_size() > 1:
+            gathered: list[Any] = [None] * world_size()
+            dist.all_gather_object(gathered, list(names))
+            names = {name: number for number, name in enumerate(sorted(set().union(*gathered)))}
+        engine.optimizer.attach(
+            partition.segments(engine.fragments, names), len(names), config.engine.zero_stage > 0 and world_size() > 1
+        )
+    return engine
