@@ -158,6 +158,30 @@ class EvaluationConfig(Section):
     num_seeds: int = Field(3, ge=1)
     knn_k: int = Field(20, ge=1)
     knn_temperature: float = Field(0.07, gt=0)
+    probes: list[
+        Literal[
+            "linear", "knn", "head_information", "few_labels", "linear_augmented", "fine_tuned", "few_labels_fine_tuned"
+        ]
+    ] = ["linear", "knn", "head_information"]
+    few_label_fractions: list[float] = [0.01, 0.1]  # of the training images, the same number for each class
+    sgd_epochs: int = Field(90, ge=1)  # of linear_augmented (SimCLR, appendix B.5)
+    fine_tune_epochs: int = Field(60, ge=1)
+    fine_tune_from: str = "h"  # h, or a layer of the head such as "g1", as SimCLRv2 does
+    head_information_images: int = Field(6000, ge=64)  # two thirds train its probes, one third scores them
+    keep_features: bool = True  # False: cached features are removed once results are written
+
+
+class LabConfig(Section):
+    """A matched grid of heads on one set of data; `run.dir` is its folder, the other sections are every cell's."""
+
+    source: str | None = None  # what to write shards of where data.shards is empty: shapes:COUNT, folder:DIR, ...
+    source_image_size: int = Field(64, ge=8)
+    test_fraction: float = Field(0.25, gt=0, lt=1)
+    heads: list[str] = ["none", "linear", "mlp2", "mlp3"]  # mlpN has N linear layers
+    batch_norm: list[bool] = [True]
+    output_dims: list[int] = [128]
+    num_seeds: int = Field(3, ge=1)
+    ranks: int = Field(1, ge=1)  # of each pretraining, started by launch.local when more than one
 
 
 class Config(Section):
@@ -174,6 +198,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    lab: LabConfig | None = None  # only in files for `dist-ssl lab`
 
 
 # What a resumed run may change: everything about where and how it computes, nothing about what it computes.
@@ -194,6 +219,7 @@ MAY_DIFFER_ON_RESUME = (
     "log",
     "diagnostics",
     "evaluation",
+    "lab",
 )
 
 
