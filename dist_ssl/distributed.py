@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dist_ssl.ranks import ranks_in_environment
 
 
 @dataclass(frozen=True)
@@ -40,50 +41,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks_in_environment() -> dict[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun or srun gave them.
-
-    None where this process was started alone. The batch script of a Slurm job is a process started alone
-    (SLURM_STEP_NUM_TASKS is set by srun only, while SLURM_NTASKS and SLURM_PROCID are set in both).
-    """
-    environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        values = {name: environment[name] for name in ("RANK", "WORLD_SIZE")}
-        values["LOCAL_RANK"] = environment.get("LOCAL_RANK", "0")
-        values["LOCAL_WORLD_SIZE"] = environment.get("LOCAL_WORLD_SIZE", "1")
-        values["MASTER_ADDR"] = environment.get("MASTER_ADDR", "127.0.0.1")
-        values["MASTER_PORT"] = environment.get("MASTER_PORT", "29500")
-        return values
-    if "SLURM_STEP_NUM_TASKS" not in environment:
-        return None
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": _tasks_on_this_node(environment),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_port(environment)),
-    }
-
-
-def slurm_port(environment: Any) -> int:
-    """A port below Linux's ephemeral range (32768), another one for every job and every restart of it."""
-    return 20000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_RESTART_COUNT", "0"))) % 12000
-
-
-def _first_host(nodelist: str) -> str:
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
-
-
-def _tasks_on_this_node(environment: Any) -> str:
-    counts: list[str] = []  # "2(x3),1" -> 2 2 2 1
-    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
-        count, _, repeat = part.partition("(x")
-        counts += [count] * (int(repeat.rstrip(")")) if repeat else 1)
-    return counts[int(environment["SLURM_NODEID"])]
-
-
 def initialize(timeout_minutes: float = 30.0) -> World:
     """Join the process group that the environment describes; alone, a world of one that has a group too.
 
@@ -91,7 +48,13 @@ def initialize(timeout_minutes: float = 30.0) -> World:
     """
     values = ranks_in_environment()
     if values is None:
-        values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        values = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+        }
         values["MASTER_PORT"] = "0"
     os.environ.update(values)  # DeepSpeed reads them again
     local_rank, cuda = int(values["LOCAL_RANK"]), torch.cuda.is_available()
