@@ -1,0 +1,295 @@
+"""`dist-ssl evaluate`: one pass through the frozen encoder, then each probe on each layer, then results.json.
+
+results.json (format 1):
+
+    checkpoint        the checkpoint's folder, or the file of weights;  step: its step, null for a file of weights
+    encoder           name;  head: its config, null for a file of weights
+    encoder_digest    {"before", "after"}: SHA-256 of encoder and head; equal, or there would be no file
+    layers            the layers read, in depth order: "h", "g1", ..., "z", "h_untrained"
+    data              shards, manifest hashes, counts and the number of classes
+    probes            {probe: {layer: {"top1", "interval", "seeds", "spread", ...}}}, accuracies in [0, 1]
+    comparisons       [{"probe", "a", "b", "difference", "interval"}]: paired on the same test images
+    head_information  {"train_images", "test_images", "tasks": {task: {"chance", "entropy_bits", "layers":
+                       {layer: {"accuracy", "accuracy_interval", "bits", "bits_interval", ...}}}}}
+    config, versions, seconds
+
+`interval` is the 95% bootstrap over test images of the mean over seeds, `spread` the standard deviation over seeds.
+h_untrained is the encoder of step 0 with batch-norm statistics taken in one pass over training images.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dist_ssl
+from dist_ssl import config as configuration
+from dist_ssl import distributed
+from dist_ssl.checkpoint import load_run
+from dist_ssl.config import Config, UserError
+from dist_ssl.evaluation import features as feature_files
+from dist_ssl.evaluation.features import Features, Split
+from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batch_statistics
+from dist_ssl.evaluation.intervals import difference, summarize
+from dist_ssl.evaluation.knn import knn_predict
+from dist_ssl.evaluation.linear import Rows, linear_probe
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+CALIBRATION_IMAGES = 20_000  # at most, of the training split, for the untrained encoder's batch norm
+
+
+@dataclass
+class Subject:
+    """What is evaluated: where it came from, and the models to read in one pass."""
+
+    checkpoint: str
+    step: int | None
+    config: Config
+    trained: Readable
+    untrained: Readable | None
+    folder: Path  # results.json and features go here
+
+
+def run_subject(run_dir: Path, step: int | None, overrides: list[str], name: str | None) -> Subject:
+    """A run's checkpoint (the newest valid one by default) and its step 0."""
+    saved, step, model = load_run(run_dir, step)
+    config = configuration.with_overrides(saved, overrides) if overrides else saved
+    _, _, untrained = load_run(run_dir, 0)
+    folder = Path(run_dir) / "evaluation" / f"step-{step}"
+    if name is not None:
+        folder = folder / name
+    root = config.checkpoint.url or str(Path(run_dir) / "checkpoints")
+    return Subject(
+        f"{root}/step-{step:08d}",
+        step,
+        config,
+        Readable(model.encoder, model.head),
+        Readable(untrained.encoder, suffix="_untrained"),
+        folder,
+    )
+
+
+def weights_subject(weights: Path, encoder: str, config: Config, output: Path | None) -> Subject:
+    """Anybody's weights; there is no head, and a freshly initialised encoder stands for the untrained one."""
+    from dist_ssl.models import build_encoder
+
+    size = config.evaluation.image_size or config.augment.crop_size
+    torch.manual_seed(config.run.seed)
+    return Subject(
+        str(weights),
+        None,
+        config,
+        Readable(load_foreign(weights, encoder, size)),
+        Readable(build_encoder(encoder, size), suffix="_untrained"),
+        output or weights.with_suffix("").with_name(weights.with_suffix("").name + "-evaluation"),
+    )
+
+
+def evaluate(subject: Subject, device: torch.device) -> dict[str, Any]:
+    """Runs the probes of `evaluation.probes` and writes `folder/results.json`; returns its content on every rank.
+
+    Raises EncoderChangedError, and writes nothing, if the encoder is not what it was. Collective.
+    """
+    started, config = time.monotonic(), subject.config
+    train, test = (feature_files.open_split(name, config, device) for name in ("train", "test"))
+    for readable in filter(None, (subject.trained, subject.untrained)):
+        for module in readable.modules():
+            module.to(device)
+    if subject.untrained is not None:
+        with_batch_statistics(subject.untrained.encoder, calibration_batches(train))
+    readables = [readable for readable in (subject.trained, subject.untrained) if readable is not None]
+    with frozen(readables) as proofs:
+        digests = [proof["before"] for proof in proofs]
+        cache = subject.folder / "features"
+        train_features = feature_files.extract(train, readables, digests, cache / "train")
+        test_features = feature_files.extract(test, readables, digests, cache / "test")
+        num_classes = _num_classes(train_features, test_features)
+        results: dict[str, Any] = {
+            "format": FORMAT,
+            "checkpoint": subject.checkpoint,
+            "step": subject.step,
+            "encoder": config.model.encoder,
+            "head": config.model.head.model_dump() if subject.trained.head is not None else None,
+            "encoder_digest": proofs[0],
+            "layers": list(train_features.layers),
+            "data": _data(config, train, test, num_classes),
+        }
+        results |= _probe(subject, train, test, train_features, test_features, num_classes, device)
+    results["config"] = configuration.dumps(config)
+    results["versions"] = versions(device)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    if distributed.rank() == 0:
+        write_json(subject.folder / "results.json", results)
+        if not config.evaluation.keep_features:
+            shutil.rmtree(cache)
+    return results
+
+
+def _probe(
+    subject: Subject,
+    train: Split,
+    test: Split,
+    train_features: Features,
+    test_features: Features,
+    num_classes: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Every probe that works on cached features, then those that read images again."""
+    from rich.progress import Progress
+
+    settings = subject.config.evaluation
+    correct: dict[str, dict[str, np.ndarray]] = {}
+    probes: dict[str, dict[str, Any]] = {}
+    on_features = {"linear": _linear, "knn": _knn}
+    chosen = [name for name in settings.probes if name in on_features]
+    show = distributed.rank() == 0
+    with Progress(transient=True) if show else nullcontext() as progress:
+        task = progress.add_task("probes", total=len(chosen) * len(train_features.layers)) if progress else None
+        for probe in chosen:
+            for layer in train_features.layers:
+                if progress is not None and task is not None:
+                    progress.update(task, description=f"{probe} on {layer}")
+                hits, extra = on_features[probe](
+                    train_features, test_features, layer, num_classes, subject.config, device
+                )
+                correct.setdefault(probe, {})[layer] = hits
+                probes.setdefault(probe, {})[layer] = summarize(hits) | extra
+                if progress is not None and task is not None:
+                    progress.advance(task)
+    return {"probes": probes, "comparisons": _comparisons(correct)}
+
+
+def _linear(
+    train: Features, test: Features, layer: str, num_classes: int, config: Config, device: torch.device
+) -> tuple[np.ndarray, dict[str, Any]]:
+    result = linear_probe(
+        Rows(train.layers[layer], train.labels, device),
+        Rows(test.layers[layer], test.labels, device),
+        num_classes,
+        num_seeds=config.evaluation.num_seeds,
+    )
+    if result.at_edge:
+        log.info("linear on %s: the best weight decay is at the edge of the sweep, %s", layer, result.weight_decays)
+    return result.correct_sn, {"weight_decays": result.weight_decays, "at_edge": result.at_edge}
+
+
+def _knn(
+    train: Features, test: Features, layer: str, num_classes: int, config: Config, device: torch.device
+) -> tuple[np.ndarray, dict[str, Any]]:
+    settings = config.evaluation
+    predicted = knn_predict(
+        test.layers[layer],
+        train.layers[layer],
+        train.labels,
+        num_classes,
+        k=settings.knn_k,
+        temperature=settings.knn_temperature,
+        device=device,
+    )
+    hits = predicted.cpu().numpy()[None] == test.labels[None]
+    return hits, {"k": settings.knn_k, "temperature": settings.knn_temperature}
+
+
+def _comparisons(correct: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """h against z and against the untrained h, on the same test images."""
+    return [
+        {"probe": probe, "a": "h", "b": other} | difference(layers["h"], layers[other])
+        for probe, layers in correct.items()
+        for other in ("z", "h_untrained")
+        if "h" in layers and other in layers
+    ]
+
+
+def calibration_batches(train: Split) -> Any:
+    """Pixels of this rank's share of the first training images, as many batches on every rank (shards are permuted)."""
+    size, world = train.config.evaluation.batch_size_per_rank, distributed.world_size()
+    each = min(CALIBRATION_IMAGES, train.manifest.num_samples) // world
+    start = each * distributed.rank()
+    for batch in train.batches(start, start + each):
+        # A last batch of a few images would weigh as much as a full one in the average over batches.
+        if len(batch.labels) * 2 >= min(size, each):
+            yield train.pixels(batch.images)
+
+
+def _num_classes(train: Features, test: Features) -> int:
+    for name, features in (("train", train), ("test", test)):
+        unlabelled = int((features.labels < 0).sum())
+        if unlabelled:
+            raise UserError(
+                f"evaluation.{name}_shards: expected labelled images, got {unlabelled} of {len(features.labels)} "
+                "without a label (.cls)"
+            )
+    return int(max(train.labels.max(), test.labels.max())) + 1
+
+
+def _data(config: Config, train: Split, test: Split, num_classes: int) -> dict[str, Any]:
+    return {
+        "train_shards": config.evaluation.train_shards,
+        "test_shards": config.evaluation.test_shards,
+        "train_manifest": train.manifest.hash,
+        "test_manifest": test.manifest.hash,
+        "train_images": train.manifest.num_samples,
+        "test_images": test.manifest.num_samples,
+        "num_classes": num_classes,
+        "image_size": train.image_size,
+    }
+
+
+def versions(device: torch.device | None = None) -> dict[str, str]:
+    import torchvision
+
+    found = {"dist_ssl": dist_ssl.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    found |= {"python": platform.python_version(), "numpy": np.__version__}
+    if device is not None:
+        found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it or none: written beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
+    """The table that the command prints: a row a layer, a column a probe, intervals beside the numbers."""
+    from rich.table import Table
+
+    data = results["data"]
+    chance = 1 / data["num_classes"]
+    table = Table(
+        title=f"{results['encoder']}, {results['checkpoint']}",
+        caption=f"top-1 on {data['test_images']} test images, {data['num_classes']} classes (chance {chance:.1%}), "
+        "95% interval over test images",
+    )
+    table.add_column("layer")
+    probes = results["probes"]
+    for probe in probes:
+        table.add_column(probe, justify="right")
+    for layer in results["layers"]:
+        cells = []
+        for probe in probes:
+            value = probes[probe].get(layer)
+            low, high = value["interval"] if value else (0, 0)
+            cells.append(f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]" if value else "")
+        table.add_row(layer, *cells)
+    print_(table)

@@ -1,0 +1,239 @@
+"""Features of a whole split, read once through frozen encoders into memory-mapped files, by any number of ranks.
+
+A folder holds one `<layer>.npy` a layer, `labels.npy`, `sample_ids.npy`, `meta.json` (what they are features of) and
+`done.bin` (a byte a block of rows, set once that block's rows are on disk). An interrupted extraction goes on with the
+blocks that are missing, whatever the number of ranks was; another encoder, split or size starts afresh.
+
+Legend: n images of the split, D a layer's width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_ssl import distributed
+from dist_ssl.config import AugmentConfig, Config, UserError
+from dist_ssl.data.augment import normalize
+from dist_ssl.data.index import Manifest, load_manifest
+from dist_ssl.data.stream import EvaluationBatch, evaluation_batches
+from dist_ssl.evaluation.frozen import Readable
+
+log = logging.getLogger(__name__)
+
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images that probes are fitted or scored on, and how they are prepared: resize, centre crop, normalise."""
+
+    name: str  # "train" or "test"
+    manifest: Manifest
+    config: Config
+    device: torch.device
+
+    @property
+    def image_size(self) -> int:
+        return self.config.evaluation.image_size or self.config.augment.crop_size
+
+    @property
+    def augment(self) -> AugmentConfig:
+        return self.config.augment
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[EvaluationBatch]:
+        """Batches of uint8 images of rows [start, stop) in manifest order."""
+        evaluation = self.config.evaluation
+        return iter(
+            evaluation_batches(
+                self.manifest,
+                self.config.storage,
+                image_size=self.image_size,
+                resize_ratio=evaluation.resize_ratio,
+                start=start,
+                stop=self.manifest.num_samples if stop is None else stop,
+                batch_size=evaluation.batch_size_per_rank,
+                num_workers=evaluation.num_workers,
+                data=self.config.data,
+            )
+        )
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> normalised fp32 on the device."""
+        return normalize(images.to(self.device, non_blocking=True), self.augment)
+
+
+def open_split(name: str, config: Config, device: torch.device) -> Split:
+    """The split named by evaluation.train_shards or evaluation.test_shards; UserError where it is not set."""
+    url = config.evaluation.train_shards if name == "train" else config.evaluation.test_shards
+    if not url:
+        raise UserError(
+            f"evaluation.{name}_shards is not set: name labelled shards with --{name}-shards URL or in the config"
+        )
+    return Split(name, load_manifest(url, config.storage), config, device)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Memory-mapped layers {name: (n, D) float32}, labels (n,) and sample_ids (n,) of a split."""
+
+    layers: dict[str, np.ndarray]
+    labels: np.ndarray
+    sample_ids: np.ndarray
+
+    def only(self, rows: np.ndarray) -> Features:
+        """A copy in memory of some rows."""
+        return replace(
+            self,
+            layers={name: np.asarray(values[rows]) for name, values in self.layers.items()},
+            labels=self.labels[rows],
+            sample_ids=self.sample_ids[rows],
+        )
+
+
+def extract(split: Split, readables: list[Readable], digests: list[str], folder: Path) -> Features:
+    """Reads all layers of all `readables` for every image of the split, once, into `folder`.
+
+    `digests` names what is read, so that a folder of another encoder's features is not taken for this one's. At most
+    a batch of features is in memory. Collective; an error on one rank is raised on all.
+    """
+    meta = {
+        "digests": digests,
+        "split": split.manifest.hash,
+        "rows": split.manifest.num_samples,
+        "image_size": split.image_size,
+        "resize_ratio": split.config.evaluation.resize_ratio,
+        "normalize": [list(split.augment.mean), list(split.augment.std)],
+        "block_rows": BLOCK_ROWS,
+        "dims": _dims(split, readables),
+    }
+    error = None
+    if distributed.rank() == 0:
+        try:
+            _prepare(folder, meta)
+        except Exception as failure:
+            error = failure
+    distributed.raise_together(error)
+    todo = np.flatnonzero(np.fromfile(folder / "done.bin", dtype=np.uint8) == 0)
+    todo = np.array(distributed.broadcast_object(todo.tolist()), dtype=np.int64)
+    mine = np.array_split(todo, distributed.world_size())[distributed.rank()]
+    try:
+        for start, stop in _runs(mine, split.manifest.num_samples):
+            _fill(split, readables, folder, start, stop)
+    except Exception as failure:
+        error = failure
+    distributed.raise_together(error)
+    return open_features(folder)
+
+
+def open_features(folder: Path) -> Features:
+    """The memory-mapped features of a folder that `extract` filled; ValueError where blocks are missing."""
+    if not (np.fromfile(folder / "done.bin", dtype=np.uint8) == 1).all():
+        raise ValueError(f"{folder}: the extraction was interrupted; run it again to go on")
+    dims = json.loads((folder / "meta.json").read_text())["dims"]
+    return Features(
+        {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in dims},
+        np.load(folder / "labels.npy"),
+        np.load(folder / "sample_ids.npy"),
+    )
+
+
+@torch.inference_mode()
+def _dims(split: Split, readables: list[Readable]) -> dict[str, int]:
+    images = torch.zeros(2, 3, split.image_size, split.image_size, device=split.device)
+    return {name: output.shape[1] for readable in readables for name, output in readable.read(images).items()}
+
+
+def _prepare(folder: Path, meta: dict[str, Any]) -> None:
+    marker = folder / "meta.json"
+    if marker.exists() and json.loads(marker.read_text()) == meta and (folder / "done.bin").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = meta["rows"]
+    for name, dim in meta["dims"].items():
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(rows, dim))
+    for name in ("labels", "sample_ids"):
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.int64, shape=(rows,))
+    (folder / "done.bin").write_bytes(bytes(-(-rows // BLOCK_ROWS)))
+    marker.write_text(json.dumps(meta))  # last: a folder without it is not resumed
+
+
+def _runs(blocks: np.ndarray, num_rows: int) -> list[tuple[int, int]]:
+    """Row ranges of block numbers, neighbours merged: one pass of the data workers each."""
+    if len(blocks) == 0:
+        return []
+    breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
+    edges = [0, *breaks.tolist(), len(blocks)]
+    return [
+        (int(blocks[a]) * BLOCK_ROWS, min((int(blocks[b - 1]) + 1) * BLOCK_ROWS, num_rows)) for a, b in pairwise(edges)
+    ]
+
+
+def _fill(split: Split, readables: list[Readable], folder: Path, start: int, stop: int) -> None:
+    from rich.progress import Progress
+
+    writers: dict[str, _Writer] = {}
+    done = os.open(folder / "done.bin", os.O_WRONLY)
+    batches = split.batches(start, stop)
+    row, marked = start, start // BLOCK_ROWS
+    try:
+        with Progress(transient=True, disable=distributed.rank() != 0) as progress:
+            task = progress.add_task(f"features of the {split.name} images", total=stop - start)
+            for batch in batches:
+                with torch.inference_mode():
+                    pixels = split.pixels(batch.images)
+                    outputs = {k: v.float().cpu().numpy() for r in readables for k, v in r.read(pixels).items()}
+                outputs |= {"labels": batch.labels.numpy(), "sample_ids": batch.sample_ids.numpy()}
+                for name, values in outputs.items():
+                    if name not in writers:
+                        writers[name] = _Writer(folder / f"{name}.npy")
+                    writers[name].write(row, values)
+                row += len(batch.labels)
+                complete = row // BLOCK_ROWS if row < stop else -(-row // BLOCK_ROWS)
+                if complete > marked:
+                    for writer in writers.values():
+                        os.fsync(writer.file)  # rows before the mark that says they are there
+                    os.pwrite(done, b"\1" * (complete - marked), marked)
+                    marked = complete
+                progress.update(task, completed=row - start)
+        if row != stop:
+            raise ValueError(f"{split.name} images: expected rows {start} to {stop}, the stream ended at {row}")
+    finally:
+        os.close(done)
+        for writer in writers.values():
+            os.close(writer.file)
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+class _Writer:
+    """Writes rows into a .npy at their place. Not through a memory map: on shared file systems two ranks' maps of
+    one page overwrite each other."""
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self.offset, self.shape, self.dtype = mapped.offset, mapped.shape, mapped.dtype
+        self.row_bytes = mapped.dtype.itemsize * int(np.prod(mapped.shape[1:]))
+        self.file = os.open(path, os.O_WRONLY)
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values, dtype=self.dtype)
+        if data.shape[1:] != self.shape[1:] or row + len(data) > self.shape[0]:
+            raise ValueError(f"expected rows of {self.shape}, got {data.shape} at row {row}")
+        view, position = memoryview(data.data).cast("B"), self.offset + row * self.row_bytes
+        while len(view):
+            written = os.pwrite(self.file, view, position)
+            view, position = view[written:], position + written
