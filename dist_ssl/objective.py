@@ -100,6 +100,8 @@ def _contrast(
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
     rows_per_rank = _agree(form, z1, z2, temperature, rows_per_rank, sample_ids, labels)
+    if sum(rows_per_rank) < 2:
+        raise ValueError(f"{form}: expected at least two images in the global batch, got {sum(rows_per_rank)}")
     ids = sample_ids
     if labels is not None:
         if sample_ids is None:
