@@ -98,6 +98,52 @@ def evaluate(
         distributed.shutdown()
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
+    output: Annotated[Path | None, typer.Option(help="RUN/report.html by default, ./report.html for several.")] = None,
+) -> None:
+    """Write one self-contained HTML page of a run, or of several side by side.
+
+    Example: dist-ssl report runs/quickstart
+
+    Example: dist-ssl report runs/none runs/linear runs/mlp --output heads.html
+    """
+    from dist_ssl.report.page import build
+
+    typer.echo(build(runs, output))
+
+
+@shards_app.command("write")
+def shards_write(
+    source: Annotated[str, typer.Argument(help="shapes:COUNT[:SIZE], folder:DIR or torchvision:NAME:ROOT.")],
+    destination: Annotated[str, typer.Argument(help="Directory or URL.")],
+    test_fraction: Annotated[float, typer.Option(help="Hold out this part: DEST/train and DEST/test.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the global permutation, and of shapes.")] = 0,
+    shard_mb: Annotated[float, typer.Option(min=0.01, help="Size of a shard that is aimed at.")] = 64.0,
+    resize: Annotated[int | None, typer.Option(min=8, help="Scale the shorter side down to this.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; one a core by default.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Write WebDataset shards, samples permuted globally. Interrupted, the same command goes on.
+
+    Example: dist-ssl shards write folder:photos s3://bucket/photos --test-fraction 0.1
+
+    Example: dist-ssl shards write shapes:10000 data/shapes --test-fraction 0.2
+    """
+    from dist_ssl.config import Config, with_overrides
+    from dist_ssl.data.shards import write_shards
+    from dist_ssl.data.sources import open_source
+
+    storage_config = with_overrides(Config(), overrides).storage
+    manifests = write_shards(
+        open_source(source, seed), destination, storage_config, seed=seed, test_fraction=test_fraction,
+        shard_mb=shard_mb, resize=resize, num_workers=workers, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    for manifest in manifests:
+        typer.echo(f"{manifest.url}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+
+
 def main() -> None:
     """The entry point: runs the command; UserError becomes `error: ...` on stderr and exit code 2."""
     from rich.logging import RichHandler

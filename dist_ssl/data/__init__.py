@@ -1,0 +1,1 @@
+"""The input side: plan, shards, decoding, augmentation, streaming."""

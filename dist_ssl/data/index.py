@@ -1,0 +1,283 @@
+"""The manifest, which lists shards, and the member index of a shard, which is binary and read when it is needed.
+
+A manifest is JSON and holds shards only, so that a hundred million samples load at once. A member index lists the
+samples of a shard: where their image and their .json lie, checksum, label, key. Reading one runs nothing: numbers
+and UTF-8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_ssl import storage
+from dist_ssl.config import StorageConfig, UserError
+
+MANIFEST = "manifest.json"
+FORMAT = "dist_ssl manifest 1"
+MAX_URLS = 10_000_000
+
+_MAGIC = b"DSSLIDX1"
+_HEADER = struct.Struct("<8sQQIQ")  # magic, samples, shard bytes, shard crc32, bytes of the keys
+_COLUMNS = (("offsets", "<u8"), ("sizes", "<u8"), ("crcs", "<u4"), ("labels", "<i8"), ("json_offsets", "<u8"))
+_COLUMNS += (("json_sizes", "<u8"), ("key_ends", "<u8"))
+
+
+@dataclass(frozen=True)
+class MemberIndex:
+    """Where the samples of one shard are; arrays of length n.
+
+    `offsets`, `sizes`, `crcs`: the image's bytes in the tar; `labels`: -1 where there is none; `json_offsets`,
+    `json_sizes`: the sample's .json, size 0 where there is none.
+    """
+
+    shard_bytes: int
+    shard_crc32: int
+    keys: Sequence[str]
+    offsets: NDArray[np.uint64]
+    sizes: NDArray[np.uint64]
+    crcs: NDArray[np.uint32]
+    labels: NDArray[np.int64]
+    json_offsets: NDArray[np.uint64]
+    json_sizes: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def to_bytes(self) -> bytes:
+        encoded = [key.encode() for key in self.keys]
+        blob = b"".join(encoded)
+        ends = np.cumsum([len(key) for key in encoded], dtype=np.uint64) if encoded else np.empty(0, np.uint64)
+        parts = [_HEADER.pack(_MAGIC, len(self), self.shard_bytes, self.shard_crc32, len(blob))]
+        for name, kind in _COLUMNS:
+            parts.append((ends if name == "key_ends" else getattr(self, name)).astype(kind).tobytes())
+        body = b"".join([*parts, blob])
+        return body + struct.pack("<I", zlib.crc32(body))
+
+    @staticmethod
+    def from_bytes(data: bytes, name: str) -> MemberIndex:
+        """Raises UserError where the bytes are not a whole index."""
+        if len(data) < _HEADER.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            raise UserError(f"{name}: not a whole member index; build it again with `dist-ssl shards index --rebuild`")
+        magic, count, shard_bytes, crc, blob_size = _HEADER.unpack_from(data)
+        expected = _HEADER.size + count * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS) + blob_size + 4
+        if magic != _MAGIC or len(data) != expected:
+            raise UserError(f"{name}: not a member index of this version; build it again with `dist-ssl shards index`")
+        columns, at = {}, _HEADER.size
+        for column, kind in _COLUMNS:
+            columns[column] = np.frombuffer(data, kind, count, at)
+            at += columns[column].nbytes
+        keys = _Keys(data[at : at + blob_size], columns.pop("key_ends"))
+        return MemberIndex(shard_bytes, crc, keys, **columns)
+
+
+class _Keys(Sequence[str]):
+    """Keys out of one string, made when asked for: a shard may hold tens of thousands."""
+
+    def __init__(self, blob: bytes, ends: NDArray[np.uint64]):
+        self._blob, self._ends = blob, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._blob[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])].decode()
+
+
+@dataclass(frozen=True)
+class Shard:
+    url: str
+    index_url: str
+    num_bytes: int
+    num_samples: int
+    crc32: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1].removesuffix(".tar")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of a data set, in order. `hash` covers order, names, counts and checksums, not where they lie."""
+
+    url: str
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)  # how it was made, for people
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        return np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def hash(self) -> str:
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.name}\0{shard.num_samples}\0{shard.num_bytes}\0{shard.crc32}\n".encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> str:
+        base = self.url.rsplit("/", 1)[0] + "/"
+        shards = [
+            {
+                "url": shard.url.removeprefix(base),
+                "index": shard.index_url.removeprefix(base),
+                "bytes": shard.num_bytes,
+                "samples": shard.num_samples,
+                "crc32": shard.crc32,
+            }
+            for shard in self.shards
+        ]
+        values = {"format": FORMAT, "hash": self.hash, "samples": self.num_samples, "classes": list(self.classes)}
+        lines = ",\n".join("  " + json.dumps(shard) for shard in shards)
+        head = json.dumps(values | {"details": self.details}, indent=1).removesuffix("\n}")
+        return f'{head},\n "shards": [\n{lines}\n ]\n}}\n'
+
+
+def expand(pattern: str) -> list[str]:
+    """The URLs of a brace pattern: `{0000..1023}` (leading zeros kept) and `{a,b}`, any number of them."""
+    parts: list[list[str]] = []
+    total = 1
+    for piece in re.split(r"(\{[^{}]*\})", pattern):
+        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
+        if numbers:
+            first, last = int(numbers[1]), int(numbers[2])
+            total *= max(last - first + 1, 1)
+            if last < first or total > MAX_URLS:
+                raise UserError(f"{storage.redact(pattern)}: expected up to {MAX_URLS} shards in rising order")
+            width = len(numbers[1]) if numbers[1].startswith("0") else 0
+            parts.append([str(number).zfill(width) for number in range(first, last + 1)])
+        elif piece.startswith("{") and piece.endswith("}") and "," in piece:
+            parts.append(piece[1:-1].split(","))
+            total *= len(parts[-1])
+        elif "{" in piece or "}" in piece:
+            raise UserError(f"{storage.redact(pattern)}: expected braces of the form {{0000..1023}} or {{a,b}}")
+        else:
+            parts.append([piece])
+    if total > MAX_URLS:
+        raise UserError(f"{storage.redact(pattern)}: expected up to {MAX_URLS} shards, got {total}")
+    return ["".join(combination) for combination in product(*parts)]
+
+
+def load_manifest(location: str, config: StorageConfig) -> Manifest:
+    """The manifest of a directory that `shards write` filled, of a manifest file, or of a brace pattern.
+
+    A pattern's manifest lies next to its shards (`dist-ssl shards index` writes it) and may list more of them.
+    Raises UserError where there is none, or where it lacks shards.
+    """
+    if not location:
+        raise UserError("data.shards is empty: expected a directory, a manifest or a brace pattern of shards")
+    storage.check_url(location)
+    if location.endswith(".json"):
+        return _read_manifest(location, config)
+    if "{" not in location and not location.endswith(".tar"):
+        url = storage.join(location, MANIFEST)
+        if not storage.exists(url, config):
+            beside = storage.join(location, "train", MANIFEST)
+            hint = (
+                f"did you mean {storage.join(location, 'train')}?"
+                if storage.exists(beside, config)
+                else "make it with `dist-ssl shards write` or `dist-ssl shards index`"
+            )
+            raise UserError(f"{storage.redact(location)}: no {MANIFEST} there; {hint}")
+        return _read_manifest(url, config)
+    urls = [_absolute(url) for url in expand(location)]
+    manifest = _read_manifest(storage.join(common_directory(urls), MANIFEST), config)
+    listed = {shard.url: shard for shard in manifest.shards}
+    missing = [url for url in urls if url not in listed]
+    if missing:
+        raise UserError(
+            f"{manifest.url} does not list {missing[0]} and {len(missing) - 1} more of {len(urls)}; "
+            f"run `dist-ssl shards index '{location}'`"
+        )
+    shards = tuple(listed[url] for url in urls)
+    return Manifest(manifest.url, shards, manifest.classes, manifest.details)
+
+
+def common_directory(urls: Sequence[str]) -> str:
+    """The deepest directory that holds all URLs."""
+    first, *others = [url.split("/")[:-1] for url in urls]
+    depth = len(first)
+    for other in others:
+        while other[:depth] != first[:depth]:
+            depth -= 1
+    return "/".join(first[:depth])
+
+
+def _absolute(url: str) -> str:
+    """Local paths in one spelling, so that they compare; other URLs as they are."""
+    if not storage.is_local(url):
+        return url
+    return str(storage.filesystem(url, StorageConfig())[1])
+
+
+def _read_manifest(url: str, config: StorageConfig) -> Manifest:
+    url = _absolute(url)
+    try:
+        values = json.loads(storage.read_bytes(url, config))
+        if values["format"] != FORMAT:
+            raise UserError(f"{url}: expected the format {FORMAT!r}, got {values['format']!r}")
+        base = url.rsplit("/", 1)[0]
+        shards = tuple(
+            Shard(
+                _resolve(base, str(one["url"])),
+                _resolve(base, str(one["index"])),
+                int(one["bytes"]),
+                int(one["samples"]),
+                int(one["crc32"]),
+            )
+            for one in values["shards"]
+        )
+        manifest = Manifest(url, shards, tuple(map(str, values.get("classes", ()))), dict(values.get("details", {})))
+    except FileNotFoundError:
+        raise UserError(f"{url}: no such manifest; run `dist-ssl shards index` on the shards") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{url}: not a manifest of shards: {type(error).__name__}: {error}") from None
+    if manifest.hash != values.get("hash"):
+        raise UserError(
+            f"{url}: its shards do not add up to its hash; it was edited or damaged: index the shards again"
+        )
+    return manifest
+
+
+def _resolve(base: str, url: str) -> str:
+    """A shard's URL in a manifest, relative ones to the manifest. A stranger's manifest may not name other schemes."""
+    storage.check_url(url)
+    return url if "://" in url or url.startswith("/") else f"{base}/{url}"
+
+
+def read_member_index(shard: Shard, config: StorageConfig) -> MemberIndex:
+    """The member index of a shard. Raises UserError where it is damaged or of other bytes than the manifest lists."""
+    try:
+        data = storage.read_bytes(shard.index_url, config)
+    except FileNotFoundError:
+        raise UserError(f"{shard.index_url}: no such member index; run `dist-ssl shards index` again") from None
+    index = MemberIndex.from_bytes(data, shard.index_url)
+    found = (index.shard_bytes, index.shard_crc32, len(index))
+    if found != (shard.num_bytes, shard.crc32, shard.num_samples):
+        raise UserError(
+            f"{shard.index_url}: is of another shard than the manifest lists: (bytes, crc32, samples) {found}, "
+            f"expected {(shard.num_bytes, shard.crc32, shard.num_samples)}"
+        )
+    return index

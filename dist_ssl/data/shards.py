@@ -1,0 +1,204 @@
+"""Writing shards: samples permuted globally, into WebDataset tars with a member index each and a manifest, atomically.
+
+Class-sorted sources would ruin the negatives of a batch, so the permutation comes before the shards. What a shard
+holds follows from (source, seed), so any process can write any shard, and an interrupted write goes on: a shard whose
+index is there is whole, since the index is written after it. The manifest is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_ssl import storage
+from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.data.decode import BadSample, decode
+from dist_ssl.data.index import MANIFEST, Manifest, MemberIndex, Shard
+from dist_ssl.data.random import key_of, permutation
+from dist_ssl.data.sources import Source, SourceSample
+from dist_ssl.data.tar import index_tar
+
+PROGRESS = "writing.json"
+SAMPLES_SIZED = 256  # how many samples tell the mean size of one
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to write."""
+
+    url: str
+    indices: Sequence[int]
+
+
+def write_shards(
+    source: Source,
+    destination: str,
+    config: StorageConfig,
+    *,
+    seed: int = 0,
+    test_fraction: float = 0.0,
+    shard_mb: float = 64.0,
+    resize: int | None = None,
+    num_workers: int | None = None,
+    progress: bool = False,
+) -> list[Manifest]:
+    """Write shards of all samples of `source` under the URL `destination`, and return the manifest.
+
+    With `test_fraction`, two sets, DEST/train and DEST/test, which share no image (equal bytes count as one image).
+    `resize` scales the shorter side to that many pixels; else the bytes of images stay as they are. Raises UserError
+    where the destination holds other shards.
+    """
+    storage.check_url(destination)
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"--test-fraction: expected 0 <= F < 1, got {test_fraction}")
+    order = permutation(key_of("write", seed), len(source), 0)
+    workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
+    if destination.startswith("memory:"):
+        workers = 0  # another process's memory is not this one's
+    parts = {destination: order}
+    if test_fraction:
+        test = _test_samples(source, order, test_fraction, workers)
+        parts = {
+            storage.join(destination, "train"): order[~np.isin(order, test)],
+            storage.join(destination, "test"): order[np.isin(order, test)],
+        }
+    first = source.read(order[:SAMPLES_SIZED].tolist())
+    mean_bytes = sum(len(_resized(sample, resize).image) + 2048 for sample in first) / len(first)
+    samples_per_shard = max(1, round(shard_mb * 2**20 / mean_bytes))
+    details = {"source": source.name, "seed": seed, "resize": resize, "samples_per_shard": samples_per_shard}
+    details |= {"test_fraction": test_fraction}
+    manifests = []
+    for url, indices in parts.items():
+        jobs = _jobs(url, indices, samples_per_shard)
+        _claim(url, details, config)
+        write = partial(_write_one, source, config, resize)
+        shards = list(track(in_processes(write, jobs, workers), len(jobs), f"writing {url}", progress))
+        manifest = Manifest(_manifest_url(url), tuple(shards), source.classes, details)
+        storage.write_bytes(manifest.url, manifest.to_json().encode(), config)
+        storage.remove(storage.join(url, PROGRESS), config)
+        manifests.append(manifest)
+    return manifests
+
+
+def _manifest_url(url: str) -> str:
+    return storage.join(os.path.abspath(url) if storage.is_local(url) and "://" not in url else url, MANIFEST)
+
+
+def _jobs(url: str, indices: NDArray[np.int64], samples_per_shard: int) -> list[_Job]:
+    count = -(-len(indices) // samples_per_shard)
+    base = _manifest_url(url).removesuffix("/" + MANIFEST)
+    return [_Job(f"{base}/{i:06d}.tar", part.tolist()) for i, part in enumerate(np.array_split(indices, count))]
+
+
+def _test_samples(source: Source, order: NDArray[np.int64], fraction: float, workers: int) -> NDArray[np.int64]:
+    """The first samples of the permutation, and every copy of one of them."""
+    count = min(max(round(fraction * len(order)), 1), len(order) - 1)
+    if count < 1:
+        raise UserError(f"--test-fraction: expected at least 2 samples, got {len(order)}")
+    parts = [part.tolist() for part in np.array_split(order, -(-len(order) // 1024))]
+    digests = [digest for part in in_processes(source.digests, parts, workers) for digest in part]
+    held_out = set(digests[:count])
+    test = order[[digest in held_out for digest in digests]]
+    if len(test) == len(order):
+        raise UserError("--test-fraction: every image is a copy of a test image; nothing is left to train on")
+    return test
+
+
+def _claim(url: str, details: dict[str, Any], config: StorageConfig) -> None:
+    """Say in the destination what is being written, so that only the same write goes on there."""
+    for name in (PROGRESS, MANIFEST):
+        try:
+            found = json.loads(storage.read_bytes(storage.join(url, name), config))
+        except FileNotFoundError:
+            continue
+        found = found if name == PROGRESS else found["details"]
+        if found != details:
+            raise UserError(f"{url}: holds shards of {found}, asked for {details}; choose another destination")
+        return
+    storage.write_bytes(storage.join(url, PROGRESS), json.dumps(details).encode(), config)
+
+
+def _write_one(source: Source, config: StorageConfig, resize: int | None, job: _Job) -> Shard:
+    index_url = job.url + ".idx"
+    try:
+        index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
+        if len(index) == len(job.indices) and storage.size(job.url, config) == index.shard_bytes:
+            return Shard(job.url, index_url, index.shard_bytes, len(index), index.shard_crc32)
+    except (FileNotFoundError, UserError):
+        pass
+    data = tar_bytes(_resized(sample, resize) for sample in source.read(job.indices))
+    crc32 = zlib.crc32(data)
+    index, _ = index_tar(io.BytesIO(data), job.url, len(data), crc32)
+    storage.write_bytes(job.url, data, config)
+    storage.write_bytes(index_url, index.to_bytes(), config)
+    return Shard(job.url, index_url, len(data), len(index), crc32)
+
+
+def tar_bytes(samples: Iterable[SourceSample]) -> bytes:
+    """A WebDataset tar; the same bytes for the same samples."""
+    from webdataset.writer import TarWriter
+
+    buffer = io.BytesIO()
+    with TarWriter(buffer, mtime=0, encoder=False) as writer:
+        for sample in samples:
+            members: dict[str, Any] = {"__key__": sample.key, sample.extension: sample.image}
+            if sample.label is not None:
+                members["cls"] = str(sample.label).encode()
+            if sample.factors is not None:
+                members["json"] = sample.factors
+            writer.write(members)
+    return buffer.getvalue()
+
+
+def _resized(sample: SourceSample, resize: int | None) -> SourceSample:
+    if resize is None:
+        return sample
+    try:
+        image = decode(sample.image, max_pixels=2**28)
+    except BadSample:
+        return sample  # training will quarantine it, under its own key
+    scale = resize / min(image.size)
+    if scale >= 1:
+        return sample
+    buffer = io.BytesIO()
+    image.resize((round(image.width * scale), round(image.height * scale)), 1).save(buffer, "JPEG", quality=92)
+    return SourceSample(sample.key, buffer.getvalue(), "jpg", sample.label, sample.factors)
+
+
+def in_processes(function: Any, items: Sequence[Any], num_workers: int) -> Iterator[Any]:
+    """`map` over processes, in order, a few items ahead; in this process with fewer than two workers or items."""
+    if num_workers < 2 or len(items) < 2:
+        yield from map(function, items)
+        return
+    # Spawned, since a parent may have threads (s3fs's, torch's) that a fork would leave locked.
+    with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn")) as pool:
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def track(items: Iterable[Any], total: int, description: str, shown: bool) -> Iterator[Any]:
+    """The items, with a rich progress bar on a terminal."""
+    if not shown:
+        yield from items
+        return
+    from rich.progress import track as rich_track
+
+    yield from rich_track(items, description=description, total=total)
+
+
+def fingerprint(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:16]

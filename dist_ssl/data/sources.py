@@ -1,0 +1,190 @@
+"""What shards are written from: `shapes:COUNT[:SIZE]`, `folder:DIR`, `torchvision:NAME:ROOT`.
+
+A source is picklable, since worker processes read from it, and gives the bytes of an image as they are where it has
+bytes: decoding and encoding again would lose quality.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dist_ssl.config import UserError
+from dist_ssl.data import shapes
+from dist_ssl.data.tar import IMAGE_EXTENSIONS
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    key: str
+    image: bytes
+    extension: str
+    label: int | None = None
+    factors: bytes | None = None  # JSON
+
+
+class Source(Protocol):
+    name: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[SourceSample]:
+        """The samples, in the order asked for."""
+        ...
+
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        """Equal for equal images: what a split into training and test must not tear apart."""
+        ...
+
+
+def open_source(spec: str, seed: int = 0) -> Source:
+    """The source that `spec` names. Raises UserError."""
+    kind, _, rest = spec.partition(":")
+    match kind:
+        case "shapes":
+            return ShapesSource.parse(spec, rest, seed)
+        case "folder" if rest:
+            return FolderSource(rest)
+        case "torchvision" if rest.count(":"):
+            return TorchvisionSource(*rest.split(":", 1))
+    raise UserError(f"{spec}: expected shapes:COUNT[:SIZE], folder:DIR or torchvision:NAME:ROOT")
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    count: int
+    size: int
+    seed: int
+    classes: tuple[str, ...] = shapes.CLASSES
+
+    @staticmethod
+    def parse(spec: str, rest: str, seed: int) -> ShapesSource:
+        try:
+            count, size = map(int, rest.split(":")) if ":" in rest else (int(rest), 64)
+        except ValueError:
+            raise UserError(f"{spec}: expected shapes:COUNT or shapes:COUNT:SIZE in whole numbers") from None
+        if count < 1 or not 8 <= size <= 2048:
+            raise UserError(f"{spec}: expected a count of at least 1 and a size from 8 to 2048")
+        return ShapesSource(count, size, seed)
+
+    @property
+    def name(self) -> str:
+        return f"shapes:{self.count}:{self.size}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: Sequence[int]) -> list[SourceSample]:
+        at_once = max(1, 64 * 64 * 64 // self.size**2)  # a working set of a few MB
+        encoded = []
+        for i in range(0, len(indices), at_once):
+            encoded += shapes.encode(self.seed, indices[i : i + at_once], self.size)
+        return [
+            SourceSample(f"{index:08d}", image, "jpg", label, factors)
+            for index, (image, label, factors) in zip(indices, encoded, strict=True)
+        ]
+
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        return [index.to_bytes(8, "little") for index in indices]  # no two are equal: the noise differs
+
+
+class FolderSource:
+    """Images under a directory: one class a subfolder, or a flat folder without labels."""
+
+    def __init__(self, directory: str):
+        self.name = f"folder:{directory}"
+        root = Path(directory)
+        if not root.is_dir():
+            raise UserError(f"folder:{directory}: no such directory")
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        self.paths: list[str] = []
+        self.labels: list[int] = []
+        for label, folder in enumerate(folders or ["."]):
+            for parent, subfolders, files in os.walk(root / folder, followlinks=True):
+                subfolders.sort()
+                found = [file for file in sorted(files) if _extension(file) in IMAGE_EXTENSIONS]
+                self.paths += [os.path.join(parent, file) for file in found]
+                self.labels += [label] * len(found)
+        self.classes = tuple(folders)
+        if not self.paths:
+            raise UserError(f"folder:{directory}: holds no {', '.join(IMAGE_EXTENSIONS)} files")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Sequence[int]) -> list[SourceSample]:
+        return [
+            SourceSample(
+                f"{index:08d}",
+                Path(self.paths[index]).read_bytes(),
+                _extension(self.paths[index]),
+                self.labels[index] if self.classes else None,
+            )
+            for index in indices
+        ]
+
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        return [hashlib.sha256(Path(self.paths[index]).read_bytes()).digest() for index in indices]
+
+
+class TorchvisionSource:
+    """A classification set of torchvision that lies under ROOT already; a split may follow the name: STL10/train."""
+
+    def __init__(self, dataset: str, root: str):
+        self.name = f"torchvision:{dataset}"
+        self._dataset_name, self._root = dataset, root
+        self._dataset = _open_torchvision(dataset, root)
+        self.classes = tuple(map(str, getattr(self._dataset, "classes", ())))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_dataset"}  # may be gigabytes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._dataset = _open_torchvision(self._dataset_name, self._root)
+
+    def read(self, indices: Sequence[int]) -> list[SourceSample]:
+        files = getattr(self._dataset, "samples", None)  # ImageNet and other folders: the bytes as they are
+        found = []
+        for index in indices:
+            if files is not None and _extension(files[index][0]) in IMAGE_EXTENSIONS:
+                path, label = files[index][:2]
+                image, extension = Path(path).read_bytes(), _extension(path)
+            else:
+                picture, label = self._dataset[index][:2]
+                buffer = io.BytesIO()
+                picture.convert("RGB").save(buffer, "PNG")
+                image, extension = buffer.getvalue(), "png"
+            found.append(SourceSample(f"{index:08d}", image, extension, int(label) if int(label) >= 0 else None))
+        return found
+
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        return [hashlib.sha256(sample.image).digest() for sample in self.read(indices)]
+
+
+def _open_torchvision(name: str, root: str) -> Any:
+    from torchvision import datasets
+
+    name, _, split = name.partition("/")
+    if name not in datasets.__all__:
+        raise UserError(f"torchvision:{name}:{root}: torchvision has no data set of that name")
+    options: dict[str, Any] = {"root": root}
+    if split:
+        options |= {"train": split == "train"} if name in ("CIFAR10", "CIFAR100", "MNIST") else {"split": split}
+    try:
+        return getattr(datasets, name)(**options)
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"torchvision:{name}:{root}: {str(error).splitlines()[0]}") from None
+
+
+def _extension(path: str) -> str:
+    return path.rsplit(".", 1)[-1].lower() if "." in path else ""

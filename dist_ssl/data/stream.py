@@ -1,0 +1,308 @@
+"""From shards to batches: worker processes read, decode once and crop; what they hand over is uint8.
+
+What stands in a batch follows from the plan and the cursor; workers decide only when it is ready. A sample that can't
+be decoded is replaced by the next of its shard, keeping its position and the randomness of its views. A storage fault
+is retried, then raised by the iterator as the error it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
+from dist_ssl.data.augment import crop_box, draw
+from dist_ssl.data.decode import BadSample, decode
+from dist_ssl.data.index import Manifest
+from dist_ssl.data.plan import Plan
+from dist_ssl.data.reader import Reader
+
+log = logging.getLogger(__name__)
+
+START_METHOD = "forkserver"
+
+
+@dataclass
+class Batch:
+    """One step's samples of one rank, n of them."""
+
+    crops: Tensor  # uint8 (n, 2, 3, S, S)
+    parameters: Tensor  # float32 (n, 2, P), on the CPU: the draws of `augment`
+    sample_ids: Tensor  # int64 (n,): the index in the manifest
+    epochs: Tensor  # int64 (n,)
+    positions: Tensor  # int64 (n,)
+    labels: Tensor  # int64 (n,), -1 where there is none; a replaced row has its replacement's
+    keys: list[str]  # "shard/key"
+    replaced_by: dict[int, str]  # row -> "shard/key" whose image stands there
+    quarantined: list[dict[str, str]] = field(default_factory=list)  # shard, key, reason
+
+    def pin_memory(self) -> Batch:
+        """With the crops in pinned memory, so that `to` does not wait."""
+        return replace(self, crops=self.crops.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """With the crops on the device. Parameters stay: `augment` reads them on the host."""
+        return replace(self, crops=self.crops.to(device, non_blocking=True))
+
+
+@dataclass
+class EvaluationBatch:
+    images: Tensor  # uint8 (n, 3, S, S)
+    labels: Tensor  # int64 (n,), -1 where there is none
+    sample_ids: Tensor  # int64 (n,): the index in the manifest
+    factors: list[dict[str, Any]] | None  # the members' .json, where every sample of the batch has one
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> EvaluationBatch:
+        return replace(self, images=self.images.pin_memory())
+
+
+class Batches:
+    """An iterator of batches with the worker processes behind it. `close` ends them; so does leaving a `with`."""
+
+    def __init__(self, dataset: Dataset[Any], num_batches: int, num_workers: int, prefetch: int):
+        options: dict[str, Any] = {}
+        if num_workers:
+            context = torch.multiprocessing.get_context(START_METHOD)
+            if START_METHOD == "forkserver":
+                context.set_forkserver_preload([__name__])
+            options = {"prefetch_factor": prefetch, "multiprocessing_context": context, "worker_init_fn": _start_worker}
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(num_batches),
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+        self._iterator: Any = iter(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            raise StopIteration
+        batch = next(self._iterator)
+        if isinstance(batch, Exception):
+            self.close()
+            raise batch
+        return batch
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, which may be in the middle of a retry that would last minutes."""
+        iterator, self._iterator = self._iterator, None
+        for process in getattr(iterator, "_workers", ()):
+            process.kill()
+        del iterator
+
+
+def _start_worker(_: int) -> None:
+    """Signals are the parent's affair; a parent that is killed takes its workers along."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    torch.set_num_threads(1)
+
+
+class _Training(Dataset[Any]):
+    """Item i is the rank's batch of step i, or the exception that making it raised."""
+
+    def __init__(self, config: Config, manifest: Manifest, cursor: int, rank: int, world_size: int):
+        self.config, self.manifest = config, manifest
+        self.cursor, self.rank, self.world_size = cursor, rank, world_size
+        self.plan = plan_of(config, manifest)
+        self.starts = np.concatenate([[0], np.cumsum(manifest.counts)])
+        self.reader = Reader(manifest, config.storage, config.data)
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return self._batch(step)
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def _batch(self, step: int) -> Batch:
+        config, batch_size = self.config, self.config.train.global_batch_size
+        positions = self.plan.rank_batch(
+            self.cursor + step * batch_size, batch_size, self.rank, self.world_size, config.objective.chunks
+        )
+        epochs, shards, members = self.plan.locate(positions)
+        sample_ids = self.starts[shards] + members
+        parameters, uniforms = draw(config.run.seed, epochs, sample_ids, config.augment)
+        size = config.augment.crop_size
+        crops = torch.empty((len(positions), 2, 3, size, size), dtype=torch.uint8)
+        labels, replaced, quarantined = np.empty(len(positions), np.int64), {}, []
+        data = self.reader.images(shards, members)
+        for row, (shard, member) in enumerate(zip(shards.tolist(), members.tolist(), strict=True)):
+            image, used, bad = _decode_or_replace(self.reader, data[row], shard, member, config.data.max_pixels)
+            quarantined += bad
+            if used != member:
+                replaced[row] = self.reader.key(shard, used)
+            labels[row] = self.reader.index(shard).labels[used]
+            for view in range(2):
+                crops[row, view] = _crop(image, uniforms[row, view], config.augment)
+        return Batch(
+            crops,
+            parameters,
+            torch.from_numpy(sample_ids),
+            torch.from_numpy(epochs),
+            torch.from_numpy(positions),
+            torch.from_numpy(labels),
+            [self.reader.key(shard, member) for shard, member in zip(shards.tolist(), members.tolist(), strict=True)],
+            replaced,
+            quarantined,
+        )
+
+
+class _Evaluation(Dataset[Any]):
+    """Item i is the i-th batch of samples [start, stop), in the manifest's order."""
+
+    def __init__(
+        self, manifest: Manifest, storage: StorageConfig, data: DataConfig, size: int, ratio: float, span: range
+    ):
+        self.manifest, self.data, self.size, self.ratio, self.span = manifest, data, size, ratio, span
+        self.ends = np.cumsum(manifest.counts)
+        self.reader = Reader(manifest, storage, data)
+
+    def __getitem__(self, i: int) -> EvaluationBatch | Exception:
+        try:
+            return self._batch(i)
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def _batch(self, i: int) -> EvaluationBatch:
+        ids = np.arange(self.span[i], min(self.span[i] + self.span.step, self.span.stop))
+        shards = np.searchsorted(self.ends, ids, side="right")
+        members = ids - (self.ends[shards] - self.manifest.counts[shards])
+        images = torch.empty((len(ids), 3, self.size, self.size), dtype=torch.uint8)
+        labels, quarantined, used_members = np.empty(len(ids), np.int64), [], []
+        data = self.reader.images(shards, members)
+        for row, (shard, member) in enumerate(zip(shards.tolist(), members.tolist(), strict=True)):
+            image, used, bad = _decode_or_replace(self.reader, data[row], shard, member, self.data.max_pixels)
+            quarantined += bad
+            used_members.append(used)
+            labels[row] = self.reader.index(shard).labels[used]
+            images[row] = _to_tensor(_centre_crop(image, self.size, self.ratio))
+        factors = self.reader.factors(shards, np.array(used_members))
+        return EvaluationBatch(images, torch.from_numpy(labels), torch.from_numpy(ids), factors, quarantined)
+
+
+def plan_of(config: Config, manifest: Manifest) -> Plan:
+    """The plan of a run: which sample stands where."""
+    data = config.data
+    return Plan(manifest.counts, config.run.seed, manifest.hash, data.streams, data.block_shards)
+
+
+def training_batches(
+    config: Config,
+    manifest: Manifest,
+    *,
+    cursor: int,
+    first_step: int,
+    num_steps: int,
+    rank: int,
+    world_size: int,
+) -> Batches:
+    """A closable iterator of `Batch`: those of this rank for `num_steps` steps, the first of which starts at `cursor`.
+
+    Raises UserError where a rank would have no row, or the cache can't hold what is read at a time; StorageError from
+    the iterator when a read fails for longer than the budget. `first_step` is named in errors only.
+    """
+    plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, world_size, config.objective.chunks)
+    _check_workers(manifest, config.data.num_workers)
+    dataset = _Training(config, manifest, cursor, rank, world_size)
+    return Batches(dataset, num_steps, config.data.num_workers, config.data.prefetch_batches)
+
+
+def evaluation_batches(
+    manifest: Manifest,
+    storage: StorageConfig,
+    *,
+    image_size: int,
+    resize_ratio: float,
+    start: int,
+    stop: int,
+    batch_size: int,
+    num_workers: int,
+    data: DataConfig | None = None,
+) -> Batches:
+    """A closable iterator of `EvaluationBatch`: samples [start, stop) in the manifest's order.
+
+    The shorter side is resized to `image_size * resize_ratio`, then the centre is cropped.
+    """
+    if not 0 <= start <= stop <= manifest.num_samples:
+        raise UserError(f"expected 0 <= start <= stop <= {manifest.num_samples} samples, got {start} and {stop}")
+    _check_workers(manifest, num_workers)
+    span = range(start, stop, batch_size)
+    dataset = _Evaluation(manifest, storage, data or DataConfig(), image_size, resize_ratio, span)
+    return Batches(dataset, len(span), num_workers, 2)
+
+
+def _check_workers(manifest: Manifest, num_workers: int) -> None:
+    if num_workers and manifest.url.startswith("memory:"):
+        raise UserError(f"{manifest.url}: only its own process sees it; set data.num_workers to 0")
+
+
+def _decode_or_replace(
+    reader: Reader, data: bytes | BadSample, shard: int, member: int, max_pixels: int
+) -> tuple[Image.Image, int, list[dict[str, str]]]:
+    """The image of a member, or of the next good one of its shard; which member it is; what was found bad."""
+    bad: list[dict[str, str]] = []
+    count = len(reader.index(shard))
+    for used in range(member, member + count):
+        try:
+            if isinstance(data, BadSample):
+                raise data
+            return decode(data, max_pixels), used % count, bad
+        except BadSample as error:
+            key = reader.key(shard, used % count)
+            bad.append({"shard": reader.manifest.shards[shard].url, "key": key, "reason": str(error)})
+            data = reader.images(np.array([shard]), np.array([(used + 1) % count]))[0]
+    raise UserError(
+        f"{reader.manifest.shards[shard].url}: none of its {count} samples can be decoded: {bad[0]['reason']}"
+    )
+
+
+def _crop(image: Image.Image, uniforms: NDArray[np.float64], config: AugmentConfig) -> Tensor:
+    top, left, height, width = crop_box(uniforms, image.height, image.width, config.min_scale)
+    # Cropping first, so that the resize sees no pixel outside of the box, as torchvision's does not.
+    cropped = image.crop((left, top, left + width, top + height))
+    return _to_tensor(cropped.resize((config.crop_size, config.crop_size), Image.Resampling.BILINEAR))
+
+
+def _centre_crop(image: Image.Image, size: int, ratio: float) -> Image.Image:
+    shorter = round(size * ratio)
+    scale = shorter / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def describe(quarantined: Sequence[dict[str, str]]) -> str:
+    return "; ".join(f"{one['key']}: {one['reason']}" for one in quarantined[:5])

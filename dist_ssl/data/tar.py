@@ -1,0 +1,137 @@
+"""Reading a tar's member table, of shards that anybody made: ustar, pax, GNU long names.
+
+`tarfile` parses the headers; nothing is ever extracted, so a name is only a name. What `tarfile` takes for a silent
+end (a cut at a member boundary, a damaged header) is an error here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+
+from dist_ssl.config import UserError
+from dist_ssl.data.index import MemberIndex
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_HEADER_BYTES = 2**20  # a pax header or long name that claims more is hostile
+MAX_JSON_BYTES = 2**20
+MAX_LABEL_BYTES = 32
+
+
+class _Headers:
+    """A file as tarfile sees it: seeks are free, reads are of headers only and bounded."""
+
+    def __init__(self, file: BinaryIO, name: str):
+        self._file, self._name = file, name
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise UserError(f"{self._name}: a header of {size} bytes; expected at most {MAX_HEADER_BYTES}")
+        return self._file.read(size)
+
+
+@dataclass
+class _Sample:
+    key: str
+    image: tuple[int, int] | None = None
+    json: tuple[int, int] = (0, 0)
+    label: tuple[int, int] | None = None
+    others: list[str] = field(default_factory=list)
+
+
+def index_tar(
+    file: BinaryIO, name: str, num_bytes: int, crc32: int, json_label: str | None = None
+) -> tuple[MemberIndex, list[str]]:
+    """The member index of an open, seekable tar, and the keys of samples without an image, which are left out.
+
+    Members group by key as WebDataset groups them: the name up to the first dot of its last part. The label is that
+    of a .cls member, or the field `json_label` of the .json. Raises UserError for a tar that is cut, damaged, empty,
+    or names members by absolute or climbing paths.
+    """
+    samples: list[_Sample] = []
+    seen: set[str] = set()
+    for member in _members(file, name, num_bytes):
+        if not member.isreg():
+            continue
+        key, extension = split_name(member.name, name)
+        if not extension:
+            continue
+        if not samples or samples[-1].key != key:
+            if key in seen:
+                raise UserError(f"{name}: the members of {key!r} do not stand together; sort the tar by name")
+            seen.add(key)
+            samples.append(_Sample(key))
+        place = (member.offset_data, member.size)
+        sample = samples[-1]
+        if extension in IMAGE_EXTENSIONS and sample.image is None:
+            sample.image = place
+        elif extension == "json":
+            sample.json = place
+        elif extension == "cls":
+            sample.label = place
+    whole = [sample for sample in samples if sample.image]
+    crcs, labels = [], []
+    for sample in whole:
+        assert sample.image
+        file.seek(sample.image[0])
+        crcs.append(zlib.crc32(file.read(sample.image[1])))
+        labels.append(_label(file, sample, json_label, name))
+    images = np.array([sample.image for sample in whole], dtype=np.uint64).reshape(-1, 2)
+    jsons = np.array([sample.json for sample in whole], dtype=np.uint64).reshape(-1, 2)
+    index = MemberIndex(
+        num_bytes, crc32, [sample.key for sample in whole], images[:, 0], images[:, 1], np.array(crcs, np.uint32),
+        np.array(labels, np.int64), jsons[:, 0], jsons[:, 1],
+    )  # fmt: skip
+    return index, [sample.key for sample in samples if not sample.image]
+
+
+def split_name(member: str, shard: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a member's name, as WebDataset splits it.
+
+    Raises UserError for a name that is absolute or climbs out of the archive.
+    """
+    if member.startswith("/") or ".." in member.split("/") or "\0" in member:
+        raise UserError(f"{shard}: refused the member {member!r}: names may not be absolute or hold '..'")
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member)
+    return (match[1], match[2].lower()) if match else (member, "")
+
+
+def _members(file: BinaryIO, name: str, num_bytes: int) -> list[tarfile.TarInfo]:
+    if num_bytes == 0:
+        raise UserError(f"{name}: an empty file, expected a tar")
+    try:
+        file.seek(0)
+        with tarfile.open(fileobj=_Headers(file, name), mode="r:") as archive:  # type: ignore[call-overload]
+            members: list[tarfile.TarInfo] = archive.getmembers()
+            end = archive.offset
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: not a whole tar: {error}") from None
+    file.seek(end)
+    closing = file.read(512)
+    if len(closing) < 512:
+        raise UserError(f"{name}: cut after {num_bytes} bytes, after the member {members[-1].name!r}: no end mark")
+    if closing.strip(b"\0"):
+        raise UserError(f"{name}: damaged header at byte {end}, after the member {members[-1].name!r}")
+    return members
+
+
+def _label(file: BinaryIO, sample: _Sample, json_label: str | None, shard: str) -> int:
+    try:
+        if sample.label and sample.label[1] <= MAX_LABEL_BYTES:
+            file.seek(sample.label[0])
+            return int(file.read(sample.label[1]))
+        if json_label and 0 < sample.json[1] <= MAX_JSON_BYTES:
+            file.seek(sample.json[0])
+            return int(json.loads(file.read(sample.json[1]))[json_label])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{shard}: {sample.key}: its label is no whole number") from None
+    return -1

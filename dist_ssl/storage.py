@@ -1,0 +1,250 @@
+"""Files and object stores through fsspec: allowed schemes, retried reads, atomic writes.
+
+A URL decides what code reads it, so schemes are an allow-list: fsspec and others know schemes that start shells.
+Credentials come from the environment, files or roles; a URL or endpoint that carries them is refused, because URLs
+end up in configs, logs and reports. s3fs is not fork-safe: call `filesystem` in the process that uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+
+from dist_ssl.config import StorageConfig, UserError
+
+SCHEMES = ("file", "s3", "gs", "https", "memory")
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 8.0
+RANGE_BYTES = 8 * 2**20  # one request of a large read: what a broken body costs to read again
+
+# Variables whose values never reach a message, whatever a library puts into its errors.
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "GOOGLE_API_KEY")
+
+Result = TypeVar("Result")
+
+
+class StorageError(OSError):
+    """A read or write that failed for good. The message names the URL, the attempts and the last cause."""
+
+
+def check_url(url: str) -> str:
+    """The scheme of a URL, "file" for a plain path. Raises UserError for one that is not allowed."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
+    if "::" in url or (match and match[1].lower() not in SCHEMES) or url.startswith("|"):
+        raise UserError(f"{redact(url)}: expected a plain path or a URL of the schemes {', '.join(SCHEMES)}")
+    if not url:
+        raise UserError("expected a path or URL, got an empty one")
+    if match is None:
+        return "file"
+    parts = urlsplit(url)
+    if match[1].lower() != "file" and (parts.username or parts.password or parts.query):
+        raise UserError(
+            f"{redact(url)}: credentials and query strings don't belong in a URL, which is logged and saved; "
+            "give them by the store's environment variables, files or roles"
+        )
+    return match[1].lower()
+
+
+def redact(text: str) -> str:
+    """The text without user names, passwords and query strings of URLs, and without known secrets' values."""
+    text = re.sub(r"(\w+://)[^/\s'\"@]*@", r"\1", text)
+    text = re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1", text)
+    for name in _SECRETS:
+        value = os.environ.get(name)
+        if value and len(value) >= 8:
+            text = text.replace(value, "***")
+    return text
+
+
+def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it. Raises UserError for a scheme that isn't allowed."""
+    scheme = check_url(url)
+    if scheme == "file":
+        path = url[len("file:") :] if url.startswith("file:") else url
+        path = "/" + path.lstrip("/") if path.startswith("//") else path
+        return fsspec.filesystem("file"), os.path.abspath(path)
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        if config.endpoint_url:
+            endpoint = urlsplit(config.endpoint_url)
+            if endpoint.scheme not in ("http", "https") or endpoint.username or endpoint.password or endpoint.query:
+                raise UserError(
+                    f"storage.endpoint_url: expected http(s)://host:port, got {redact(config.endpoint_url)!r}"
+                )
+        options = {
+            "anon": config.anonymous,
+            "endpoint_url": config.endpoint_url,
+            "profile": config.profile,
+            "use_listings_cache": False,
+            "config_kwargs": {
+                "connect_timeout": config.timeout_seconds,
+                "read_timeout": config.timeout_seconds,
+                "retries": {"total_max_attempts": 1},  # ours have jitter and a budget
+            },
+        }
+    elif scheme == "gs" and config.anonymous:
+        options = {"token": "anon"}
+    try:
+        system = fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        raise UserError(f"{scheme}://: {error}; install the package it names") from None
+    if scheme == "s3":
+        system.retries = 1
+    return system, system._strip_protocol(url)
+
+
+def is_local(url: str) -> bool:
+    return check_url(url) == "file"
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with path parts appended."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> Result:
+    """What `operation` returns, tried again with exponential back-off and full jitter for `storage.retry_seconds`.
+
+    Raises StorageError when the budget is spent; FileNotFoundError and PermissionError at once. An operation that
+    made progress may be tried for ever longer only by being called anew: the budget is that of one request.
+    """
+    started, attempts, pause = time.monotonic(), 0, FIRST_PAUSE_SECONDS
+    while True:
+        attempts += 1
+        try:
+            return operation()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise type(error)(f"{redact(url)}: {redact(str(error))}") from None
+        except Exception as error:
+            if not _is_transient(error):
+                raise
+            spent = time.monotonic() - started
+            if spent + pause > config.retry_seconds or is_local(url):
+                raise StorageError(
+                    f"{redact(url)}: gave up after {attempts} attempts in {spent:.0f} s "
+                    f"(storage.retry_seconds = {config.retry_seconds:g}); "
+                    f"last cause: {type(error).__name__}: {redact(str(error))}"
+                ) from None
+        time.sleep(random.uniform(pause / 2, pause))
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _is_transient(error: Exception) -> bool:
+    # By module, so that a run on local files imports no network library.
+    module = type(error).__module__.split(".")[0]
+    return isinstance(error, OSError | TimeoutError | EOFError) or module in ("aiohttp", "botocore", "aiobotocore")
+
+
+def read_bytes(url: str, config: StorageConfig, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes [start, stop) of a file, in one request. Retried; a body that is cut short counts as a fault."""
+
+    def once() -> bytes:
+        system, path = filesystem(url, config)
+        data = system.cat_file(path, start=start or None, end=stop)
+        if stop is not None and len(data) != stop - start:
+            raise EOFError(f"expected bytes {start} to {stop}, got {len(data)} bytes")
+        return bytes(data)
+
+    if stop is not None and stop <= start:
+        return b""
+    return retry(url, config, once)
+
+
+def read_ranges(url: str, config: StorageConfig, size: int, consume: Callable[[int, bytes], None]) -> None:
+    """All `size` bytes of a file in large requests, each given to `consume(offset, bytes)` in order.
+
+    A request that breaks off is made again from where the last whole one ended.
+    """
+    for offset in range(0, size, RANGE_BYTES):
+        consume(offset, read_bytes(url, config, offset, min(offset + RANGE_BYTES, size)))
+
+
+def write_bytes(url: str, data: bytes, config: StorageConfig) -> None:
+    """Write a whole file, atomically: under another name, fsync, rename (local), or one put (store). Retried."""
+    system, path = filesystem(url, config)
+    if not is_local(url):
+        retry(url, config, lambda: system.pipe_file(path, data))
+        return
+    with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(local_path: str | Path, url: str, config: StorageConfig) -> None:
+    """Copy a local file to `url`, atomically, as `write_bytes` does. Retried."""
+    system, path = filesystem(url, config)
+    if not is_local(url):
+        retry(url, config, lambda: system.put_file(str(local_path), path))
+        return
+    with _replacing(Path(path)) as temporary, open(local_path, "rb") as source, open(temporary, "wb") as file:
+        while block := source.read(2**22):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        yield name
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes 0600: a team could not read the run
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def exists(url: str, config: StorageConfig) -> bool:
+    system, path = filesystem(url, config)
+    return bool(retry(url, config, lambda: system.exists(path)))
+
+
+def size(url: str, config: StorageConfig) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    system, path = filesystem(url, config)
+    return int(retry(url, config, lambda: system.info(path))["size"])
+
+
+def list_files(url: str, config: StorageConfig) -> list[str]:
+    """URLs of all files under a directory, sorted; empty where there is none."""
+    system, path = filesystem(url, config)
+    scheme = check_url(url)
+    if scheme == "file":
+        return sorted(system.find(path))
+    try:
+        found = retry(url, config, lambda: system.find(path))
+    except FileNotFoundError:
+        return []
+    return sorted(system.unstrip_protocol(name) for name in found)
+
+
+def remove(url: str, config: StorageConfig, recursive: bool = False) -> None:
+    """Remove a file, or with `recursive` a directory; no error where there is none."""
+    system, path = filesystem(url, config)
+    with contextlib.suppress(FileNotFoundError):
+        retry(url, config, lambda: system.rm(path, recursive=recursive))
