@@ -1,0 +1,223 @@
+"""What the batch script of a Slurm job runs: starts the ranks with srun, and decides what happens when they have ended.
+
+One process on the job's first node, without torch, that outlives a crash of any rank. It replaces submitit's signal
+handlers: Slurm's signals go to the ranks, which commit together and exit with code 75; then this process requeues
+the job. It decides with three rules: a run that was cancelled or is already requeued is left alone; requeues are
+counted and limited; a run that committed nothing between two requeues stops and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import FrameType
+
+from pydantic import BaseModel, ConfigDict
+
+from dist_ssl import config as configuration
+from dist_ssl import storage
+from dist_ssl.config import Config
+from dist_ssl.ranks import FIRST_PORT, NUM_PORTS, slurm_port
+
+log = logging.getLogger(__name__)
+RUN_ME_AGAIN, USERS_MISTAKE, FENCED = 75, 2, 76
+POLL_SECONDS = 2.0
+# What a shell may carry from another launcher, and Slurm's counts from before the job's size was changed.
+NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "SLURM_NPROCS")
+
+
+class Job(BaseModel):
+    """What a submission asks for, as the batch script reads it back from `job.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str  # the resolved config's file
+    folder: str  # RUN/slurm: logs, history
+    python: list[str]  # the interpreter, behind a container's command where there is one
+    srun: list[str]
+    tasks_per_node: int
+    max_requeues: int
+    evaluation: list[str] | None  # the command that submits an evaluation; the step is appended
+
+
+def supervise(job_file: str) -> None:
+    """Run one start of a submitted pretraining to its end, and requeue it where it should go on.
+
+    Raises SystemExit: 2 after a user's mistake, 1 where the run stops for good, 75 after a requeue.
+    """
+    logging.basicConfig(level="INFO", format="supervisor: %(message)s", force=True)
+    job = Job.model_validate_json(Path(job_file).read_text())
+    config = configuration.load(job.config)
+    history = History(Path(job.folder) / "starts.jsonl", os.environ["SLURM_JOB_ID"])
+    restart, step = int(os.environ.get("SLURM_RESTART_COUNT", "0")), newest_commit(config)
+    earlier = history.steps_at_start()
+    history.write(event="start", restart=restart, step=step, nodes=os.environ["SLURM_JOB_NODELIST"])
+    refusal = stop_reason(restart - 1, earlier.get(restart - 1), step, job.max_requeues)
+    if refusal:
+        _stop(history, refusal)
+    code = _run_ranks(job, config)
+    now = newest_commit(config)
+    history.write(event="end", restart=restart, step=now, exit_code=code)
+    if code == 0:
+        log.info("the run is complete at step %s", now)
+    elif code == USERS_MISTAKE:
+        _stop(history, "the ranks found a mistake of the user's; see the error above", USERS_MISTAKE)
+    elif code == FENCED:
+        _stop(history, "a newer start of this run has taken over")
+    else:
+        _requeue_or_stop(job, history, restart, step, now, code)
+
+
+def evaluate(command: list[str], run_dir: str, step: int | None) -> None:
+    """Run an evaluation of `step`, or of the newest commit unless that one has results already."""
+    logging.basicConfig(level="INFO", format="supervisor: %(message)s", force=True)
+    if step is None:
+        step = newest_commit(configuration.load(Path(run_dir) / "config.toml"))
+        if Path(run_dir, "evaluation", f"step-{step}", "results.json").exists():
+            log.info("step %d has been evaluated", step)
+            return
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
+    environment["MASTER_PORT"] = str(_free_port())
+    code = subprocess.run([*command, "--checkpoint", str(step)], env=environment).returncode
+    if code != 0:
+        raise SystemExit(code)
+
+
+def stop_reason(ended: int, step_before: int | None, step_now: int, max_requeues: int) -> str | None:
+    """Why start number `ended` (0 for the first) must be the last, or None where the job goes on by a requeue.
+
+    The first start may end without a commit (a preemption within its first minute); one that a requeue began may not.
+    """
+    if ended + 1 > max_requeues:
+        return f"requeued {ended} times, the limit (--max-requeues); submit again to go on from step {step_now}"
+    if ended >= 1 and step_before is not None and step_now <= step_before:
+        return (
+            f"nothing was committed between two requeues (step {step_now} both times); look above for why, "
+            "or lower checkpoint.every_steps, then submit again"
+        )
+    return None
+
+
+def newest_commit(config: Config) -> int:
+    """The newest step with a manifest, -1 where there is none. Whether it holds is for the ranks to find out."""
+    url = config.checkpoint.url or storage.join(config.run.dir, "checkpoints")
+    names = storage.list_files(url, config.storage)
+    return max(
+        (int(found[1]) for name in names if (found := re.search(r"step-(\d+)/manifest\.json$", name))), default=-1
+    )
+
+
+class History:
+    """`starts.jsonl`: one line for each start and end of a run's jobs, which counts survive a requeue."""
+
+    def __init__(self, path: Path, job_id: str):
+        self.path, self.job_id = path, job_id
+
+    def write(self, **values: object) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 1), "job": self.job_id, **values}) + "\n")
+
+    def steps_at_start(self) -> dict[int, int]:
+        """Restart number -> newest committed step when that start began, of this job."""
+        if not self.path.exists():
+            return {}
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return {s["restart"]: s["step"] for s in lines if s["event"] == "start" and s["job"] == self.job_id}
+
+
+def _run_ranks(job: Job, config: Config) -> int:
+    """srun's exit code: the largest of the ranks'. Submits evaluations of what the ranks export meanwhile."""
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
+    environment["MASTER_PORT"] = str(_free_port())
+    num_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    size = [f"--nodes={num_nodes}", f"--ntasks={num_nodes * job.tasks_per_node}"]
+    command = ["srun", *size, *job.srun, *job.python, "-m", "dist_ssl.cli", "pretrain", job.config]
+    log.info("%s", " ".join(command))
+    process = subprocess.Popen(command, env=environment)
+
+    def terminated(number: int, frame: FrameType | None) -> None:
+        """Slurm signals the ranks itself: here it is enough to live on until they have committed."""
+
+    def forwarded(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)  # srun passes it to every rank
+
+    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGCONT, terminated)
+    signal.signal(signal.SIGUSR1, forwarded)
+    signal.signal(signal.SIGUSR2, forwarded)
+    submitted = _exported_steps(config)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(POLL_SECONDS)
+            break
+        submitted = _submit_evaluations(job, config, submitted)
+    _submit_evaluations(job, config, submitted)
+    return code
+
+
+def _exported_steps(config: Config) -> set[int]:
+    return {int(file.stem.removeprefix("step-")) for file in Path(config.run.dir, "export").glob("step-*.safetensors")}
+
+
+def _submit_evaluations(job: Job, config: Config, submitted: set[int]) -> set[int]:
+    """Submit an evaluation of each step exported since; a failure is logged, since the training matters more."""
+    exported = _exported_steps(config)
+    if job.evaluation is not None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        if "SLURM_CONF" in os.environ:
+            environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
+        for step in sorted(exported - submitted):
+            command = [*job.evaluation, str(step)]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+                log.info("evaluation of step %d: %s", step, (done.stdout or done.stderr).strip())
+    return exported
+
+
+def _free_port() -> int:
+    """The port of this job and restart, or the next one above it that nothing on this node listens on."""
+    first = slurm_port(os.environ) - FIRST_PORT
+    for offset in range(NUM_PORTS):
+        port = FIRST_PORT + (first + offset) % NUM_PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return port
+    raise RuntimeError(f"no free port in {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1}")
+
+
+def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: int, code: int) -> None:
+    job_id = os.environ["SLURM_JOB_ID"]
+    shown = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True, timeout=60
+    )
+    fields = dict(field.split("=", 1) for field in shown.stdout.split() if "=" in field)
+    if int(fields.get("Restarts", restart)) != restart:
+        _stop(history, "Slurm has already started or requeued this job elsewhere")
+    if fields.get("JobState") != "RUNNING" and fields.get("Reason") != "TimeLimit":
+        _stop(history, f"the job was ended from outside (exit code {code}); nothing to requeue")
+    refusal = stop_reason(restart, step, now, job.max_requeues)
+    if refusal:
+        _stop(history, refusal)
+    log.info("requeueing: exit code %d at step %d", code, now)
+    history.write(event="requeue", restart=restart, step=now, exit_code=code)
+    # Slurm ends this process as soon as it has requeued the job.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RUN_ME_AGAIN))
+    subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
+    time.sleep(20)
+    raise SystemExit(RUN_ME_AGAIN)
+
+
+def _stop(history: History, reason: str, code: int = 1) -> None:
+    log.error("stopped: %s", reason)
+    history.write(event="stop", reason=reason)
+    raise SystemExit(code)

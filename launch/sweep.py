@@ -1,0 +1,81 @@
+"""Sweeps: every combination of values as a run of its own, and one table of what came out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dist_ssl.config import Config, UserError
+
+
+def combinations(base: Config, keys: list[str]) -> list[list[str]]:
+    """Overrides of each run, its own `run.dir` included; one empty list where nothing is swept.
+
+    Raises UserError for a key without values. `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on.
+    """
+    if not keys:
+        return [[]]
+    choices = []
+    for given in keys:
+        key, equals, values = given.partition("=")
+        if not equals or "." not in key or not all(values.split(",")):
+            raise UserError(f"--sweep {given}: expected section.key=value,value")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    short = [given.partition("=")[0].rpartition(".")[2] for given in keys]
+    names = short if len(set(short)) == len(short) else [given.partition("=")[0] for given in keys]
+    runs = []
+    for combination in itertools.product(*choices):
+        parts = [f"{name}={choice.partition('=')[2]}" for name, choice in zip(names, combination, strict=True)]
+        folder = re.sub(r"[^\w=.+-]", "-", "_".join(parts))
+        runs.append([*combination, f"run.dir={json.dumps(str(Path(base.run.dir) / folder))}"])
+    return runs
+
+
+def table(folder: str | Path) -> str:
+    """A Markdown table with a row a run below `folder`; also written to `folder/table.md`."""
+    rows = [_row(run) for run in sorted(Path(folder).iterdir()) if (run / "slurm" / "starts.jsonl").exists()]
+    if not rows:
+        raise UserError(f"{folder}: no run of a sweep has started here")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (Path(folder) / "table.md").write_text(text + "\n")
+    return text
+
+
+def progress(run_dir: Path) -> str:
+    """One line: the last logged step and loss, and how the last start ended."""
+    metrics, starts = _last_line(run_dir / "metrics.jsonl"), _last_line(run_dir / "slurm" / "starts.jsonl")
+    trained = f"step {metrics['step']}, loss {metrics['loss']:.4f}" if metrics else "no step logged yet"
+    match starts:
+        case None:
+            return f"{trained}; not started yet"
+        case {"event": "stop", "reason": reason}:
+            return f"{trained}; stopped: {reason}"
+        case {"event": "end", "exit_code": 0}:
+            return f"{trained}; complete"
+        case {"event": event, "restart": restart}:
+            return f"{trained}; {event} after {restart} requeues"
+    raise AssertionError(starts)
+
+
+def _row(run: Path) -> dict[str, str]:
+    row = {"run": run.name}
+    metrics, starts = _last_line(run / "metrics.jsonl"), _last_line(run / "slurm" / "starts.jsonl")
+    row["state"] = "complete" if starts and starts.get("exit_code") == 0 else str(starts and starts["event"])
+    row |= {"step": str(metrics["step"]), "loss": f"{metrics['loss']:.4f}"} if metrics else {}
+    results = sorted(run.glob("evaluation/step-*/results.json"))
+    if results:
+        probes = json.loads(results[-1].read_text())["probes"]
+        row |= {
+            f"{probe} {layer}": f"{probes[probe][layer]['top1']:.1%}" for probe in probes for layer in probes[probe]
+        }
+    return row
+
+
+def _last_line(path: Path) -> Any:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else None
