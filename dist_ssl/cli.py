@@ -6,6 +6,7 @@ Commands import what they need when they are called: `--help` should not wait fo
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ import typer
 
 from dist_ssl import __version__
 from dist_ssl.config import UserError
+
+EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +42,48 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Options before the command."""
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    overrides: Overrides = [],  # noqa: B006
+    restart: Annotated[bool, typer.Option("--restart", help="Set the run in run.dir aside and begin anew.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Allow the run to become longer than it was.")] = False,
+) -> None:
+    """Pretrain an encoder, or go on where run.dir's newest checkpoint is. Alone this is a world of one rank.
+
+    Exit codes: 0 complete, 2 a mistake in the config, 75 told to stop and committed: run the same command again.
+
+    Example: dist-ssl pretrain configs/debug_cpu.toml --set train.steps=20
+
+    Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
+    """
+    from dist_ssl import config as configuration
+
+    checked = configuration.load(config, overrides)
+    from dist_ssl import distributed, train
+
+    code = train.pretrain(checked, restart=restart, extend=extend)
+    distributed.shutdown()
+    raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    file: Annotated[Path, typer.Argument(help="The safetensors file to write; its JSON goes beside it.")],
+    checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
+    head: Annotated[bool, typer.Option("--head", help="Write the projection head too.")] = False,
+) -> None:
+    """Write a run's encoder under torchvision's parameter names.
+
+    Example: dist-ssl export runs/quickstart encoder.safetensors
+    """
+    from dist_ssl.checkpoint import export_encoder
+
+    step = export_encoder(run, file, with_head=head, step=checkpoint)
+    typer.echo(f"{file}: the encoder of step {step}")
 
 
 @app.command()
@@ -149,11 +194,23 @@ def main() -> None:
     from rich.logging import RichHandler
 
     logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(show_path=False)])
+    # Errors are raised on all ranks alike: one of them says it.
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (FileNotFoundError, PermissionError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "Fenced":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FENCED)
 
 
 if __name__ == "__main__":

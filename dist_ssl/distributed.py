@@ -22,6 +22,10 @@ from torch.nn import functional as F
 from dist_ssl.ranks import ranks_in_environment
 
 
+# torch 2.14 renamed it and warns of the old name; 2.11 knows only that one.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place among the ranks, and the device it computes on."""
@@ -95,7 +99,7 @@ def gather_rows(rows: Tensor, rows_per_rank: Sequence[int]) -> Tensor:
     if rows.shape[0] < largest:
         sent = torch.cat([sent, sent.new_zeros(largest - rows.shape[0], *rows.shape[1:])])
     received = sent.new_empty(len(rows_per_rank) * largest, *rows.shape[1:])
-    dist.all_gather_into_tensor(received, sent)
+    all_gather_single(received, sent)
     if min(rows_per_rank) == largest:
         return received
     return torch.cat([received[r * largest : r * largest + n] for r, n in enumerate(rows_per_rank)])
@@ -131,6 +135,17 @@ def raise_together(error: BaseException | None) -> None:
             if error is not None and rank() == failed_rank:
                 raise error
             raise kind(f"rank {failed_rank}: {message}")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """An error in this block on any rank is raised on all of them at its end. Collective; no collective inside."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error)
 
 
 # --- global batch norm -----------------------------------------------------------------------------------------
@@ -192,7 +207,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         if world_size() > 1:
             sent = torch.cat([mean, variance * count, count])
             received = sent.new_empty(world_size() * sent.numel())
-            dist.all_gather_into_tensor(received, sent)
+            all_gather_single(received, sent)
             means_wc, centred_wc, counts_w1 = received.view(world_size(), -1).split([x.shape[1], x.shape[1], 1], dim=1)
             count = counts_w1.sum(dim=0)
             mean = (means_wc * counts_w1).sum(dim=0) / count

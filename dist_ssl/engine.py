@@ -9,18 +9,19 @@ import logging
 import os
 from typing import Any
 
-import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on every rank that it had to guess
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+import deepspeed
 
 from dist_ssl import partition
 from dist_ssl.config import Config, UserError
 from dist_ssl.distributed import World, world_size
 from dist_ssl.optim import LARS, build_optimizer
-
-deepspeed_logger.setLevel(os.environ.get("DIST_SSL_DEEPSPEED_LOG", "ERROR"))
 
 
 class Engine:
@@ -137,7 +138,6 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
         deepspeed.ops.__compatible_ops__ = {}
     parameters = [p for p in model.parameters() if p.requires_grad]
     num_parameters = sum(p.numel() for p in parameters)
-    logging.getLogger("DeepSpeed").setLevel("ERROR")
     deepspeed_engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.optimizer),
@@ -146,12 +146,7 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
     )
     engine = Engine(deepspeed_engine)
     if isinstance(engine.optimizer, LARS):
-        names = {name: number for number, name in enumerate(sorted({f.name for f in engine.fragments}))}
-        if dist.is_initialized() and world_size() > 1:
-            gathered: list[Any] = [None] * world_size()
-            dist.all_gather_object(gathered, list(names))
-            names = {name: number for number, name in enumerate(sorted(set().union(*gathered)))}
-        engine.optimizer.attach(
-            partition.segments(engine.fragments, names), len(names), config.engine.zero_stage > 0 and world_size() > 1
-        )
+        layers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+        partitioned = config.engine.zero_stage > 0 and world_size() > 1
+        engine.optimizer.attach(partition.segments(engine.fragments, layers), len(layers), partitioned)
     return engine

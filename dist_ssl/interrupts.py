@@ -1,0 +1,104 @@
+"""What ends a run from outside: signals, a wall-time limit, and a watchdog over a run that has stopped moving."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from dist_ssl.distributed import rank
+
+log = logging.getLogger(__name__)
+
+EXIT_RUN_ME_AGAIN = 75  # BSD's EX_TEMPFAIL: committed, start the same command again
+EXIT_HANGING = 70
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or the wall-time limit; the loop asks after each step.
+
+    A signal only sets a flag: saving is collective, so it waits until all ranks agree on the step. Where the loop does
+    not come to an end within `grace_seconds` of a signal (a peer died, and this rank waits for it) the process exits
+    without saving.
+    """
+
+    def __init__(self, grace_seconds: float, wall_time_minutes: float | None):
+        self._grace_seconds = grace_seconds
+        self._deadline = time.monotonic() + wall_time_minutes * 60 if wall_time_minutes else None
+        self._signal: int | None = None
+        self._timer: threading.Timer | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        return self
+
+    def agreed(self) -> None:
+        """All ranks have ended their step: from here on the commit may take as long as it takes."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.agreed()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self._signal is not None or (self._deadline is not None and time.monotonic() > self._deadline)
+
+    def reason(self) -> str:
+        return signal.Signals(self._signal).name if self._signal is not None else "checkpoint.wall_time_minutes"
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is None:
+            self._signal = number
+            self._timer = threading.Timer(self._grace_seconds, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _give_up(self) -> None:
+        message = (
+            f"rank {rank()}: no step ended within engine.grace_seconds = {self._grace_seconds:g} of the signal: "
+            "a peer must be gone; exiting without saving\n"
+        )
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        os._exit(1)
+
+
+class Watchdog:
+    """Ends the process, with the stacks of its threads on stderr, when `beat` was not called for `minutes`."""
+
+    def __init__(self, minutes: float):
+        self._seconds = minutes * 60
+        self._last, self._step = time.monotonic(), 0
+        self._done = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._done.set()
+
+    def beat(self, step: int) -> None:
+        self._last, self._step = time.monotonic(), step
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._last > self._seconds:
+                stderr = sys.__stderr__.fileno() if sys.__stderr__ else 2
+                os.write(
+                    stderr,
+                    f"rank {rank()}: no step since step {self._step} for engine.hang_minutes = "
+                    f"{self._seconds / 60:g}: this rank or one it waits for hangs; its stacks:\n".encode(),
+                )
+                faulthandler.dump_traceback(file=stderr)
+                os._exit(EXIT_HANGING)

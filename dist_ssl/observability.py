@@ -1,0 +1,167 @@
+"""What a run tells while it runs: metrics.jsonl (the source of truth), TensorBoard, W&B, the ledger, one progress line.
+
+JSONL files are opened by replacing them with their lines up to the resumed step: so they read as one run, and an older
+incarnation that still lives goes on writing to a file that is no longer there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dist_ssl.config import Config
+from dist_ssl.distributed import rank
+
+
+def trim_jsonl(path: Path, last_step: int) -> None:
+    """Drop lines past a step, and a last line that a kill cut short. The file is replaced, never written in place."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def trim_run(run_dir: Path, last_step: int) -> None:
+    """All metrics and ledgers of a run, those of ranks that are no more included. Call on rank 0 only."""
+    for path in [run_dir / "metrics.jsonl", *run_dir.glob("ledger-rank*.jsonl")]:
+        trim_jsonl(path, last_step)
+
+
+class Journal:
+    """An append-only JSONL file; lines are in the kernel after each write, and on the disk after `sync`."""
+
+    def __init__(self, path: Path):
+        self._file: IO[str] = open(path, "a", buffering=1)  # noqa: SIM115  held for the run's length
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Observer:
+    """Metrics on rank 0, the ledger on every rank where it is asked for, and the progress line."""
+
+    def __init__(self, config: Config, total_steps: int, step: int):
+        run_dir = Path(config.run.dir)
+        self._ledger = Journal(run_dir / f"ledger-rank{rank()}.jsonl") if config.data.ledger else None
+        self._metrics = Journal(run_dir / "metrics.jsonl") if rank() == 0 else None
+        self._boards = _boards(config) if rank() == 0 else []
+        self._progress = _progress_line(rank() == 0)
+        self._task = self._progress.add_task("pretrain", total=total_steps, completed=step, loss="", rate="")
+        self._batch = config.train.global_batch_size
+        self._mark, self._mark_step, self._waited = time.monotonic(), step, 0.0
+
+    def __enter__(self) -> Observer:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._progress.stop()
+        for closable in [*self._boards, self._ledger, self._metrics]:
+            if closable is not None:
+                closable.close()
+
+    def waited(self, seconds: float) -> None:
+        """Count time in which this rank had no batch."""
+        self._waited += seconds
+
+    def ledger(self, line: dict[str, Any]) -> None:
+        if self._ledger is not None:
+            self._ledger.write(line)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics; adds images a second and the data wait since the last. Rank 0 writes."""
+        now = time.monotonic()
+        elapsed = max(now - self._mark, 1e-9)
+        rate = (step - self._mark_step) * self._batch / elapsed
+        values = values | {"images_per_second": rate, "data_wait_fraction": min(1.0, self._waited / elapsed)}
+        self._mark, self._mark_step, self._waited = now, step, 0.0
+        if self._metrics is None:
+            return
+        # JSON knows no NaN: a loss that is not finite is null.
+        finite = {key: value if abs(value) < float("inf") else None for key, value in values.items()}
+        self._metrics.write({"step": step, **finite})
+        for board in self._boards:
+            board.log(step, values)
+        self._progress.update(self._task, loss=f"{values['loss']:.4f}", rate=f"{rate:,.0f}")
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk: call before a checkpoint that counts on it."""
+        for journal in (self._ledger, self._metrics):
+            if journal is not None:
+                journal.sync()
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, config: Config):
+        try:
+            import wandb
+        except ImportError:
+            raise RuntimeError("log.wandb_project is set, but wandb is not installed: pip install wandb") from None
+        name = Path(config.run.dir).name
+        self._run = wandb.init(project=config.log.wandb_project, name=name, id=name, resume="allow")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _boards(config: Config) -> list[Any]:
+    boards: list[Any] = [_TensorBoard(Path(config.run.dir))] if config.log.tensorboard else []
+    return boards + ([_WeightsAndBiases(config)] if config.log.wandb_project else [])
+
+
+class _Steps(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        return Text(f"{int(task.completed)}/{int(task.total or 0)}")
+
+
+def _progress_line(enabled: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        _Steps(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[rate]} images/s"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=False)

@@ -1,0 +1,103 @@
+"""Opening a run directory: fresh or where it was, fenced against older incarnations, refused for another config."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from dist_ssl import checkpoint, storage
+from dist_ssl import config as config_module
+from dist_ssl.checkpoint import Checkpoint, RunState
+from dist_ssl.config import Config, UserError
+from dist_ssl.distributed import broadcast_object, raise_together, rank
+from dist_ssl.observability import trim_run
+from dist_ssl.optim import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> tuple[int, Checkpoint | None]:
+    """(incarnation, the checkpoint to go on from or None for a fresh start). Collective; errors are raised on all ranks.
+
+    Raises UserError where the directory can't be written, holds a run of another config or other data, or has lost its
+    checkpoints.
+    """
+    run_dir = Path(config.run.dir)
+    error: UserError | None = None
+    incarnation = 0
+    if rank() == 0:
+        try:
+            if restart:
+                _set_aside(config, run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            incarnation = checkpoint.take_incarnation(run_dir)
+        except OSError as cause:
+            error = UserError(f"run.dir = {run_dir}: expected a directory that can be written: {cause}")
+    raise_together(error)
+    incarnation = broadcast_object(incarnation)
+    found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+    if found is None and (run_dir / "metrics.jsonl").exists():
+        raise UserError(
+            f"{checkpoint.checkpoint_url(config)}: {run_dir} has been trained but no checkpoint is there; "
+            "put it back, or begin anew with --restart"
+        )
+    state = found.state() if found is not None else None
+    if state is not None:
+        _check_goes_on(config, manifest, state, extend)
+    if rank() == 0:
+        storage.write_bytes(str(run_dir / "config.toml"), config_module.dumps(config).encode(), config.storage)
+        if state is not None:
+            log.info("%s: going on from step %d as incarnation %d", run_dir, state.step, incarnation)
+            trim_run(run_dir, state.step)
+    broadcast_object(None)  # the others open their ledgers after the trim
+    return incarnation, found
+
+
+def _set_aside(config: Config, run_dir: Path) -> None:
+    """--restart deletes nothing: the old run keeps its files under another name."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        aside = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        os.rename(run_dir, aside)
+        log.info("the run that was in %s is now in %s", run_dir, aside)
+    url = config.checkpoint.url
+    if url and checkpoint.committed_steps(url, config.storage):
+        raise UserError(
+            f"checkpoint.url = {url}: expected it empty for a restart, but a run's checkpoints are there; "
+            "give another one or remove them"
+        )
+
+
+def _check_goes_on(config: Config, manifest: Any, state: RunState, extend: bool) -> None:
+    saved = config_module.loads(state.config, "the checkpoint's config")
+    if manifest.hash != state.data_hash:
+        raise UserError(
+            f"data.shards = {config.data.shards}: other data than this run was trained on (manifest {manifest.hash[:12]}, "
+            f"expected {state.data_hash[:12]}); give the same shards, another run.dir, or --restart"
+        )
+    differences = config_module.resume_diff(saved, config)
+    length = [line for line in differences if line.startswith(("train.steps", "train.epochs"))]
+    if extend:
+        differences = [line for line in differences if line not in length]
+    if differences:
+        hint = "; --extend makes a run longer" if length else ""
+        raise UserError(
+            f"{config.run.dir} holds a run whose config differs in what may not change on resume: "
+            f"{'; '.join(differences)}; use its config, another run.dir, or --restart{hint}"
+        )
+    if not length:
+        return
+    before = config_module.total_steps(saved, manifest.num_samples)
+    after = config_module.total_steps(config, manifest.num_samples)
+    if after < before:
+        raise UserError(f"--extend: expected a longer run than its {before} steps; got {after}")
+    if rank() == 0:
+        log.warning(
+            "extended from %d to %d steps: the schedule is stretched, the next learning rate is %.3g instead of %.3g",
+            before,
+            after,
+            learning_rate(config, state.step, after, manifest.num_samples),
+            learning_rate(saved, state.step, before, manifest.num_samples),
+        )

@@ -1,0 +1,111 @@
+"""Start ranks on this machine: `python -m launch.local pretrain CONFIG --ranks N`, on torch's elastic launcher.
+
+Ranks are started again, all of them, when one dies, up to `--max-restarts` times; not after a user's mistake (exit code
+2) and not when they have committed on a signal (75). A signal to the launcher reaches the ranks, which commit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from dist_ssl import config as configuration
+from dist_ssl.config import UserError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+FINAL_EXIT_CODES = (2, 75, 76)  # a user's mistake, run me again, fenced by a newer incarnation
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=PASSED_ON)
+def pretrain(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    ranks: Annotated[int | None, typer.Option(help="One a GPU by default; 2 without GPUs.", min=1)] = None,
+    max_restarts: Annotated[int, typer.Option(help="How often to start the ranks again when one dies.", min=0)] = 3,
+    overrides: Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE")] = [],  # noqa: B006
+) -> None:
+    """Pretrain on N local ranks; further options are those of `dist-ssl pretrain`.
+
+    Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
+    """
+    grace = configuration.load(config, overrides).engine.grace_seconds  # a mistake is found before any rank starts
+    settings = [part for override in overrides for part in ("--set", override)]
+    run_ranks(["pretrain", str(config), *settings, *context.args], ranks, max_restarts, grace)
+
+
+@app.command(context_settings=PASSED_ON)
+def evaluate(
+    context: typer.Context,
+    ranks: Annotated[int | None, typer.Option(help="One a GPU by default; 2 without GPUs.", min=1)] = None,
+) -> None:
+    """Evaluate on N local ranks; further arguments are those of `dist-ssl evaluate`.
+
+    Example: python -m launch.local evaluate runs/quickstart --ranks 2
+    """
+    run_ranks(["evaluate", *context.args], ranks, 0, 5.0)
+
+
+def run_ranks(arguments: list[str], ranks: int | None, max_restarts: int, grace_seconds: float) -> NoReturn:
+    """Run `dist-ssl ARGUMENTS` on local ranks and exit as they did."""
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # we say it in one line
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # dist_ssl sets its own number; torch warns otherwise
+    size = ranks or torch.cuda.device_count() or 2
+    launch = elastic_launch(
+        LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=size,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,  # we restart, since not every exit code wants it
+            monitor_interval=0.2,
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+            shutdown_timeout=int(grace_seconds) + 5,
+        ),
+        sys.executable,
+    )
+    for attempt in range(max_restarts + 1):
+        try:
+            launch("-m", "dist_ssl.cli", *arguments)
+            sys.exit(0)
+        except SignalException as stopped:
+            print(f"stopped by {stopped.sigval.name}; run the same command again to go on", file=sys.stderr)
+            sys.exit(75)
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            code = failure.exitcode
+            if code in FINAL_EXIT_CODES:
+                sys.exit(code)
+            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            again = f"starting all {size} again" if attempt < max_restarts else "giving up"
+            print(
+                f"rank {rank} of {size} {cause}; {again} ({attempt} of {max_restarts} restarts used)", file=sys.stderr
+            )
+    sys.exit(code if code > 0 else 128 - code)
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
