@@ -37,9 +37,10 @@ import torch
 import dist_ssl
 from dist_ssl import config as configuration
 from dist_ssl import distributed
-from dist_ssl.checkpoint import load_run
+from dist_ssl.checkpoint import load_run, step_url
 from dist_ssl.config import Config, UserError
 from dist_ssl.evaluation import features as feature_files
+from dist_ssl.evaluation import pictures
 from dist_ssl.evaluation.features import Features, Split
 from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batch_statistics
 from dist_ssl.evaluation.intervals import difference, summarize
@@ -72,9 +73,8 @@ def run_subject(run_dir: Path, step: int | None, overrides: list[str], name: str
     folder = Path(run_dir) / "evaluation" / f"step-{step}"
     if name is not None:
         folder = folder / name
-    root = config.checkpoint.url or str(Path(run_dir) / "checkpoints")
     return Subject(
-        f"{root}/step-{step:08d}",
+        step_url(saved.checkpoint.url or str(Path(run_dir) / "checkpoints"), step),
         step,
         config,
         Readable(model.encoder, model.head),
@@ -129,10 +129,12 @@ def evaluate(subject: Subject, device: torch.device) -> dict[str, Any]:
             "data": _data(config, train, test, num_classes),
         }
         results |= _probe(subject, train, test, train_features, test_features, num_classes, device)
+        shown = pictures.pictures(test, test_features) if distributed.rank() == 0 else {}
     results["config"] = configuration.dumps(config)
     results["versions"] = versions(device)
     results["seconds"] = round(time.monotonic() - started, 1)
     if distributed.rank() == 0:
+        pictures.save(subject.folder / "pictures.npz", shown)
         write_json(subject.folder / "results.json", results)
         if not config.evaluation.keep_features:
             shutil.rmtree(cache)

@@ -1,1 +1,1 @@
-"""The report: one self-contained HTML page of a run, or of several runs side by side. No script, no outside resource."""
+"""The report: one self-contained HTML page of a run or of several side by side. No script, no outside resource."""

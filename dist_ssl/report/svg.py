@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn for a phone's width and coloured by the page's CSS, so that light and dark both read well.
+"""Charts as inline SVG, drawn for a phone's width and coloured by the page's CSS: light and dark both read well.
 
 Every chart has a viewBox 360 units wide: the page lays charts out in columns of at least that width, so text keeps its
 size. Colours are the classes s0 to s7 of style.css; `<title>` elements give exact values on hover. All text is escaped.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 34
 NUM_COLOURS = 8
 MAX_POINTS = 240  # of a curve as drawn: more than a point a pixel only fattens the page
 
@@ -48,7 +48,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [number * step for number in range(first, int(math.floor(high / step + 1e-9)) + 1)]
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def number(value: float) -> str:
@@ -152,8 +152,7 @@ def scatter(x: Sequence[float], y: Sequence[float], groups: Sequence[int], names
         # A zero-length round-capped stroke is a dot: one path a group instead of an element a point.
         marks.setdefault(group, []).append(f"M{px:.1f} {py:.1f}h0" if group < NUM_COLOURS else f"M{px:.1f} {py:.1f}h4")
     parts = [
-        f'<path class="points s{group % NUM_COLOURS}" d="{"".join(moves)}">'
-        f"<title>{escape(names[group])}</title></path>"
+        f'<path class="points s{group % NUM_COLOURS}" d="{"".join(moves)}"><title>{escape(names[group])}</title></path>'
         for group, moves in sorted(marks.items())
     ]
     return _svg(parts, side, label)
@@ -161,9 +160,7 @@ def scatter(x: Sequence[float], y: Sequence[float], groups: Sequence[int], names
 
 def legend(entries: Sequence[tuple[str, int]]) -> str:
     """An HTML legend: (name, colour) each."""
-    items = "".join(
-        f'<li><i class="s{colour % NUM_COLOURS}"></i>{escape(name)}</li>' for name, colour in entries
-    )
+    items = "".join(f'<li><i class="s{colour % NUM_COLOURS}"></i>{escape(name)}</li>' for name, colour in entries)
     return f'<ul class="legend">{items}</ul>'
 
 

@@ -1,0 +1,126 @@
+"""What the report shows of images: neighbours in h and z, an embedding map, view pairs as trained. Small arrays only.
+
+pictures.npz: sample_images uint8 (n, 3, s, s) and sample_labels (n,); queries (q,) and neighbours_<layer> (q, 8), rows
+of the sample; pca_<layer> (m, 2) with pca_share_<layer>, umap_<layer> where umap is installed, map_labels (m,); views
+uint8 (p, 2, 3, s, s).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dist_ssl import config as configuration
+from dist_ssl.config import Config, UserError
+from dist_ssl.data import augment, stream
+from dist_ssl.data.index import load_manifest
+from dist_ssl.evaluation.features import Features, Split
+from dist_ssl.evaluation.knn import nearest
+
+log = logging.getLogger(__name__)
+
+SAMPLE, MAP_POINTS, QUERIES, NEIGHBOURS, PAIRS, THUMBNAIL = 1024, 1500, 6, 8, 12, 64
+
+
+def pictures(test: Split, features: Features) -> dict[str, np.ndarray]:
+    """All arrays of pictures.npz for the first images of the test split (shards are permuted when they are written)."""
+    sample = min(SAMPLE, len(features.labels))
+    rows = np.arange(min(MAP_POINTS, len(features.labels)))
+    found: dict[str, Any] = {"map_labels": features.labels[rows]}
+    used: set[int] = set()
+    queries = _queries(features.labels[:sample])
+    for layer in ("h", "z"):
+        if layer not in features.layers:
+            continue
+        values = np.asarray(features.layers[layer][rows])
+        found[f"pca_{layer}"], found[f"pca_share_{layer}"] = principal_components(values)
+        projected = _umap(values)
+        if projected is not None:
+            found[f"umap_{layer}"] = projected
+        # One more than is shown: the nearest to a query is itself.
+        _, neighbours = nearest(values[queries], values[:sample], NEIGHBOURS + 1)
+        found[f"neighbours_{layer}"] = np.stack(
+            [
+                [r for r in row if r != query][:NEIGHBOURS]
+                for query, row in zip(queries, neighbours.tolist(), strict=True)
+            ]
+        )
+        used |= {*queries.tolist(), *found[f"neighbours_{layer}"].ravel().tolist()}
+    images = torch.cat([batch.images for batch in test.batches(0, sample)])
+    kept = np.array(sorted(used))
+    found["sample_images"], found["sample_labels"] = thumbnails(images[kept]), features.labels[kept]
+    place = {int(row): position for position, row in enumerate(kept)}
+    found["queries"] = queries
+    for name in ("queries", *(name for name in found if name.startswith("neighbours_"))):
+        found[name] = np.vectorize(place.__getitem__)(found[name])
+    views = view_pairs(test.config)
+    if views is not None:
+        found["views"] = views
+    return found
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Written beside its place, then renamed."""
+    temporary = path.with_name("writing-" + path.name)
+    np.savez_compressed(temporary, allow_pickle=False, **arrays)
+    os.replace(temporary, path)
+
+
+def principal_components(values: np.ndarray) -> tuple[np.ndarray, np.float64]:
+    """(m, 2) coordinates on the first two principal components, and the share of the variance that they hold."""
+    centred = torch.from_numpy(values - values.mean(axis=0, keepdims=True)).double()
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    two = torch.zeros(len(values), 2, dtype=torch.float64)
+    count = min(2, len(s))
+    two[:, :count] = (u * s)[:, :count]
+    return two.float().numpy(), np.float64((s[:2].square().sum() / s.square().sum().clamp(min=1e-30)).item())
+
+
+def view_pairs(config: Config) -> np.ndarray | None:
+    """The first view pairs of the run's own data and augmentation; None, with a warning, where its data is gone."""
+    if not config.data.shards:
+        return None
+    few = configuration.with_overrides(config, [f"train.global_batch_size={PAIRS}", "data.num_workers=0"])
+    try:
+        manifest = load_manifest(few.data.shards, few.storage)
+        batches = stream.training_batches(few, manifest, cursor=0, first_step=0, num_steps=1, rank=0, world_size=1)
+        batch = next(iter(batches))
+        views = augment.augment(batch.crops, batch.parameters, few.augment)
+    except (OSError, UserError) as error:
+        log.warning("no view pairs in the report: %s", error)
+        return None
+    n = len(views)
+    flat = views.reshape(2 * n, *views.shape[2:])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (few.augment.mean, few.augment.std))
+    pixels = ((flat.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    small = thumbnails(pixels)
+    return small.reshape(n, 2, *small.shape[1:])
+
+
+def thumbnails(images: Tensor) -> np.ndarray:
+    """uint8 (n, 3, S, S) at most THUMBNAIL pixels wide."""
+    if images.shape[-1] > THUMBNAIL:
+        small = F.interpolate(images.float(), size=(THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True)
+        images = small.round().clamp(0, 255).to(torch.uint8)
+    return images.numpy()
+
+
+def _queries(labels: np.ndarray) -> np.ndarray:
+    """The first image of each of the first classes."""
+    first = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)]
+    return np.array(sorted(first)[:QUERIES])
+
+
+def _umap(values: np.ndarray) -> np.ndarray | None:
+    try:
+        from umap import UMAP
+    except ImportError:
+        return None
+    return np.asarray(UMAP(n_components=2, random_state=0).fit_transform(values), dtype=np.float32)

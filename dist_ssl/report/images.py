@@ -1,0 +1,100 @@
+"""The report's pictures, from an evaluation's pictures.npz: neighbours, the embedding map, view pairs as trained.
+
+Images are embedded as JPEG data URIs; the file is plain arrays, loaded without pickle.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dist_ssl.report.svg import legend, scatter
+
+MAX_LEGEND = 24
+
+
+def sections(file: Path) -> list[str]:
+    """HTML sections of the pictures that the file holds."""
+    from dist_ssl.report.sections import figure, grid, section
+
+    with np.load(file, allow_pickle=False) as stored:
+        found = {name: stored[name] for name in stored.files}
+    neighbours = grid(
+        [
+            figure(f"Nearest neighbours in {layer}", _neighbours(found, layer))
+            for layer in ("h", "z")
+            if f"neighbours_{layer}" in found
+        ]
+    )
+    maps = grid([figure(f"{name}", chart, after=names) for name, chart, names in _maps(found)])
+    return [
+        section(
+            "Views as trained", _pairs(found), "Two views of one image, side by side: a positive pair of the loss."
+        ),
+        section(
+            "Nearest neighbours",
+            neighbours,
+            "Outlined in blue: a test image. Then the images nearest to it by cosine; dashed and pale where the class "
+            "is another one.",
+        ),
+        section("Embedding map", maps, "Test images, coloured by class."),
+    ]
+
+
+def _pairs(found: dict[str, Any]) -> str:
+    if "views" not in found:
+        return ""
+    pairs = "".join(
+        f"<span>{_image(first, 'one view')}{_image(second, 'the other view')}</span>"
+        for first, second in found["views"]
+    )
+    return f'<div class="pairs">{pairs}</div>'
+
+
+def _neighbours(found: dict[str, Any], layer: str) -> str:
+    rows = []
+    labels, images = found["sample_labels"], found["sample_images"]
+    for query, neighbours in zip(found["queries"], found[f"neighbours_{layer}"], strict=True):
+        cells = [_image(images[query], f"query of class {labels[query]}", "query")]
+        for row in neighbours:
+            same = labels[row] == labels[query]
+            cells.append(_image(images[row], f"class {labels[row]}", "" if same else "other"))
+        rows.append(f'<div class="images">{"".join(cells)}</div>')
+    return "".join(rows)
+
+
+def _maps(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    maps = []
+    for method in ("pca", "umap"):
+        for layer in ("h", "z"):
+            points = found.get(f"{method}_{layer}")
+            if points is None:
+                continue
+            labels = found["map_labels"].tolist()
+            names = [f"class {number}" for number in range(max(labels) + 1)]
+            title = f"{method.upper()} of {layer}"
+            if method == "pca":
+                share = float(found[f"pca_share_{layer}"])
+                title += f" ({100 * share:.0f}% of its variance)"
+            chart = scatter(points[:, 0].tolist(), points[:, 1].tolist(), labels, names, label=title)
+            shown = [(name, number) for number, name in enumerate(names)][:MAX_LEGEND]
+            maps.append((title, chart, legend(shown)))
+    return maps
+
+
+def _image(pixels: np.ndarray, text: str, kind: str = "") -> str:
+    """uint8 (3, S, S) -> an img element with its pixels inside."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    picture.save(buffer, "JPEG", quality=88)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    side = picture.width
+    return (
+        f'<img class="{kind}" src="data:image/jpeg;base64,{data}" alt="{text}" title="{text}" '
+        f'width="{side}" height="{side}" loading="lazy">'
+    )

@@ -1,0 +1,51 @@
+"""Builds the page: sections from runs, inside `page.html` with `style.css` embedded. A run's texts are escaped."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from dist_ssl.report import sections
+from dist_ssl.report.runs import Run, read_run
+
+
+def build(folders: list[Path], output: Path | None = None) -> Path:
+    """Writes the report of one run (RUN/report.html by default) or of several compared, and returns its path."""
+    runs = _distinct([read_run(folder) for folder in folders])
+    output = output or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
+    html = render(runs)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, output)
+    return output
+
+
+def render(runs: list[Run]) -> str:
+    """The whole page as text."""
+    parts = [sections.compared(runs)] if len(runs) > 1 else sections.of_one(runs[0])
+    parts += [sections.curves(runs)]
+    if len(runs) == 1:
+        parts += sections.pictures(runs[0])
+    parts += [sections.settings(runs), sections.reproduce(runs)]
+    files = resources.files("dist_ssl.report")
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
+    return Template((files / "page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        style=(files / "style.css").read_text(encoding="utf-8"),
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        body="\n".join(part for part in parts if part),
+    )
+
+
+def _distinct(runs: list[Run]) -> list[Run]:
+    """Runs whose folders share a name are told apart by their parent's."""
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else Run(str(run.folder), run.folder, run.config, run.curves, run.results)
+        for run in runs
+    ]
