@@ -15,8 +15,9 @@ by rank, image, view: row r belongs to image r // 2 and its positive is row r ^ 
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from dist_ssl import distributed, nt_xent_tiles
 # temperature is computed in fp64, whose range ends at MIN_TEMPERATURE.
 MAX_SCALE_FP32 = 64.0
 MIN_TEMPERATURE = 0.002
+CHUNK_VIEWS = 8192  # even: both views of an image in one chunk
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -134,13 +137,16 @@ class _Contrast(torch.autograd.Function):
         scale = 1.0 / temperature.item()
         if scale > MAX_SCALE_FP32:
             z = z.double()
+        elif z.dtype == torch.float16:
+            z = z.float()  # its range is too short for the weights in backward
         wide = torch.promote_types(z.dtype, torch.float32)
         # As F.normalize: a vector shorter than 1e-12 is divided by that.
         inverse_norm = torch.linalg.vector_norm(z, dim=1, dtype=wide).clamp(min=1e-12).reciprocal()
         key = _keys(form, ids, z)
         lse = _kernels(z).exponential_sums(z, inverse_norm, key, own, scale).log()
-        unit = z[own] * inverse_norm[own, None]
-        s_positive = (unit * _positives(form, z, inverse_norm, ids, own)).sum(dim=1) * scale
+        s_positive = torch.empty_like(lse)
+        for rows, unit, positive in _anchors(form, z, inverse_norm, ids, own):
+            s_positive[rows] = (unit * positive).sum(dim=1) * scale
         if form == "nt_xent":
             # The positive joins the denominator last: where it dominates, LSE_i - s_i,p(i) would cancel.
             losses = -F.logsigmoid(s_positive - lse)
@@ -162,19 +168,26 @@ class _Contrast(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             du = _kernels(z).weighted_sums(z, inverse_norm, key, weight, ctx.own, ctx.scale)
             pulls = pull + pull.view(-1, 2).flip(1).flatten()  # u_k is pulled as an anchor and as a positive
-            du -= pulls[:, None] * _positives(ctx.form, z, inverse_norm, ids, ctx.own)
-            du *= gradients[0].to(du.dtype) * (ctx.factor * ctx.scale)
-            unit = z[ctx.own] * inverse_norm[ctx.own, None]
-            radial = (unit * du).sum(dim=1)
+            factor = gradients[0].to(du.dtype) * (ctx.factor * ctx.scale)
+            radial = torch.empty_like(pull)
+            dz = torch.empty(2, len(du) // 2, du.shape[1], dtype=ctx.dtype, device=du.device)
+            for rows, unit, positive in _anchors(ctx.form, z, inverse_norm, ids, ctx.own):
+                du_k = (du[rows] - pulls[rows, None] * positive) * factor
+                radial[rows] = (unit * du_k).sum(dim=1)
+                dz_k = (du_k - radial[rows, None] * unit) * inverse_norm[ctx.own][rows, None]
+                dz[:, rows.start // 2 : rows.stop // 2] = dz_k.view(-1, 2, dz.shape[2]).transpose(0, 1)
             # s is homogeneous in u: sum_k u_k.dL/du_k = 2 sum_ij s_ij dL/ds_ij = -2 tau dL/dtau.
             dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature)
-            dz = (du - radial[:, None] * unit).mul_(inverse_norm[ctx.own, None]).to(ctx.dtype).view(-1, 2, z.shape[1])
-        return None, dz[:, 0], dz[:, 1], dtemperature, None, None, None
+        return None, dz[0], dz[1], dtemperature, None, None, None
 
 
 def _kernels(z: Tensor) -> Any:
     """The module whose `exponential_sums` and `weighted_sums` suit this device and dtype."""
-    return nt_xent_tiles
+    if not z.is_cuda or z.dtype == torch.float64 or not HAS_TRITON:
+        return nt_xent_tiles
+    from dist_ssl import nt_xent_triton  # torch's builds without CUDA bring no triton
+
+    return nt_xent_triton
 
 
 def _gather(z1: Tensor, z2: Tensor, ids: Tensor | None, rows_per_rank: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -191,20 +204,32 @@ def _keys(form: str, ids: Tensor | None, z: Tensor) -> Tensor:
     """(M,): views with equal keys are kept out of each other's denominator."""
     if ids is not None and form != "supervised":
         return ids.repeat_interleave(2)
-    view = torch.arange(len(z), device=z.device)
+    view = torch.arange(len(z), device=z.device, dtype=torch.int32)
     return view if form == "supervised" else view // 2
 
 
-def _positives(form: str, z: Tensor, inverse_norm: Tensor, ids: Tensor | None, own: slice) -> Tensor:
-    """The mean of each own view's positives: (m, d)."""
-    if form != "supervised":
-        unit = z[own] * inverse_norm[own, None]
-        return unit.view(-1, 2, z.shape[1]).flip(1).reshape(unit.shape)
-    unit = z * inverse_norm[:, None]
-    _, image_class, images = torch.unique(ids, return_inverse=True, return_counts=True)
-    view_class = image_class.repeat_interleave(2)
-    sums = unit.new_zeros(len(images), z.shape[1]).index_add_(0, view_class, unit)
-    return (sums[view_class[own]] - unit[own]) / (2 * images[view_class[own], None] - 1)
+def _anchors(
+    form: str, z: Tensor, inverse_norm: Tensor, ids: Tensor | None, own: slice
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows of m, u, the mean of each view's positives), a chunk of own views at a time, since M d is much on a GPU."""
+    if form == "supervised":
+        _, image_class, images = torch.unique(ids, return_inverse=True, return_counts=True)
+        view_class = image_class.repeat_interleave(2)
+        sums = inverse_norm.new_zeros(len(images), z.shape[1])
+        for views in _chunks(0, len(z)):
+            sums.index_add_(0, view_class[views], z[views] * inverse_norm[views, None])
+    for views in _chunks(own.start, own.stop):
+        unit = z[views] * inverse_norm[views, None]
+        if form == "supervised":
+            of_view = view_class[views]
+            positive = (sums[of_view] - unit) / (2 * images[of_view, None] - 1)
+        else:
+            positive = unit.view(-1, 2, unit.shape[1]).flip(1).reshape(unit.shape)
+        yield slice(views.start - own.start, views.stop - own.start), unit, positive
+
+
+def _chunks(start: int, stop: int) -> list[slice]:
+    return [slice(first, min(first + CHUNK_VIEWS, stop)) for first in range(start, stop, CHUNK_VIEWS)]
 
 
 def _check_finite(form: str, z: Tensor, rows_per_rank: Sequence[int]) -> None:

@@ -1,0 +1,178 @@
+"""The Triton kernels: their arithmetic in Triton's interpreter, their compilation for real GPUs, and on a GPU itself.
+
+The interpreter and the compiler need no GPU, but a fresh process: Triton decides on import which of them it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dist_ssl import nt_xent_tiles, objective
+
+HAS_CUDA = torch.cuda.is_available()
+# M, own rows, d, dtype: one tile and many, edges that no tile divides, d beyond one block, splits of the columns.
+CASES = {
+    "one row, one dimension": (64, (0, 1), 1, "float32"),
+    "odd everything": (301, (37, 170), 21, "float32"),
+    "bf16": (258, (0, 258), 128, "bfloat16"),
+    "wide": (130, (99, 130), 200, "float32"),
+    "wide bf16": (140, (4, 90), 300, "bfloat16"),
+}
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double().cpu() - want.double().cpu()).norm() / want.double().norm())
+
+
+def kernel_errors(total: int, own: tuple[int, int], d: int, dtype: str, device: str = "cpu") -> list[float]:
+    """Both kernels against the tiles in fp64, with a third of the keys equal to others."""
+    from dist_ssl import nt_xent_triton
+
+    generator = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(total, d, generator=generator)).to(getattr(torch, dtype))
+    key = torch.randint(-(2**40), 2**40, (total,), generator=generator)[torch.randint(0, total, (total,))]
+    weight, rows = torch.rand(total, generator=generator), slice(*own)
+    inverse_norm = z.float().norm(dim=1).reciprocal()
+    wide = (z.double(), inverse_norm.double(), key)
+    here = [x.to(device) for x in (z, inverse_norm, key)]
+    return [
+        relative(nt_xent_triton.exponential_sums(*here, rows, 10.0), nt_xent_tiles.exponential_sums(*wide, rows, 10.0)),
+        relative(
+            nt_xent_triton.weighted_sums(*here, weight.to(device), rows, 10.0),
+            nt_xent_tiles.weighted_sums(*wide, weight.double(), rows, 10.0),
+        ),
+    ]
+
+
+def loss_errors(form: str, dtype: str, device: str = "cpu", n: int = 150, d: int = 24) -> list[float]:
+    """Loss, gradients of z and of the temperature through the kernels, against fp64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(n, d, generator=generator).to(getattr(torch, dtype)) for _ in range(2)]
+    ids = torch.arange(n) // 2 * 10**12  # every image twice
+    extra = {"labels": torch.arange(n) % 7 - 1} if form == "supervised" else {"sample_ids": ids}
+    answers = []
+    for to in ({"device": device}, {"dtype": torch.float64}):
+        z1, z2 = (z.to(**to, copy=True).requires_grad_() for z in views)
+        tau = torch.tensor(0.1, requires_grad=True)
+        loss = getattr(objective, form)(z1, z2, tau, **{name: x.to(z1.device) for name, x in extra.items()})
+        loss.backward()
+        answers.append([loss.detach(), torch.cat([z1.grad, z2.grad]), tau.grad])
+    return [relative(got, want) for got, want in zip(*answers, strict=True)]
+
+
+def in_the_interpreter() -> dict[str, list[float]]:
+    from dist_ssl import nt_xent_triton
+
+    errors = {name: kernel_errors(*case) for name, case in CASES.items()}
+    objective._kernels = lambda z: nt_xent_tiles if z.dtype == torch.float64 else nt_xent_triton
+    return errors | {form: loss_errors(form, "float32") for form in ("nt_xent", "decoupled", "supervised")}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, list[float]]:
+    return fresh_process("in_the_interpreter", TRITON_INTERPRET="1")
+
+
+def fresh_process(function: str, **environment: str):
+    code = f"import json; from tests.test_nt_xent_triton import {function} as f; print(json.dumps(f()))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_in_the_interpreter(interpreted, case):
+    sums, weighted = interpreted[case]
+    assert sums <= 1e-6
+    assert weighted <= (4e-3 if "bf16" in case else 1e-6)  # bf16 rounds the weights as tensor cores want them
+
+
+@pytest.mark.parametrize("form", ["nt_xent", "decoupled", "supervised"])
+def test_losses_in_the_interpreter(interpreted, form):
+    assert max(interpreted[form]) <= 5e-6
+
+
+def compiled() -> list[dict]:
+    """Both kernels compiled to machine code for Ampere and Hopper."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dist_ssl import nt_xent_triton as kernels
+
+    facts = []
+    for capability, dtype, blocks in [
+        (90, "bf16", (kernels.FORWARD, kernels.BACKWARD)),
+        (90, "fp32", (kernels.SINGLE, kernels.SINGLE)),
+        (80, "bf16", (kernels.SMALL, kernels.SMALL)),
+        (80, "fp32", (kernels.SINGLE, kernels.SINGLE)),
+    ]:
+        for kernel, block in zip((kernels._exponential_sums, kernels._weighted_sums), blocks, strict=True):
+            types = dict.fromkeys(("inverse_norm", "weight", "parts"), "*fp32") | {"z": f"*{dtype}", "key": "*i32"}
+            types |= dict.fromkeys(("first", "m", "M"), "i32") | {"scale": "fp32"}
+            constants = {"D": 128, "BLOCK_D": 128, "SPLIT": 2**16, "BLOCK_M": block["BLOCK_M"]}
+            constants |= {"BLOCK_N": block["BLOCK_N"], "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+            constants["PRODUCT"] = kernels.tl.float32 if dtype == "fp32" else kernels.tl.bfloat16
+            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] in "*i"}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+            options = {"num_warps": block["num_warps"], "num_stages": block["num_stages"]}
+            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            products = re.findall(r"wgmma\.mma_async|mma\.sync", binary.asm["ptx"])
+            facts.append({"capability": capability, "dtype": dtype, "shared": binary.metadata.shared})
+            facts[-1]["products"] = sorted(set(products))
+    return facts
+
+
+def test_kernels_compile_to_tensor_core_code():
+    for fact in fresh_process("compiled", TRITON_INTERPRET="0"):
+        hopper = fact["capability"] == 90
+        assert fact["products"] == (["wgmma.mma_async"] if hopper else ["mma.sync"]), fact
+        assert fact["shared"] <= (227 if hopper else 99) * 1024, fact
+        if hopper and fact["dtype"] == "bf16":
+            assert fact["shared"] <= 113 * 1024, f"two programs no longer share a processor: {fact}"
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_on_a_gpu(case):
+    sums, weighted = kernel_errors(*CASES[case], device="cuda")
+    assert sums <= 2e-6
+    assert weighted <= (4e-3 if "bf16" in case else 2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("form", ["nt_xent", "decoupled", "supervised"])
+def test_losses_on_a_gpu(form, dtype, tolerance):
+    assert max(loss_errors(form, dtype, "cuda", n=1500, d=130)) <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+def test_same_bits_and_little_memory_on_a_gpu():
+    generator = torch.Generator("cuda").manual_seed(0)
+    views = torch.randn(2, 32768, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
+    answers = []
+    for _ in range(2):
+        z1, z2 = (z.clone().requires_grad_() for z in views)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = objective.nt_xent(z1, z2, 0.1)
+        loss.backward()
+        assert torch.cuda.max_memory_allocated() - before <= 150 * 2**20
+        answers.append((loss.detach(), z1.grad, z2.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
