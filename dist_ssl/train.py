@@ -28,6 +28,7 @@ from dist_ssl.config import Config, UserError
 from dist_ssl.data.augment import augment
 from dist_ssl.data.index import load_manifest
 from dist_ssl.data.plan import Plan
+from dist_ssl.data.quarantine import Quarantine
 from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.distributed import World
 from dist_ssl.interrupts import EXIT_RUN_ME_AGAIN, StopRequest, Watchdog
@@ -107,6 +108,7 @@ class Run:
         self.total_steps, self.num_samples = total_steps, plan.num_samples
         self.step, self.cursor, self.skipped = state.step, state.cursor, state.skipped_steps
         self.state, self.skipped_in_a_row, self.saved_at = state, 0, time.monotonic()
+        self.quarantine = Quarantine(config.run.dir, config.data, plan.num_samples)
         self.chunk_rows = plan.rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
         self.rows_per_rank = [sum(rows) for rows in zip(*self.chunk_rows, strict=True)]
 
@@ -196,7 +198,9 @@ class Run:
         """This rank's next batch, on its device; an error is handed on, since the others must hear of it."""
         started = time.monotonic()
         try:
-            return next(batches).to(self.world.device), None
+            batch = next(batches)
+            self.quarantine.record(len(batch.keys), batch.quarantined)
+            return batch.to(self.world.device), None
         except Exception as error:
             return None, error
         finally:

@@ -1,0 +1,71 @@
+"""Contract C1: what is computed depends on config and seed, not on ranks, ZeRO stage, or how it is chunked."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests import trajectory
+from tests.pool import ranks
+from tests.trajectory import small_config
+
+QUICK = [(2, 1)]
+REST = [case for case in itertools.product((1, 2, 3), (0, 1, 2, 3)) if case not in QUICK]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, small_shards):
+    """One rank, ZeRO 0: losses and ledger of 20 AdamW steps at 1e-5."""
+    run_dir = tmp_path_factory.mktemp("reference")
+    config = small_config(run_dir, small_shards, "engine.zero_stage=0")
+    assert ranks(1).run(trajectory.pretrain, config) == [0]
+    return trajectory.losses(run_dir), trajectory.ledger(run_dir)
+
+
+@pytest.mark.parametrize(("size", "stage"), CASES)
+def test_same_samples_and_losses(tmp_path, small_shards, reference, size, stage):
+    config = small_config(tmp_path, small_shards, f"engine.zero_stage={stage}")
+    assert ranks(size).run(trajectory.pretrain, config) == [0] * size
+    losses, ledger = reference
+    assert trajectory.ledger(tmp_path) == ledger
+    assert len(losses) == 20
+    assert trajectory.losses(tmp_path) == pytest.approx(losses, rel=1e-4)
+    assert losses[0] != losses[-1]
+
+
+def relative_error(gradient, expected):
+    assert gradient.keys() == expected.keys()
+    difference = torch.cat([(gradient[name] - expected[name]).view(-1) for name in expected])
+    return float(difference.norm() / torch.cat([g.view(-1) for g in expected.values()]).norm())
+
+
+@pytest.mark.parametrize(("size", "stage"), CASES)
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_same_loss_and_gradient_from_equal_weights(tmp_path, small_shards, size, stage, chunks):
+    one = small_config(tmp_path, small_shards, "engine.zero_stage=0", f"objective.chunks={chunks}")
+    ((loss, gradient, _),) = ranks(1).run(trajectory.loss_and_gradient, one)
+    many = small_config(tmp_path, small_shards, f"engine.zero_stage={stage}", f"objective.chunks={chunks}")
+    for other_loss, other_gradient, _ in ranks(size).run(trajectory.loss_and_gradient, many):
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert relative_error(other_gradient, gradient) < 1e-5
+
+
+def test_whole_computation_in_fp64(tmp_path, small_shards):
+    config = small_config(tmp_path, small_shards)
+    (expected,) = ranks(1).run(trajectory.fp64_losses, config)
+    for size in (2, 3):
+        for losses in ranks(size).run(trajectory.fp64_losses, config):
+            assert losses == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_activation_checkpointing_is_exact(tmp_path, small_shards, stage):
+    config = small_config(tmp_path, small_shards, f"engine.zero_stage={stage}")
+    recomputing = small_config(
+        tmp_path, small_shards, f"engine.zero_stage={stage}", "model.activation_checkpointing=true"
+    )
+    first = ranks(2).run(trajectory.loss_and_gradient, config)[0]
+    second = ranks(2).run(trajectory.loss_and_gradient, recomputing)[0]
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])

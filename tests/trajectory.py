@@ -1,0 +1,135 @@
+"""What the trajectory tests run on each rank: importable functions for `tests.pool`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ssl import config as config_module
+from dist_ssl import distributed, engine, objective, optim
+from dist_ssl.config import Config
+from dist_ssl.data.augment import augment
+from dist_ssl.data.index import load_manifest
+from dist_ssl.data.stream import training_batches
+from dist_ssl.models import build_model
+
+
+def small_config(run_dir: Any, shards: Any, *overrides: str) -> Config:
+    """A tiny model, a batch of 20 that three ranks do not divide, 20 AdamW steps at 1e-5."""
+    values = {
+        "run": {"dir": str(run_dir)},
+        "data": {"shards": str(shards), "num_workers": 0, "ledger": True, "streams": 3, "block_shards": 2},
+        "augment": {"crop_size": 32},
+        "model": {"encoder": "resnet_tiny", "head": {"hidden_dim": 32, "output_dim": 16}},
+        "optimizer": {"name": "adamw", "base_learning_rate": 1e-5, "scaling": "none", "warmup_epochs": 0.0},
+        "train": {"steps": 20, "global_batch_size": 20},
+        "engine": {"zero_stage": 1, "precision": "fp32", "threads_per_rank": 1},
+        "checkpoint": {"every_steps": 5},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    return config_module.with_overrides(config_module.validate(values, "test"), overrides)
+
+
+def pretrain(config: Config, **options: Any) -> int:
+    from dist_ssl import train
+
+    logging.getLogger().setLevel("ERROR")
+    return train.pretrain(config, **options)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def ledger(run_dir: Path) -> dict[int, list[tuple[int, str]]]:
+    """step -> what all ranks consumed, sorted. Each line of each rank must be a step of its own."""
+    steps: dict[int, list[tuple[int, str]]] = {}
+    for path in run_dir.glob("ledger-rank*.jsonl"):
+        seen = set()
+        for line in map(json.loads, path.read_text().splitlines()):
+            assert line["step"] not in seen, f"{path.name}: step {line['step']} twice"
+            seen.add(line["step"])
+            steps.setdefault(line["step"], []).extend((epoch, key) for epoch, key in line["samples"])
+    return {step: sorted(samples) for step, samples in steps.items()}
+
+
+def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor], str]:
+    """Global loss, averaged gradient and a digest of this rank's pixels at the first step, on the DeepSpeed engine."""
+    from dist_ssl.train import Run
+
+    world = distributed.initialize()
+    manifest = load_manifest(config.data.shards, config.storage)
+    model = engine.initialize(build_model(config), config, world)
+    gradients: dict[str, Tensor] = {}
+
+    def capture(*_: Any, **__: Any) -> None:
+        for f in model.fragments:
+            if f.flat.grad is not None:
+                whole = gradients.setdefault(f.name, torch.zeros(f.shape).view(-1))
+                whole[f.offset : f.offset + f.length] = f.of(f.flat.grad)
+
+    model._apply = capture  # type: ignore[method-assign]
+    from dist_ssl.checkpoint import RunState
+    from dist_ssl.data.stream import plan_of
+
+    checkpointer: Any = type("NoCheckpointer", (), {"last_step": 0})()
+    run = Run(config, world, model, checkpointer, None, 1, plan_of(config, manifest), RunState(0, 0, "", ""))
+    batch = next(_batches(config, manifest, 1))
+    result = run.train_step(batch)
+    model.step(0.0)
+    loss = result.loss.double() / world.size
+    replicated = model.fragments[0].replicated
+    if world.size > 1:
+        dist.all_reduce(loss)
+        for name in (name for name, _ in sorted(build_model(config).named_parameters())):
+            whole = gradients.get(name)
+            whole = whole if whole is not None else torch.zeros(dict(build_model(config).named_parameters())[name].numel())
+            if not replicated:
+                dist.all_reduce(whole)
+            gradients[name] = whole
+    return float(loss), gradients, ""
+
+
+def _batches(config: Config, manifest: Any, num_steps: int) -> Any:
+    return training_batches(
+        config,
+        manifest,
+        cursor=0,
+        first_step=0,
+        num_steps=num_steps,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def fp64_losses(config: Config) -> list[float]:
+    """The whole computation in fp64 on plain torch: model, loss, averaged gradients, AdamW."""
+    manifest = load_manifest(config.data.shards, config.storage)
+    model = build_model(config).double()
+    optimizer = torch.optim.AdamW(optim.parameter_groups(model, 1e-4), lr=1e-3)
+    size = distributed.world_size()
+    found = []
+    from dist_ssl.data.stream import plan_of
+
+    rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, size)[0]
+    for batch in _batches(config, manifest, config.train.steps or 1):
+        views = augment(batch.crops, batch.parameters, config.augment).flatten(0, 1).double()
+        _, z = model(views)
+        loss = objective.nt_xent(z[0::2], z[1::2], 0.1, rows_per_rank=rows, sample_ids=batch.sample_ids)
+        optimizer.zero_grad()
+        loss.backward()
+        total = loss.detach() / size
+        if size > 1:
+            dist.all_reduce(total)
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= size
+        optimizer.step()
+        found.append(float(total))
+    return found
