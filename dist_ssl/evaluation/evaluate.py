@@ -43,6 +43,7 @@ from dist_ssl.evaluation import features as feature_files
 from dist_ssl.evaluation import pictures
 from dist_ssl.evaluation.features import Features, Split
 from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batch_statistics
+from dist_ssl.evaluation.head_information import head_information
 from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
 from dist_ssl.evaluation.linear import Rows, linear_probe
@@ -50,7 +51,7 @@ from dist_ssl.evaluation.linear import Rows, linear_probe
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-CALIBRATION_IMAGES = 20_000  # at most, of the training split, for the untrained encoder's batch norm
+CALIBRATION_IMAGES = 10_000  # at most, of the training split, for the untrained encoder's batch norm
 
 
 @dataclass
@@ -172,7 +173,10 @@ def _probe(
                 probes.setdefault(probe, {})[layer] = summarize(hits) | extra
                 if progress is not None and task is not None:
                     progress.advance(task)
-    return {"probes": probes, "comparisons": _comparisons(correct)}
+    found: dict[str, Any] = {"probes": probes, "comparisons": _comparisons(correct)}
+    if "head_information" in settings.probes:
+        found["head_information"] = head_information(train, test, subject.trained, subject.folder, settings.num_seeds)
+    return found
 
 
 def _linear(
@@ -247,6 +251,7 @@ def _data(config: Config, train: Split, test: Split, num_classes: int) -> dict[s
         "train_images": train.manifest.num_samples,
         "test_images": test.manifest.num_samples,
         "num_classes": num_classes,
+        "class_names": list(train.manifest.classes or ()),
         "image_size": train.image_size,
     }
 

@@ -55,6 +55,9 @@ class Split:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[EvaluationBatch]:
         """Batches of uint8 images of rows [start, stop) in manifest order."""
         evaluation = self.config.evaluation
+        stop = self.manifest.num_samples if stop is None else stop
+        # Starting a worker costs seconds: not for a handful of batches.
+        num_workers = min(evaluation.num_workers, (stop - start) // (4 * evaluation.batch_size_per_rank))
         return iter(
             evaluation_batches(
                 self.manifest,
@@ -62,9 +65,9 @@ class Split:
                 image_size=self.image_size,
                 resize_ratio=evaluation.resize_ratio,
                 start=start,
-                stop=self.manifest.num_samples if stop is None else stop,
+                stop=stop,
                 batch_size=evaluation.batch_size_per_rank,
-                num_workers=evaluation.num_workers,
+                num_workers=num_workers,
                 data=self.config.data,
             )
         )
@@ -116,7 +119,7 @@ def extract(split: Split, readables: list[Readable], digests: list[str], folder:
         "resize_ratio": split.config.evaluation.resize_ratio,
         "normalize": [list(split.augment.mean), list(split.augment.std)],
         "block_rows": BLOCK_ROWS,
-        "dims": _dims(split, readables),
+        "dims": layer_dims(split, readables),
     }
     error = None
     if distributed.rank() == 0:
@@ -150,7 +153,8 @@ def open_features(folder: Path) -> Features:
 
 
 @torch.inference_mode()
-def _dims(split: Split, readables: list[Readable]) -> dict[str, int]:
+def layer_dims(split: Split, readables: list[Readable]) -> dict[str, int]:
+    """Width of every layer that the readables give for images of the split."""
     images = torch.zeros(2, 3, split.image_size, split.image_size, device=split.device)
     return {name: output.shape[1] for readable in readables for name, output in readable.read(images).items()}
 
@@ -184,7 +188,7 @@ def _runs(blocks: np.ndarray, num_rows: int) -> list[tuple[int, int]]:
 def _fill(split: Split, readables: list[Readable], folder: Path, start: int, stop: int) -> None:
     from rich.progress import Progress
 
-    writers: dict[str, _Writer] = {}
+    writers: dict[str, RowWriter] = {}
     done = os.open(folder / "done.bin", os.O_WRONLY)
     batches = split.batches(start, stop)
     row, marked = start, start // BLOCK_ROWS
@@ -198,7 +202,7 @@ def _fill(split: Split, readables: list[Readable], folder: Path, start: int, sto
                 outputs |= {"labels": batch.labels.numpy(), "sample_ids": batch.sample_ids.numpy()}
                 for name, values in outputs.items():
                     if name not in writers:
-                        writers[name] = _Writer(folder / f"{name}.npy")
+                        writers[name] = RowWriter(folder / f"{name}.npy")
                     writers[name].write(row, values)
                 row += len(batch.labels)
                 complete = row // BLOCK_ROWS if row < stop else -(-row // BLOCK_ROWS)
@@ -213,13 +217,13 @@ def _fill(split: Split, readables: list[Readable], folder: Path, start: int, sto
     finally:
         os.close(done)
         for writer in writers.values():
-            os.close(writer.file)
+            writer.close()
         close = getattr(batches, "close", None)
         if close is not None:
             close()
 
 
-class _Writer:
+class RowWriter:
     """Writes rows into a .npy at their place. Not through a memory map: on shared file systems two ranks' maps of
     one page overwrite each other."""
 
@@ -237,3 +241,6 @@ class _Writer:
         while len(view):
             written = os.pwrite(self.file, view, position)
             view, position = view[written:], position + written
+
+    def close(self) -> None:
+        os.close(self.file)

@@ -22,8 +22,12 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
     if len(values) == 0:
         raise ValueError("expected at least one test value, got none")
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
-    means = draws @ distinct / len(values)
+    generator, shares = np.random.default_rng(seed), counts / len(values)
+    at_once = max(4_000_000 // len(distinct), 1)  # bounds the draws held in memory
+    sizes = [min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once)]
+    means = np.concatenate(
+        [generator.multinomial(len(values), shares, size=size) @ distinct / len(values) for size in sizes]
+    )
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
