@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_ssl.config import UserError
 from dist_ssl.models import ProjectionHead, build_encoder
 
+CPU_ROWS = 32
 CONTAINERS = ("state_dict", "model", "model_state_dict", "encoder", "teacher")
 
 
@@ -34,9 +35,14 @@ class Readable:
 
     def read(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, S, S) -> {"h": (B, D), "g1": ..., "z": ...}, each name followed by the suffix."""
+        # On a CPU activations of small pieces stay in the caches: twice as fast as 256 images at once (measured).
+        pieces = images.split(CPU_ROWS) if images.device.type == "cpu" else (images,)
+        outputs = [self._layers(piece) for piece in pieces]
+        return {name + self.suffix: torch.cat([one[name] for one in outputs]) for name in outputs[0]}
+
+    def _layers(self, images: Tensor) -> dict[str, Tensor]:
         h = self.encoder(images)
-        layers = [("h", h)] + (self.head.layers(h) if self.head is not None else [])
-        return {name + self.suffix: output for name, output in layers}
+        return {"h": h} | (dict(self.head.layers(h)) if self.head is not None else {})
 
     def modules(self) -> list[nn.Module]:
         return [self.encoder] + ([self.head] if self.head is not None else [])
