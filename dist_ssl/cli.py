@@ -189,6 +189,51 @@ def shards_write(
         typer.echo(f"{manifest.url}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
 
 
+@shards_app.command("index")
+def shards_index(
+    location: Annotated[str, typer.Argument(help="Brace pattern, or a directory of tars.")],
+    output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
+    json_label: Annotated[str | None, typer.Option(help="The field of each .json that holds the label.")] = None,
+    rebuild: Annotated[bool, typer.Option(help="Read shards again that have an index.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; one a core by default.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Index shards that were made elsewhere (WebDataset, img2dataset, GNU tar). Interrupted, the same command goes on.
+
+    Example: dist-ssl shards index 's3://bucket/train-{0000..1023}.tar' --output data/index
+    """
+    from dist_ssl.config import Config, with_overrides
+    from dist_ssl.data.indexing import index_shards, summary
+
+    manifest = index_shards(
+        location, with_overrides(Config(), overrides).storage, output=output, json_label=json_label, rebuild=rebuild,
+        num_workers=workers, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    typer.echo(summary(manifest))
+
+
+@shards_app.command("verify")
+def shards_verify(
+    location: Annotated[str, typer.Argument(help="Directory, manifest or brace pattern.")],
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; one a core by default.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Read every shard and compare bytes, counts and checksums; names each damaged member and exits with 1.
+
+    Example: dist-ssl shards verify s3://bucket/photos/train
+    """
+    from dist_ssl.config import Config, with_overrides
+    from dist_ssl.data.indexing import verify_shards
+
+    storage_config = with_overrides(Config(), overrides).storage
+    damages = verify_shards(location, storage_config, num_workers=workers, progress=sys.stderr.isatty())
+    for damage in damages:
+        typer.echo(str(damage))
+    if damages:
+        raise typer.Exit(1)
+    typer.echo(f"{location}: whole")
+
+
 def main() -> None:
     """The entry point: runs the command; UserError becomes `error: ...` on stderr and exit code 2."""
     from rich.logging import RichHandler

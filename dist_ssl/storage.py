@@ -13,7 +13,9 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -28,6 +30,9 @@ RANGE_BYTES = 8 * 2**20  # one request of a large read: what a broken body costs
 
 # Variables whose values never reach a message, whatever a library puts into its errors.
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "GOOGLE_API_KEY")
+
+# What botocore raises for a set-up that no second attempt mends.
+_MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")
 
 Result = TypeVar("Result")
 
@@ -89,6 +94,9 @@ def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
                 "connect_timeout": config.timeout_seconds,
                 "read_timeout": config.timeout_seconds,
                 "retries": {"total_max_attempts": 1},  # ours have jitter and a budget
+                # botocore holds a multipart object to its last part's checksum on some servers; ours are end to end.
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
             },
         }
     elif scheme == "gs" and config.anonymous:
@@ -125,6 +133,8 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise type(error)(f"{redact(url)}: {redact(str(error))}") from None
         except Exception as error:
+            if type(error).__name__ in _MISTAKES:
+                raise UserError(f"{redact(url)}: {redact(str(error))}") from None
             if not _is_transient(error):
                 raise
             spent = time.monotonic() - started
@@ -159,13 +169,22 @@ def read_bytes(url: str, config: StorageConfig, start: int = 0, stop: int | None
     return retry(url, config, once)
 
 
-def read_ranges(url: str, config: StorageConfig, size: int, consume: Callable[[int, bytes], None]) -> None:
-    """All `size` bytes of a file in large requests, each given to `consume(offset, bytes)` in order.
+def read_ranges(url: str, config: StorageConfig, size: int, concurrency: int = 4) -> Iterator[bytes]:
+    """All `size` bytes of a file, in order, in large range requests of which `concurrency` are under way.
 
-    A request that breaks off is made again from where the last whole one ended.
+    A request that breaks off is made again alone: what was read stays read.
     """
-    for offset in range(0, size, RANGE_BYTES):
-        consume(offset, read_bytes(url, config, offset, min(offset + RANGE_BYTES, size)))
+    with ThreadPoolExecutor(concurrency) as pool:
+        waiting: deque[Future[bytes]] = deque()
+        try:
+            for offset in range(0, size, RANGE_BYTES):
+                waiting.append(pool.submit(read_bytes, url, config, offset, min(offset + RANGE_BYTES, size)))
+                if len(waiting) == concurrency:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def write_bytes(url: str, data: bytes, config: StorageConfig) -> None:

@@ -29,8 +29,8 @@ MAX_URLS = 10_000_000
 
 _MAGIC = b"DSSLIDX1"
 _HEADER = struct.Struct("<8sQQIQ")  # magic, samples, shard bytes, shard crc32, bytes of the keys
-_COLUMNS = (("offsets", "<u8"), ("sizes", "<u8"), ("crcs", "<u4"), ("labels", "<i8"), ("json_offsets", "<u8"))
-_COLUMNS += (("json_sizes", "<u8"), ("key_ends", "<u8"))
+_COLUMNS = {"offsets": "<u8", "sizes": "<u8", "crcs": "<u4", "labels": "<i8"}
+_COLUMNS |= {"json_offsets": "<u8", "json_sizes": "<u8", "key_ends": "<u8"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MemberIndex:
         blob = b"".join(encoded)
         ends = np.cumsum([len(key) for key in encoded], dtype=np.uint64) if encoded else np.empty(0, np.uint64)
         parts = [_HEADER.pack(_MAGIC, len(self), self.shard_bytes, self.shard_crc32, len(blob))]
-        for name, kind in _COLUMNS:
+        for name, kind in _COLUMNS.items():
             parts.append((ends if name == "key_ends" else getattr(self, name)).astype(kind).tobytes())
         body = b"".join([*parts, blob])
         return body + struct.pack("<I", zlib.crc32(body))
@@ -70,11 +70,11 @@ class MemberIndex:
         if len(data) < _HEADER.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise UserError(f"{name}: not a whole member index; build it again with `dist-ssl shards index --rebuild`")
         magic, count, shard_bytes, crc, blob_size = _HEADER.unpack_from(data)
-        expected = _HEADER.size + count * sum(np.dtype(kind).itemsize for _, kind in _COLUMNS) + blob_size + 4
+        expected = _HEADER.size + count * sum(np.dtype(kind).itemsize for kind in _COLUMNS.values()) + blob_size + 4
         if magic != _MAGIC or len(data) != expected:
             raise UserError(f"{name}: not a member index of this version; build it again with `dist-ssl shards index`")
         columns, at = {}, _HEADER.size
-        for column, kind in _COLUMNS:
+        for column, kind in _COLUMNS.items():
             columns[column] = np.frombuffer(data, kind, count, at)
             at += columns[column].nbytes
         keys = _Keys(data[at : at + blob_size], columns.pop("key_ends"))
@@ -200,7 +200,7 @@ def load_manifest(location: str, config: StorageConfig) -> Manifest:
             )
             raise UserError(f"{storage.redact(location)}: no {MANIFEST} there; {hint}")
         return _read_manifest(url, config)
-    urls = [_absolute(url) for url in expand(location)]
+    urls = [absolute(url) for url in expand(location)]
     manifest = _read_manifest(storage.join(common_directory(urls), MANIFEST), config)
     listed = {shard.url: shard for shard in manifest.shards}
     missing = [url for url in urls if url not in listed]
@@ -223,7 +223,7 @@ def common_directory(urls: Sequence[str]) -> str:
     return "/".join(first[:depth])
 
 
-def _absolute(url: str) -> str:
+def absolute(url: str) -> str:
     """Local paths in one spelling, so that they compare; other URLs as they are."""
     if not storage.is_local(url):
         return url
@@ -231,7 +231,7 @@ def _absolute(url: str) -> str:
 
 
 def _read_manifest(url: str, config: StorageConfig) -> Manifest:
-    url = _absolute(url)
+    url = absolute(url)
     try:
         values = json.loads(storage.read_bytes(url, config))
         if values["format"] != FORMAT:

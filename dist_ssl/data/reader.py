@@ -1,4 +1,8 @@
-"""Reads the bytes of samples out of shards, in the process that uses them."""
+"""Reads the bytes of samples out of shards, in the process that uses them.
+
+Local shards are read in place. Remote ones come from the node's cache, which a thread fills ahead; a sample whose
+shard is not there yet is read by a range request, so that the first step does not wait for whole shards.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import json
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,11 +19,12 @@ from numpy.typing import NDArray
 
 from dist_ssl import storage
 from dist_ssl.config import DataConfig, StorageConfig
+from dist_ssl.data.cache import FetchAhead, ShardCache
 from dist_ssl.data.decode import BadSample
 from dist_ssl.data.index import Manifest, MemberIndex, read_member_index
 from dist_ssl.data.tar import MAX_JSON_BYTES
 
-MAX_OPEN_SHARDS = 64
+CONCURRENT_REQUESTS = 8
 
 
 class Reader:
@@ -25,20 +32,50 @@ class Reader:
 
     def __init__(self, manifest: Manifest, storage_config: StorageConfig, data: DataConfig):
         self.manifest, self._storage, self._data = manifest, storage_config, data
+        self._max_open = max(64, 2 * data.streams * data.block_shards)  # the working set, and that after it
+        self.remote = not all(storage.is_local(shard.url) for shard in manifest.shards)
+        self._reset()
+
+    def _reset(self) -> None:
         self._indexes: OrderedDict[int, MemberIndex] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._cache: ShardCache | None = None
+        self._ahead: FetchAhead | None = None
+        self._requests: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_indexes": OrderedDict(), "_files": OrderedDict()}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name in ("manifest", "_storage", "_data", "_max_open", "remote")
+        }
 
-    def __del__(self) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._requests is not None:
+            self._requests.shutdown(cancel_futures=True)
         for descriptor in self._files.values():
             os.close(descriptor)
+        self._reset()
+
+    def aim(self, shards: Sequence[int]) -> None:
+        """Fetch these shards to the cache from now on, the most urgent first. Nothing where they are local."""
+        if not self.remote:
+            return
+        if self._ahead is None:
+            self._ahead = FetchAhead(self._opened_cache())
+        listed = [self.manifest.shards[shard] for shard in shards]
+        self._ahead.aim([shard for shard in listed if not storage.is_local(shard.url)])
 
     def index(self, shard: int) -> MemberIndex:
         if shard not in self._indexes:
             self._indexes[shard] = read_member_index(self.manifest.shards[shard], self._storage)
-            while len(self._indexes) > MAX_OPEN_SHARDS:
+            while len(self._indexes) > self._max_open:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
@@ -49,33 +86,94 @@ class Reader:
 
     def images(self, shards: NDArray[np.int64], members: NDArray[np.int64]) -> list[bytes | BadSample]:
         """The image bytes of samples, in the order asked for; BadSample where they are not those that were indexed."""
-        found: list[bytes | BadSample] = []
+        self._load_indexes(shards)
+        wanted = []
         for shard, member in zip(shards.tolist(), members.tolist(), strict=True):
             index = self.index(shard)
-            start, size = int(index.offsets[member]), int(index.sizes[member])
-            data = self._read(shard, start, start + size)
-            whole = len(data) == size and zlib.crc32(data) == int(index.crcs[member])
-            found.append(data if whole else BadSample("its bytes are not those that were indexed (crc32)"))
+            start = int(index.offsets[member])
+            wanted.append((shard, start, start + int(index.sizes[member]), int(index.crcs[member])))
+        found: list[bytes | BadSample] = []
+        for (shard, start, stop, crc32), data in zip(wanted, self._read(wanted), strict=True):
+            if zlib.crc32(data) != crc32 and self._forget(shard):
+                data = storage.read_bytes(self.manifest.shards[shard].url, self._storage, start, stop)
+            bad = len(data) != stop - start or zlib.crc32(data) != crc32
+            found.append(BadSample("its bytes are not those that were indexed (crc32)") if bad else data)
         return found
 
     def factors(self, shards: NDArray[np.int64], members: NDArray[np.int64]) -> list[dict[str, Any]] | None:
-        """The .json of samples; None where one has none."""
-        found = []
+        """The .json of samples; None where one has none, or holds no object."""
+        wanted = []
         for shard, member in zip(shards.tolist(), members.tolist(), strict=True):
             index = self.index(shard)
             start, size = int(index.json_offsets[member]), int(index.json_sizes[member])
             if not 0 < size <= MAX_JSON_BYTES:
                 return None
-            found.append(json.loads(self._read(shard, start, start + size)))
-        return found
+            wanted.append((shard, start, start + size, 0))
+        try:
+            parsed = [json.loads(data) for data in self._read(wanted)]
+        except (ValueError, RecursionError):
+            return None
+        return parsed if all(isinstance(one, dict) for one in parsed) else None
 
-    def _read(self, shard: int, start: int, stop: int) -> bytes:
-        url = self.manifest.shards[shard].url
-        if not storage.is_local(url):
-            return storage.read_bytes(url, self._storage, start, stop)
+    def _load_indexes(self, shards: NDArray[np.int64]) -> None:
+        """Read missing member indexes at once: one after another, a first batch of many shards would take seconds."""
+        missing = [shard for shard in np.unique(shards).tolist() if shard not in self._indexes]
+        if not self.remote or len(missing) < 2:
+            return
+        listed = [self.manifest.shards[shard] for shard in missing]
+        read = self._pool().map(lambda shard: read_member_index(shard, self._storage), listed)
+        self._indexes.update(zip(missing, read, strict=True))
+
+    def _read(self, wanted: Sequence[tuple[int, int, int, int]]) -> list[bytes]:
+        """Bytes [start, stop) of shards; those that are not on this node by concurrent requests."""
+        data: list[bytes] = [b""] * len(wanted)
+        away = []
+        for row, (shard, start, stop, _) in enumerate(wanted):
+            descriptor = self._open(shard)
+            if descriptor is None:
+                away.append(row)
+            else:
+                data[row] = os.pread(descriptor, stop - start, start)
+        if away:
+            places = [(self.manifest.shards[wanted[row][0]].url, *wanted[row][1:3]) for row in away]
+            read = self._pool().map(lambda place: storage.read_bytes(place[0], self._storage, *place[1:]), places)
+            for row, one in zip(away, read, strict=True):
+                data[row] = one
+        if self.remote:
+            for shard in {place[0] for place in wanted}:
+                self._opened_cache().touch(self.manifest.shards[shard])
+        return data
+
+    def _open(self, shard: int) -> int | None:
         if shard not in self._files:
-            self._files[shard] = os.open(storage.filesystem(url, self._storage)[1], os.O_RDONLY)
-            while len(self._files) > MAX_OPEN_SHARDS:
+            listed = self.manifest.shards[shard]
+            if storage.is_local(listed.url):
+                descriptor: int | None = os.open(storage.filesystem(listed.url, self._storage)[1], os.O_RDONLY)
+            else:
+                descriptor = self._opened_cache().open(listed)
+            if descriptor is None:
+                return None
+            self._files[shard] = descriptor
+            while len(self._files) > self._max_open:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
-        return os.pread(self._files[shard], stop - start, start)
+        return self._files[shard]
+
+    def _forget(self, shard: int) -> bool:
+        """Drop the cached copy of a shard, which was damaged after it was checked. False for a local shard."""
+        if storage.is_local(self.manifest.shards[shard].url):
+            return False
+        if shard in self._files:
+            os.close(self._files.pop(shard))
+        self._opened_cache().drop(self.manifest.shards[shard])
+        return True
+
+    def _opened_cache(self) -> ShardCache:
+        if self._cache is None:
+            self._cache = ShardCache(self._data, self._storage)
+        return self._cache
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._requests is None:
+            self._requests = ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="requests")
+        return self._requests

@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from PIL import Image
 
 from dist_ssl.data.random import key_of, philox, uniforms, words
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32 throughout
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ring", "crescent", "bar")
 TEXTURES = ("plain", "stripes", "checker", "dots")
@@ -34,8 +35,8 @@ LARGEST_NOISE = 0.08
 class Factors:
     """What each of n images shows.
 
-    `hue` in [0, 1) and `rotation` in radians [0, 2 pi) are circular; positions are of
-    the shape's centre, `scale` its radius, both in parts of the image's side; `noise` is a standard deviation in [0, 1].
+    `hue` in [0, 1) and `rotation` in radians [0, 2 pi) are circular; positions are of the shape's centre, `scale` is
+    its radius, both in parts of the image's side; `noise` is a standard deviation in [0, 1].
     """
 
     kind: NDArray[np.int64]

@@ -7,16 +7,13 @@ index is there is whole, since the index is written after it. The manifest is wr
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.decode import BadSample, decode
 from dist_ssl.data.index import MANIFEST, Manifest, MemberIndex, Shard
+from dist_ssl.data.processes import in_processes, track
 from dist_ssl.data.random import key_of, permutation
 from dist_ssl.data.sources import Source, SourceSample
 from dist_ssl.data.tar import index_tar
@@ -175,30 +173,3 @@ def _resized(sample: SourceSample, resize: int | None) -> SourceSample:
     buffer = io.BytesIO()
     image.resize((round(image.width * scale), round(image.height * scale)), 1).save(buffer, "JPEG", quality=92)
     return SourceSample(sample.key, buffer.getvalue(), "jpg", sample.label, sample.factors)
-
-
-def in_processes(function: Any, items: Sequence[Any], num_workers: int) -> Iterator[Any]:
-    """`map` over processes, in order, a few items ahead; in this process with fewer than two workers or items."""
-    if num_workers < 2 or len(items) < 2:
-        yield from map(function, items)
-        return
-    # Spawned, since a parent may have threads (s3fs's, torch's) that a fork would leave locked.
-    with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn")) as pool:
-        try:
-            yield from pool.map(function, items)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def track(items: Iterable[Any], total: int, description: str, shown: bool) -> Iterator[Any]:
-    """The items, with a rich progress bar on a terminal."""
-    if not shown:
-        yield from items
-        return
-    from rich.progress import track as rich_track
-
-    yield from rich_track(items, description=description, total=total)
-
-
-def fingerprint(url: str) -> str:
-    return hashlib.sha256(url.encode()).hexdigest()[:16]

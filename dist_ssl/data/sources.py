@@ -29,8 +29,11 @@ class SourceSample:
 
 
 class Source(Protocol):
-    name: str
-    classes: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 

@@ -8,10 +8,11 @@ is retried, then raised by the iterator as the error it is.
 from __future__ import annotations
 
 import ctypes
-import logging
+import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from dist_ssl import storage as storage_module
 from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
 from dist_ssl.data.augment import crop_box, draw
 from dist_ssl.data.decode import BadSample, decode
@@ -28,9 +30,9 @@ from dist_ssl.data.index import Manifest
 from dist_ssl.data.plan import Plan
 from dist_ssl.data.reader import Reader
 
-log = logging.getLogger(__name__)
-
+# A fork of the rank itself would inherit locks that its threads hold; a fresh start takes seconds a worker.
 START_METHOD = "forkserver"
+LOOK_AHEAD_BATCHES = 64  # of an evaluation: whose shards are fetched to the cache
 
 
 @dataclass
@@ -71,13 +73,17 @@ class EvaluationBatch:
 class Batches:
     """An iterator of batches with the worker processes behind it. `close` ends them; so does leaving a `with`."""
 
-    def __init__(self, dataset: Dataset[Any], num_batches: int, num_workers: int, prefetch: int):
+    def __init__(self, dataset: _Training | _Evaluation, num_batches: int, num_workers: int, prefetch: int):
+        self._dataset = dataset
         options: dict[str, Any] = {}
         if num_workers:
             context = torch.multiprocessing.get_context(START_METHOD)
-            if START_METHOD == "forkserver":
-                context.set_forkserver_preload([__name__])
-            options = {"prefetch_factor": prefetch, "multiprocessing_context": context, "worker_init_fn": _start_worker}
+            context.set_forkserver_preload(["dist_ssl.data.forkserver"])
+            options = {
+                "prefetch_factor": prefetch,
+                "multiprocessing_context": context,
+                "worker_init_fn": partial(_start_worker, dict(os.environ)),
+            }
         loader = DataLoader(
             dataset,
             batch_size=None,
@@ -112,10 +118,15 @@ class Batches:
         for process in getattr(iterator, "_workers", ()):
             process.kill()
         del iterator
+        self._dataset.reader.close()
 
 
-def _start_worker(_: int) -> None:
-    """Signals are the parent's affair; a parent that is killed takes its workers along."""
+def _start_worker(environment: dict[str, str], _: int) -> None:
+    """Signals are the parent's affair; a parent that is killed takes its workers along.
+
+    The environment is that of the rank now: the fork server's is older, and may lack credentials.
+    """
+    os.environ.update(environment)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -145,6 +156,7 @@ class _Training(Dataset[Any]):
         positions = self.plan.rank_batch(
             self.cursor + step * batch_size, batch_size, self.rank, self.world_size, config.objective.chunks
         )
+        self._aim(self.cursor + step * batch_size)
         epochs, shards, members = self.plan.locate(positions)
         sample_ids = self.starts[shards] + members
         parameters, uniforms = draw(config.run.seed, epochs, sample_ids, config.augment)
@@ -172,6 +184,12 @@ class _Training(Dataset[Any]):
             quarantined,
         )
 
+    def _aim(self, cursor: int) -> None:
+        """Fetch ahead what this rank reads in the blocks that its streams are in, then in those after them."""
+        if self.reader.remote:
+            streams = _rank_streams(self.config, self.rank, self.world_size)
+            self.reader.aim([shard for block in self.plan.upcoming_shards(cursor, streams, 2) for shard in block])
+
 
 class _Evaluation(Dataset[Any]):
     """Item i is the i-th batch of samples [start, stop), in the manifest's order."""
@@ -197,6 +215,8 @@ class _Evaluation(Dataset[Any]):
         members = ids - (self.ends[shards] - self.manifest.counts[shards])
         images = torch.empty((len(ids), 3, self.size, self.size), dtype=torch.uint8)
         labels, quarantined, used_members = np.empty(len(ids), np.int64), [], []
+        ahead = min(ids[0] + LOOK_AHEAD_BATCHES * len(ids), self.span.stop) - 1
+        self.reader.aim(range(int(shards[0]), int(np.searchsorted(self.ends, ahead, side="right")) + 1))
         data = self.reader.images(shards, members)
         for row, (shard, member) in enumerate(zip(shards.tolist(), members.tolist(), strict=True)):
             image, used, bad = _decode_or_replace(self.reader, data[row], shard, member, self.data.max_pixels)
@@ -231,6 +251,7 @@ def training_batches(
     """
     plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, world_size, config.objective.chunks)
     _check_workers(manifest, config.data.num_workers)
+    check_working_set(config, manifest, rank, world_size)
     dataset = _Training(config, manifest, cursor, rank, world_size)
     return Batches(dataset, num_steps, config.data.num_workers, config.data.prefetch_batches)
 
@@ -257,6 +278,34 @@ def evaluation_batches(
     span = range(start, stop, batch_size)
     dataset = _Evaluation(manifest, storage, data or DataConfig(), image_size, resize_ratio, span)
     return Batches(dataset, len(span), num_workers, 2)
+
+
+def check_working_set(config: Config, manifest: Manifest, rank: int, world_size: int) -> None:
+    """Raise UserError where the shards that this node reads at a time don't fit into its cache."""
+    remote = [shard.num_bytes for shard in manifest.shards if not storage_module.is_local(shard.url)]
+    if not remote:
+        return
+    data, largest = config.data, max(remote)
+    ranks_here = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world_size)
+    streams = min(len(_rank_streams(config, rank, world_size)) * ranks_here, data.streams)
+    # A stream that begins in the middle of a shard reads one more; none reads more than its part of the epoch.
+    block = min(data.block_shards, -(-len(remote) // data.streams) + 1)
+    needed, room = min(streams * block * largest, sum(remote)), data.cache_gb * 1e9
+    if needed > room:
+        fits = max(int(room // (largest * block)) * world_size // ranks_here, 1)
+        raise UserError(
+            f"{streams} streams of this node read {block} shards of up to {largest / 1e6:.0f} MB each at a time: "
+            f"{needed / 1e9:.2f} GB, more than data.cache_gb = {data.cache_gb:g}; set data.cache_gb to "
+            f"{needed / 1e9:.1f}, or data.streams to at most {fits}, or lower data.block_shards"
+        )
+
+
+def _rank_streams(config: Config, rank: int, world_size: int) -> range:
+    """The streams whose samples a rank reads, nearly: a batch is sorted by stream, then cut into the ranks' slices."""
+    streams = config.data.streams
+    if config.train.global_batch_size < streams:
+        return range(streams)
+    return range(streams * rank // world_size, -(-streams * (rank + 1) // world_size))
 
 
 def _check_workers(manifest: Manifest, num_workers: int) -> None:
@@ -302,7 +351,3 @@ def _centre_crop(image: Image.Image, size: int, ratio: float) -> Image.Image:
 
 def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def describe(quarantined: Sequence[dict[str, str]]) -> str:
-    return "; ".join(f"{one['key']}: {one['reason']}" for one in quarantined[:5])

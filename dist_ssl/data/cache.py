@@ -1,0 +1,194 @@
+"""A bounded directory of whole shards, shared by all ranks, workers and runs of a node, without a daemon.
+
+A file's name is a digest of the shard's full URL, size and crc32 (what the manifest promises; unlike an ETag it costs
+no request and is checked against the bytes). Whoever holds a shard's lock file may fetch it: under another name,
+checked, then renamed, so that a file under its final name is whole. A kill leaves a partial file and a lock that the
+kernel frees. A file may be evicted while it is read: an open descriptor keeps its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dist_ssl import storage
+from dist_ssl.config import DataConfig, StorageConfig, UserError
+from dist_ssl.data.index import Shard
+
+log = logging.getLogger(__name__)
+
+IN_USE_SECONDS = 20.0  # a file that was touched so lately is not evicted: somebody reads it
+WAIT_SECONDS = 0.5  # before looking again for a shard that may be fetched
+
+
+class ShardCache:
+    """`open` gives a cached shard, `fetch` brings one in; both may be called by any process at any time."""
+
+    def __init__(self, data: DataConfig, storage_config: StorageConfig):
+        self._storage, self._limit = storage_config, int(data.cache_gb * 1e9)
+        self._directory = Path(data.cache_dir) if data.cache_dir else _own_directory()
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, shard: Shard) -> Path:
+        identity = f"{shard.url}\0{shard.num_bytes}\0{shard.crc32}"
+        return self._directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:40]}.tar"
+
+    def open(self, shard: Shard) -> int | None:
+        """A descriptor of the shard, None where it isn't here."""
+        try:
+            descriptor = os.open(self.path(shard), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != shard.num_bytes:
+            os.close(descriptor)
+            self.drop(shard)
+            return None
+        return descriptor
+
+    def touch(self, shard: Shard) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self.path(shard))
+
+    def drop(self, shard: Shard) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(shard))
+
+    def fetch(self, shard: Shard, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Bring a shard in; False where another process is at it, there is no room now, or `stop()` became true.
+
+        Raises StorageError when the store fails for longer than the budget, UserError when its bytes are not those
+        that were indexed.
+        """
+        path = self.path(shard)
+        with _locked(path.with_suffix(".lock")) as mine:
+            if not mine:
+                return False
+            if path.exists():
+                return True
+            partial = path.with_suffix(".part")
+            try:
+                with open(partial, "wb") as file:
+                    if not self._reserve(shard.num_bytes, file.fileno()):
+                        return False
+                    crc32 = 0
+                    for block in storage.read_ranges(shard.url, self._storage, shard.num_bytes):
+                        if stop():
+                            return False
+                        crc32 = zlib.crc32(block, crc32)
+                        file.write(block)
+                if crc32 != shard.crc32:
+                    raise UserError(
+                        f"{shard.url}: its bytes are not those that were indexed (crc32 {crc32:08x}, expected "
+                        f"{shard.crc32:08x}); run `dist-ssl shards verify`"
+                    )
+                os.replace(partial, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial)
+            return True
+
+    def _reserve(self, num_bytes: int, descriptor: int) -> bool:
+        """Make room for `num_bytes` and take it at once, by the partial file's length. False where all is in use."""
+        with _locked(self._directory / "room.lock", wait=True):
+            files = []
+            for entry in os.scandir(self._directory):
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.name.endswith((".tar", ".part")):
+                        files.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+            used, now = sum(size for _, size, _ in files), time.time()
+            for touched, size, path in sorted(files):
+                if used + num_bytes <= self._limit:
+                    break
+                if now - touched > IN_USE_SECONDS and _evict(path):
+                    used -= size
+            if used + num_bytes > self._limit:
+                return False
+            os.ftruncate(descriptor, num_bytes)
+            return True
+
+
+def _evict(path: Path) -> bool:
+    """Remove a shard; a partial one only where nobody is fetching it."""
+    with _locked(path.with_suffix(".lock")) as mine:
+        if mine:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+        return mine
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)  # which frees the lock
+
+
+def _own_directory() -> Path:
+    """A folder that is this user's alone: in a shared temporary directory another one could have made it first."""
+    path = Path(tempfile.gettempdir()) / f"dist_ssl-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.stat(follow_symlinks=False)
+    if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UserError(f"{path}: expected a directory that only this user may write; set data.cache_dir")
+    return path
+
+
+class FetchAhead:
+    """A thread that brings shards into the cache, in the order last aimed at."""
+
+    def __init__(self, cache: ShardCache):
+        self._cache, self._aim, self._closed = cache, [], False  # type: ignore[var-annotated]
+        self._changed = threading.Condition()
+        self._refused: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="fetch ahead", daemon=True)
+        self._thread.start()
+
+    def aim(self, shards: Sequence[Shard]) -> None:
+        """What to fetch from now on, the most urgent first."""
+        with self._changed:
+            self._aim = list(shards)
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed:
+            with self._changed:
+                aim = self._aim
+            fetched = any(self._fetch(shard) for shard in aim if shard.url not in self._refused)
+            with self._changed:
+                if not fetched and not self._closed:
+                    self._changed.wait(WAIT_SECONDS)
+
+    def _fetch(self, shard: Shard) -> bool:
+        if self._closed or self._cache.path(shard).exists():
+            return False
+        try:
+            return self._cache.fetch(shard, lambda: self._closed)
+        except UserError as error:
+            # Samples of it are still read one by one, and those that are damaged are quarantined.
+            self._refused.add(shard.url)
+            log.warning("%s", error)
+        except OSError as error:
+            log.warning("fetching ahead: %s", error)  # a read that needs the shard raises it
+        return False

@@ -1,0 +1,190 @@
+"""Indexing and verifying shards, those that somebody else wrote included: parallel, resumable, every byte read once.
+
+A member index is written as soon as its shard was read, so that an interrupted `shards index` goes on; the manifest
+is written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO
+
+import numpy as np
+
+from dist_ssl import storage
+from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.data.index import (
+    MANIFEST,
+    Manifest,
+    MemberIndex,
+    Shard,
+    absolute,
+    common_directory,
+    expand,
+    load_manifest,
+    read_member_index,
+)
+from dist_ssl.data.processes import in_processes, track
+from dist_ssl.data.tar import index_tar
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something of a shard that is not what the manifest says; `key` is the sample where one can be named."""
+
+    shard: str
+    key: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}" if self.key else f"{self.shard}: {self.reason}"
+
+
+def index_shards(
+    location: str,
+    config: StorageConfig,
+    *,
+    output: str | None = None,
+    json_label: str | None = None,
+    rebuild: bool = False,
+    num_workers: int | None = None,
+    progress: bool = False,
+) -> Manifest:
+    """Index the shards of a brace pattern, or of a directory, and write the manifest there or in `output`.
+
+    Labels come from .cls members, or from the field `json_label` of the .json. A shard whose index is there and of
+    its size is skipped, unless `rebuild`. Raises UserError naming the first shard that is no whole tar.
+    """
+    urls = _shard_urls(location, config)
+    folder = absolute(output).rstrip("/") if output else common_directory(urls)
+    names = [url.rsplit("/", 1)[-1] for url in urls]
+    if len(set(names)) < len(names):  # of several directories: number them
+        names = [f"{i:06d}-{name}" for i, name in enumerate(names)]
+    jobs = [(url, storage.join(folder, f"{name}.idx")) for url, name in zip(urls, names, strict=True)]
+    work = partial(_index_one, config, json_label, rebuild)
+    found = track(in_processes(work, jobs, _workers(num_workers, location)), len(jobs), "indexing", progress)
+    shards, without_image = [], 0
+    for shard, missing in found:
+        shards.append(shard)
+        without_image += len(missing)
+        if missing:
+            log.warning(
+                "%s: %d samples have no image and are left out, such as %s", shard.url, len(missing), missing[0]
+            )
+    details = {"source": location, "without_image": without_image}
+    manifest = Manifest(storage.join(folder, MANIFEST), tuple(shards), (), details)
+    if manifest.num_samples == 0:
+        raise UserError(f"{location}: its {len(shards)} shards hold no image")
+    storage.write_bytes(manifest.url, manifest.to_json().encode(), config)
+    return manifest
+
+
+def verify_shards(
+    location: str, config: StorageConfig, *, num_workers: int | None = None, progress: bool = False
+) -> list[Damage]:
+    """Read every shard of a manifest and hold it against bytes, counts and checksums. Empty where all is well."""
+    manifest = load_manifest(location, config)
+    jobs = list(manifest.shards)
+    found = in_processes(partial(_verify_one, config), jobs, _workers(num_workers, location))
+    return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
+
+
+def _workers(asked: int | None, location: str) -> int:
+    if location.startswith("memory:"):
+        return 0
+    return asked if asked is not None else len(os.sched_getaffinity(0))
+
+
+def _shard_urls(location: str, config: StorageConfig) -> list[str]:
+    storage.check_url(location)
+    if "{" in location or location.endswith(".tar"):
+        return [absolute(url) for url in expand(location)]
+    urls = [absolute(url) for url in storage.list_files(location, config) if url.endswith(".tar")]
+    if not urls:
+        raise UserError(f"{location}: no .tar there; expected a directory of shards or a brace pattern")
+    return urls
+
+
+def _index_one(
+    config: StorageConfig, json_label: str | None, rebuild: bool, job: tuple[str, str]
+) -> tuple[Shard, list[str]]:
+    url, index_url = job
+    try:
+        num_bytes = storage.size(url, config)
+    except FileNotFoundError:
+        raise UserError(f"{storage.redact(url)}: no such shard") from None
+    if not rebuild:
+        with contextlib.suppress(FileNotFoundError, UserError):
+            index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
+            if index.shard_bytes == num_bytes:
+                return Shard(url, index_url, num_bytes, len(index), index.shard_crc32), []
+    with opened(url, num_bytes, config) as (file, crc32):
+        index, missing = index_tar(file, url, num_bytes, crc32, json_label)
+    storage.write_bytes(index_url, index.to_bytes(), config)
+    return Shard(url, index_url, num_bytes, len(index), crc32), missing
+
+
+def _verify_one(config: StorageConfig, shard: Shard) -> list[Damage]:
+    try:
+        num_bytes = storage.size(shard.url, config)
+        index = read_member_index(shard, config)
+        with opened(shard.url, num_bytes, config) as (file, crc32):
+            if (num_bytes, crc32) == (shard.num_bytes, shard.crc32):
+                return []
+            damages = _damaged_members(file, shard, index, num_bytes)
+    except FileNotFoundError:
+        return [Damage(shard.url, None, "is missing")]
+    except UserError as error:
+        return [Damage(shard.url, None, str(error))]
+    if num_bytes != shard.num_bytes:
+        damages.insert(0, Damage(shard.url, None, f"holds {num_bytes} bytes, expected {shard.num_bytes}"))
+    elif not damages:
+        damages.append(Damage(shard.url, None, "its checksum differs, its images are whole: a header or label is not"))
+    return damages
+
+
+def _damaged_members(file: BinaryIO, shard: Shard, index: MemberIndex, num_bytes: int) -> list[Damage]:
+    damages = []
+    for i in range(len(index)):
+        start, size = int(index.offsets[i]), int(index.sizes[i])
+        if start + size > num_bytes:
+            damages.append(Damage(shard.url, index.keys[i], "lies past the end of the file"))
+            continue
+        file.seek(start)
+        if zlib.crc32(file.read(size)) != int(index.crcs[i]):
+            damages.append(Damage(shard.url, index.keys[i], "its bytes are not those that were indexed (crc32)"))
+    return damages
+
+
+@contextlib.contextmanager
+def opened(url: str, num_bytes: int, config: StorageConfig) -> Iterator[tuple[BinaryIO, int]]:
+    """A shard as a seekable local file, and its crc32; a remote one is copied to a temporary file first."""
+    crc32 = 0
+    if storage.is_local(url):
+        with open(storage.filesystem(url, config)[1], "rb") as file:
+            while block := file.read(2**22):
+                crc32 = zlib.crc32(block, crc32)
+            yield file, crc32
+        return
+    with tempfile.TemporaryFile() as copy:
+        for block in storage.read_ranges(url, config, num_bytes):
+            crc32 = zlib.crc32(block, crc32)
+            copy.write(block)
+        yield copy, crc32
+
+
+def summary(manifest: Manifest) -> str:
+    counts = manifest.counts
+    return (
+        f"{manifest.url}: {manifest.num_samples} samples in {len(counts)} shards of "
+        f"{int(np.min(counts))} to {int(np.max(counts))}"
+    )

