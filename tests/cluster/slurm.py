@@ -52,7 +52,9 @@ def marked_processes(root: str) -> list[int]:
     slurmstepd writes its title over its environment, but listens on a socket in its node's spool directory.
     """
     wanted = f"{MARKER}={root}".encode()
-    sockets = {f"socket:[{line.split()[6]}]" for line in Path("/proc/net/unix").read_text().splitlines() if root in line}
+    sockets = {
+        f"socket:[{line.split()[6]}]" for line in Path("/proc/net/unix").read_text().splitlines() if root in line
+    }
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -232,7 +234,8 @@ class Cluster:
         # A GPU is a device file to Slurm; any will do, since no task of the tests opens it.
         (self.root / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         (self.root / "slurm.conf").write_text(
-            auth + f"""ClusterName=loopback
+            auth
+            + f"""ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld}
 SlurmUser=root
