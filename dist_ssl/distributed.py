@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from dist_ssl.ranks import ranks_in_environment
 
-
 # torch 2.14 renamed it and warns of the old name; 2.11 knows only that one.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -188,14 +187,19 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
             y, mean, variance, count = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps)
         if self.track_running_stats and not _statistics_frozen:
-            with torch.no_grad():
-                assert self.num_batches_tracked is not None
-                self.num_batches_tracked.add_(1)
-                momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                unbiased = variance * (count / (count - 1).clamp(min=1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+            self._track(mean, variance, count)
         return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
 class _GlobalBatchNorm(torch.autograd.Function):

@@ -16,12 +16,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on every rank that it had to guess
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
-import deepspeed
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
 
-from dist_ssl import partition
-from dist_ssl.config import Config, UserError
-from dist_ssl.distributed import World, world_size
-from dist_ssl.optim import LARS, build_optimizer
+from dist_ssl import partition  # noqa: E402
+from dist_ssl.config import Config, UserError  # noqa: E402
+from dist_ssl.distributed import World, world_size  # noqa: E402
+from dist_ssl.models import ContrastiveModel  # noqa: E402
+from dist_ssl.optim import LARS, build_optimizer  # noqa: E402
 
 
 class Engine:
@@ -38,10 +40,10 @@ class Engine:
         self._skip = False
         # Deep inside its own step DeepSpeed calls this; everything around it (freeing gradients, gathering weights)
         # must happen for a skipped step too, so the skip is here and nowhere else.
-        self.optimizer.step = self._guarded_step  # type: ignore[method-assign]
+        self.optimizer.step = self._guarded_step
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> ContrastiveModel:
         """The module itself. Under ZeRO 3 its parameters are empty between steps."""
         return self._engine.module
 
@@ -133,8 +135,6 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
         model.compile()
     if world.device.type == "cpu":
         # DeepSpeed would compile a shared-memory operator for a minute, and need a compiler; gloo does without.
-        import deepspeed.ops
-
         deepspeed.ops.__compatible_ops__ = {}
     parameters = [p for p in model.parameters() if p.requires_grad]
     num_parameters = sum(p.numel() for p in parameters)

@@ -1,14 +1,13 @@
 """One rank's tensors as one safetensors file: filled from the device into a reused host buffer, read back by ranges.
 
 The host buffer *is* the file (8 bytes of length, a JSON header, the data), so that saving is one copy from the device
-and one write. Copying into a fresh buffer would cost six times as much (facts measured: 0.55 s against 0.09 s for 1.2 GB).
+and one write. Copying into a fresh buffer takes six times as long (measured: 0.55 s against 0.09 s for 1.2 GB).
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-import zlib
 from typing import Any
 
 import torch
@@ -31,10 +30,6 @@ _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 _LONGEST_HEADER = 2**27
 
 
-def checksum(data: memoryview | bytes) -> int:
-    return zlib.crc32(data)
-
-
 class HostBuffer:
     """A safetensors file in host memory, pinned where there is a GPU, laid out again only when the tensors change."""
 
@@ -54,11 +49,12 @@ class HostBuffer:
             torch.cuda.current_stream().synchronize()
 
     def view(self) -> memoryview:
-        return memoryview(self._bytes.numpy())
+        return memoryview(self._bytes.numpy())  # type: ignore[arg-type]
 
     def _lay_out(self, layout: list[tuple[str, torch.dtype, int]]) -> None:
         # The format allows no holes between tensors, so the widest types go first and all are aligned.
-        header, end = {}, 0
+        header: dict[str, Any] = {}
+        end = 0
         for name, dtype, numel in sorted(layout, key=lambda item: -item[1].itemsize):
             start, end = end, end + numel * dtype.itemsize
             header[name] = {"dtype": _NAMES[dtype], "shape": [numel], "data_offsets": [start, end]}
@@ -90,7 +86,7 @@ class FileReader:
         self._first = 8 + length
 
     def read(self, key: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of a tensor, 1-D, in memory of its own. Raises KeyError where there is none."""
+        """Elements [start, start + length) of a tensor, 1-D, in memory of its own. Raises KeyError."""
         described = self._header[key]
         dtype = _TYPES[described["dtype"]]
         first = self._first + described["data_offsets"][0] + start * dtype.itemsize

@@ -18,10 +18,8 @@ from torchvision.models.vision_transformer import EncoderBlock, VisionTransforme
 from dist_ssl.config import Config, HeadConfig, UserError
 from dist_ssl.distributed import GlobalBatchNorm, frozen_running_statistics
 
-ENCODERS = (
-    "resnet_tiny resnet18 resnet34 resnet50 resnet101 "
-    "resnet18_small resnet34_small resnet50_small resnet101_small vit_s_16 vit_b_16"
-).split()
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+ENCODERS = ("resnet_tiny", *_RESNETS, *(f"{name}_small" for name in _RESNETS), "vit_s_16", "vit_b_16")
 
 
 class ResNetTiny(nn.Module):
@@ -172,7 +170,7 @@ def _recompute_in_backward(block: nn.Module) -> None:
             return cast(Tensor, forward(*inputs))
         return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False, context_fn=_contexts))
 
-    block.forward = checkpointed  # type: ignore[method-assign]
+    block.forward = checkpointed
 
 
 def _contexts() -> tuple[Any, Any]:

@@ -56,7 +56,7 @@ class LARS(torch.optim.Optimizer):
         self._partitioned = False
 
     def attach(self, segments: dict[Tensor, list[Segment]], num_layers: int, partitioned: bool) -> None:
-        """Say which ranges of which tensors are which of `num_layers` parameters, and whether other ranks hold parts."""
+        """Say which ranges of the tensors are which of `num_layers` parameters, and whether other ranks hold parts."""
         self._segments, self._num_layers, self._partitioned = segments, num_layers, partitioned
 
     @torch.no_grad()
@@ -114,7 +114,8 @@ class LARS(torch.optim.Optimizer):
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and kernels with decay and adaptation; biases, norms and position embeddings with neither."""
-    plain, adapted = [], []
+    plain: list[nn.Parameter] = []
+    adapted: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         embedding = name.endswith(("class_token", "pos_embedding"))
         (plain if parameter.ndim <= 1 or embedding else adapted).append(parameter)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dist_ssl import checkpoint, storage
 from dist_ssl import config as config_module
 from dist_ssl.checkpoint import Checkpoint, RunState
+from dist_ssl.checkpoint_writer import take_incarnation
 from dist_ssl.config import Config, UserError
 from dist_ssl.distributed import broadcast_object, raise_together, rank
 from dist_ssl.observability import trim_run
@@ -20,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> tuple[int, Checkpoint | None]:
-    """(incarnation, the checkpoint to go on from or None for a fresh start). Collective; errors are raised on all ranks.
+    """(incarnation, the checkpoint to go on from or None for a fresh start). Collective; errors reach all ranks.
 
     Raises UserError where the directory can't be written, holds a run of another config or other data, or has lost its
     checkpoints.
@@ -33,7 +36,7 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
             if restart:
                 _set_aside(config, run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
-            incarnation = checkpoint.take_incarnation(run_dir)
+            incarnation = take_incarnation(run_dir)
         except OSError as cause:
             error = UserError(f"run.dir = {run_dir}: expected a directory that can be written: {cause}")
     raise_together(error)
@@ -74,7 +77,7 @@ def _check_goes_on(config: Config, manifest: Any, state: RunState, extend: bool)
     saved = config_module.loads(state.config, "the checkpoint's config")
     if manifest.hash != state.data_hash:
         raise UserError(
-            f"data.shards = {config.data.shards}: other data than this run was trained on (manifest {manifest.hash[:12]}, "
+            f"data.shards = {config.data.shards}: not what this run was trained on (manifest {manifest.hash[:12]}, "
             f"expected {state.data_hash[:12]}); give the same shards, another run.dir, or --restart"
         )
     differences = config_module.resume_diff(saved, config)
@@ -101,3 +104,10 @@ def _check_goes_on(config: Config, manifest: Any, state: RunState, extend: bool)
             learning_rate(config, state.step, after, manifest.num_samples),
             learning_rate(saved, state.step, before, manifest.num_samples),
         )
+
+
+def versions() -> dict[str, str]:
+    """What the run was computed with, for the checkpoint and the report."""
+    packages = ("dist_ssl", "torch", "torchvision", "deepspeed", "webdataset", "numpy")
+    found = {name: metadata.version(name) for name in packages}
+    return found | {"python": platform.python_version(), "host": platform.node()}

@@ -16,8 +16,9 @@ from dist_ssl import distributed, engine, objective, optim
 from dist_ssl.config import Config
 from dist_ssl.data.augment import augment
 from dist_ssl.data.index import load_manifest
-from dist_ssl.data.stream import training_batches
+from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.models import build_model
+from dist_ssl.step import Step
 
 
 def small_config(run_dir: Any, shards: Any, *overrides: str) -> Config:
@@ -59,10 +60,8 @@ def ledger(run_dir: Path) -> dict[int, list[tuple[int, str]]]:
     return {step: sorted(samples) for step, samples in steps.items()}
 
 
-def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor], str]:
-    """Global loss, averaged gradient and a digest of this rank's pixels at the first step, on the DeepSpeed engine."""
-    from dist_ssl.train import Run
-
+def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
+    """Global loss and averaged gradient at the first step, on the DeepSpeed engine."""
     world = distributed.initialize()
     manifest = load_manifest(config.data.shards, config.storage)
     model = engine.initialize(build_model(config), config, world)
@@ -75,25 +74,18 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor], str]:
                 whole[f.offset : f.offset + f.length] = f.of(f.flat.grad)
 
     model._apply = capture  # type: ignore[method-assign]
-    from dist_ssl.checkpoint import RunState
-    from dist_ssl.data.stream import plan_of
-
-    checkpointer: Any = type("NoCheckpointer", (), {"last_step": 0})()
-    run = Run(config, world, model, checkpointer, None, 1, plan_of(config, manifest), RunState(0, 0, "", ""))
+    rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
     batch = next(_batches(config, manifest, 1))
-    result = run.train_step(batch)
+    result = Step(config, model, rows)(batch, seed=0)
     model.step(0.0)
     loss = result.loss.double() / world.size
-    replicated = model.fragments[0].replicated
     if world.size > 1:
         dist.all_reduce(loss)
-        for name in (name for name, _ in sorted(build_model(config).named_parameters())):
-            whole = gradients.get(name)
-            whole = whole if whole is not None else torch.zeros(dict(build_model(config).named_parameters())[name].numel())
-            if not replicated:
+        for name, p in build_model(config).named_parameters():
+            whole = gradients.setdefault(name, torch.zeros(p.numel()))
+            if not model.fragments[0].replicated:
                 dist.all_reduce(whole)
-            gradients[name] = whole
-    return float(loss), gradients, ""
+    return float(loss), gradients
 
 
 def _batches(config: Config, manifest: Any, num_steps: int) -> Any:
@@ -115,8 +107,6 @@ def fp64_losses(config: Config) -> list[float]:
     optimizer = torch.optim.AdamW(optim.parameter_groups(model, 1e-4), lr=1e-3)
     size = distributed.world_size()
     found = []
-    from dist_ssl.data.stream import plan_of
-
     rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, size)[0]
     for batch in _batches(config, manifest, config.train.steps or 1):
         views = augment(batch.crops, batch.parameters, config.augment).flatten(0, 1).double()

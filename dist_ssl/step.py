@@ -1,0 +1,100 @@
+"""One step's computation on this rank: augment, encoder, head, contrast with all ranks' z, backward.
+
+Legend: n images of this rank, 2n views (rows 2i and 2i + 1 are those of image i), D width of h, d width of z.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_ssl import objective
+from dist_ssl.config import Config
+from dist_ssl.data.augment import augment
+from dist_ssl.data.stream import Batch
+from dist_ssl.distributed import frozen_running_statistics, rank
+from dist_ssl.engine import Engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """This rank's part of a step, detached: loss (scalar), h (2n, D), z (2n, d)."""
+
+    loss: Tensor
+    h: Tensor
+    z: Tensor
+
+
+class Step:
+    """Computes losses and gradients; knows nothing of time, files or what comes next."""
+
+    def __init__(self, config: Config, model: Engine, rows_per_chunk: list[list[int]]):
+        self._config, self._model = config, model
+        self._views_per_chunk = [2 * rows[rank()] for rows in rows_per_chunk]
+        self._rows_per_rank = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
+
+    def __call__(self, batch: Batch, seed: int) -> StepResult:
+        """Forward and backward of one global batch; `seed` is of this step and rank, for dropout. Collective."""
+        views = augment(batch.crops, batch.parameters, self._config.augment).flatten(0, 1)  # (2n, 3, S, S)
+        views = views.contiguous(memory_format=torch.channels_last)
+        if self._config.objective.chunks > 1:
+            return self._in_chunks(views, batch, seed)
+        torch.manual_seed(seed)
+        h, z = self._model(views)
+        loss = self._contrast(z, batch)
+        self._model.backward(loss)
+        return StepResult(loss.detach(), h.detach(), z.detach())
+
+    def _in_chunks(self, views: Tensor, batch: Batch, seed: int) -> StepResult:
+        """GradCache (Gao et al. 2021): all z without graph, dL/dz exactly, then chunk by chunk with that gradient.
+
+        Chunk j is a slice of the global batch, the same on any number of ranks, and so are its batch-norm statistics.
+        """
+        chunks = views.split(self._views_per_chunk)
+        h_parts, z_parts = [], []
+        with torch.no_grad(), frozen_running_statistics():
+            for number, chunk in enumerate(chunks):
+                torch.manual_seed(seed + number)
+                h, z = self._model(chunk)
+                h_parts.append(h)
+                z_parts.append(z)
+        leaf = torch.cat(z_parts).requires_grad_()
+        loss = self._contrast(leaf, batch)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        for number, (chunk, gradient_of_chunk) in enumerate(
+            zip(chunks, gradient.split(self._views_per_chunk), strict=True)
+        ):
+            torch.manual_seed(seed + number)  # the same dropout as in the first pass
+            _, z = self._model(chunk)
+            self._model.backward((z * gradient_of_chunk).sum())
+        return StepResult(loss.detach(), torch.cat(h_parts), leaf.detach())
+
+    def _contrast(self, z: Tensor, batch: Batch) -> Tensor:
+        z1, z2 = z[0::2], z[1::2]
+        temperature, rows, ids = self._config.objective.temperature, self._rows_per_rank, batch.sample_ids.to(z.device)
+        match self._config.objective.name:
+            case "nt_xent":
+                return objective.nt_xent(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
+            case "decoupled":
+                return objective.decoupled(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
+            case "supervised":
+                labels = batch.labels.to(z.device)
+                return objective.supervised(z1, z2, temperature, labels, rows_per_rank=rows, sample_ids=ids)
+
+
+class Statistics:
+    """Buffers as they were before a step: a loss that is not finite has poisoned batch norm's when it is seen."""
+
+    def __init__(self, model: nn.Module):
+        self._buffers = list(model.buffers())
+        self._saved = [buffer.clone() for buffer in self._buffers]
+
+    def remember(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._saved, self._buffers)
+
+    def restore(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._saved)

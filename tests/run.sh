@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Every test on a fresh machine: bash tests/run.sh [--system] [pytest arguments]
+# With CI=true or --system, as root, Debian packages that tests need (Slurm, Chromium) are installed first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+
+system="${CI:-false}"
+if [ "${1:-}" = "--system" ]; then system=true; shift; fi
+make_environment test
+if [ "$system" = true ]; then bash tests/system.sh; fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec "$python" -m pytest "$@"
