@@ -2,21 +2,26 @@
 
 `draw` fixes every parameter from (seed, epoch, sample, view), wherever and whenever it is called. A worker crops
 (`crop_box`), and `augment` does the rest on the training device: flip, colour jitter in the drawn order, grey, blur,
-normalise, in torchvision's definitions for float tensors.
+normalise, in torchvision's definitions for float tensors. A row's pixels are the same bits in whatever batch it
+stands and however many threads compute it: operations are elementwise, or sums whose order does not matter.
 
-Legend: n samples, 2 views each, R = 2n rows, S pixels a side, P parameters.
+Rows that share flip and order of jitter go through together, in place: all of them on a GPU, as many as stay in a
+core's cache on a CPU.
+
+Legend: n samples, 2 views each, R rows (n times 2), S pixels a side, P parameters.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from dist_ssl.config import AugmentConfig
 from dist_ssl.data.random import key_of, philox, uniforms
@@ -29,6 +34,7 @@ ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
 ATTEMPTS = 10  # of torchvision's RandomResizedCrop to find a crop that fits
 RATIOS = (3 / 4, 4 / 3)
 SIGMAS = (0.1, 2.0)
+CACHED_PIXELS = 2**16  # rows of a block on a CPU: with its scratch space it should fit in a core's second-level cache
 _WORDS = 32  # random words a view: two for each attempt, two for the place, ten parameters
 
 
@@ -76,90 +82,114 @@ def crop_box(u: NDArray[np.float64], height: int, width: int, min_scale: float) 
 
 
 def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tensor:
-    """uint8 crops (n, 2, 3, S, S) on any device, parameters (n, 2, P) on the CPU -> float32 views, normalised.
+    """uint8 crops (n, 2, 3, S, S) on any device, parameters (n, 2, P) -> float32 views like the crops, normalised.
 
-    On the CPU rows go through in blocks that stay in a core's cache; on a GPU all at once.
+    Parameters are read on the host: keep them on the CPU, or this waits for the device.
     """
     rows_u8, drawn = crops_u8.flatten(0, 1), parameters.flatten(0, 1).cpu()
-    views = torch.empty(rows_u8.shape, dtype=torch.float32, device=crops_u8.device)
-    at_once = len(rows_u8) if crops_u8.is_cuda else max(1, 2**16 // rows_u8.shape[-1] ** 2)
-    for start in range(0, len(rows_u8), at_once):
-        rows = slice(start, start + at_once)
-        views[rows] = _augment_rows(rows_u8[rows], drawn[rows], config)
+    device, size = crops_u8.device, crops_u8.shape[-1]
+    largest = len(rows_u8) if crops_u8.is_cuda else max(1, CACHED_PIXELS // size**2)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std))
+    views = torch.empty(rows_u8.shape, dtype=torch.float32, device=device)
+    scratch = torch.empty((3, min(largest, len(rows_u8)), 3, size, size), dtype=torch.float32, device=device)
+    padded = torch.empty((3, 3 * size * (size + blur_size(size)))) if not crops_u8.is_cuda else None
+    for rows in _blocks(drawn, largest):
+        of_rows = drawn[rows]
+        x, spare, other = scratch[:, : len(rows)].unbind()
+        block = rows_u8[rows[0]][None] if len(rows) == 1 else rows_u8[rows.to(device)]
+        x.copy_(block.flip(-1) if of_rows[0, FLIP] else block).mul_(1 / 255)
+        if of_rows[0, JITTER]:
+            _jitter(x, ORDERS[int(of_rows[0, ORDER])], of_rows, spare, other)
+        grey = of_rows[:, GREY].nonzero().flatten().tolist()
+        if grey:
+            luma = _grey(x, spare, other)
+            for i in grey:
+                x[i].copy_(luma[i])
+        _blur_rows(x, of_rows, padded)
+        x.sub_(mean).div_(std)
+        if len(rows) == 1:
+            views[rows[0]].copy_(x[0])
+        else:
+            views[rows.to(device)] = x
     return views.view(crops_u8.shape)
 
 
 def normalize(images_u8: Tensor, config: AugmentConfig) -> Tensor:
     """uint8 (..., 3, S, S) -> float32, scaled to [0, 1], then by the config's mean and standard deviation."""
-    return _normalize(images_u8.to(torch.float32).mul_(1 / 255), config)
+    device = images_u8.device
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std))
+    return images_u8.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
 
 
-def _normalize(x: Tensor, config: AugmentConfig) -> Tensor:
-    mean = torch.tensor(config.mean, device=x.device).view(3, 1, 1)
-    std = torch.tensor(config.std, device=x.device).view(3, 1, 1)
-    return x.sub_(mean).div_(std)
+def _blocks(drawn: Tensor, largest: int) -> Iterator[Tensor]:
+    """Rows of (R, P) that share flip and order of jitter, up to `largest` at a time."""
+    kinds = (drawn[:, ORDER] + 1) * drawn[:, JITTER] * 2 + drawn[:, FLIP]
+    _, counts = kinds.unique(return_counts=True)
+    for rows in kinds.argsort(stable=True).split(counts.tolist()):
+        yield from rows.split(largest)
 
 
-def _augment_rows(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
-    x = rows_u8.to(torch.float32).mul_(1 / 255)
-    rows = drawn[:, FLIP].nonzero().flatten()
-    if len(rows):
-        x[rows] = x[rows].flip(-1)
-    orders = torch.where(drawn[:, JITTER] > 0, drawn[:, ORDER], -1)
-    for order in orders.unique().tolist():
-        if order >= 0:
-            rows = (orders == order).nonzero().flatten()
-            x[rows] = _jitter(x[rows], ORDERS[int(order)], drawn[rows].to(x.device)[:, :, None, None, None])
-    rows = drawn[:, GREY].nonzero().flatten()
-    if len(rows):
-        x[rows] = _grey(x[rows]).expand(-1, 3, -1, -1)
-    rows = drawn[:, BLUR].nonzero().flatten()
-    if len(rows) and blur_size(x.shape[-1]) > 1:
-        x[rows] = _blur(x[rows], drawn[rows, SIGMA].to(x.device))
-    return _normalize(x, config)
-
-
-def _jitter(x: Tensor, order: tuple[int, ...], drawn: Tensor) -> Tensor:
-    """(R, 3, S, S) with the factors of (R, P, 1, 1, 1), in the given order of operations."""
+def _jitter(x: Tensor, order: tuple[int, ...], drawn: Tensor, spare: Tensor, other: Tensor) -> None:
+    """Colour jitter of (R, 3, S, S) by the factors of (R, P), in place, in the given order of operations."""
+    factors = drawn.to(x.device)[:, :, None, None, None]
     for operation in order:
-        factor = drawn[:, operation]
+        factor = factors[:, operation]
         if operation == BRIGHTNESS:
-            x = (x * factor).clamp_(0, 1)
+            x.mul_(factor).clamp_(0, 1)
         elif operation == CONTRAST:
-            x = _blend(x, _grey(x).mean(dim=(1, 2, 3), keepdim=True), factor)
+            mean = _mean(_grey(x, spare, other)).mul_(1 - factor)
+            x.mul_(factor).add_(mean).clamp_(0, 1)
         elif operation == SATURATION:
-            x = _blend(x, _grey(x), factor)
+            luma = _grey(x, spare, other).mul_(1 - factor)
+            x.mul_(factor).add_(luma).clamp_(0, 1)
         else:
-            x = _shift_hue(x, factor)
-    return x
+            _shift_hue(x, factor, spare, other)
 
 
-def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).add_(other * (1 - factor)).clamp_(0, 1)
+def _mean(luma: Tensor) -> Tensor:
+    """(R, 1, S, S) in [0, 1] -> (R, 1, 1, 1), the same bits whatever the order of summation.
+
+    Adding 8 rounds float32 to multiples of 2^-20, whose sums are exact in float64. torch sums rows in an order that
+    depends on threads and on how many rows there are.
+    """
+    rounded = luma.add_(8.0).sub_(8.0)
+    total = rounded.sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
+    return (total / luma[0].numel()).to(torch.float32)
 
 
-def _grey(x: Tensor) -> Tensor:
-    """(R, 3, S, S) -> (R, 1, S, S): luma of ITU-R BT.601, torchvision's weights."""
-    return (x[:, 0:1] * 0.2989).add_(x[:, 1:2] * 0.587).add_(x[:, 2:3] * 0.114)
+def _grey(x: Tensor, spare: Tensor, other: Tensor) -> Tensor:
+    """(R, 3, S, S) -> (R, 1, S, S): luma of ITU-R BT.601, torchvision's weights. In the first plane of `spare`."""
+    luma, product = spare[:, 0:1], other[:, 0:1]
+    torch.mul(x[:, 0:1], 0.2989, out=luma)
+    luma.add_(torch.mul(x[:, 1:2], 0.587, out=product))
+    return luma.add_(torch.mul(x[:, 2:3], 0.114, out=product))
 
 
-def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Rotate the hue of HSV by `shift` turns, closed form: f(n) = V - C max(0, min(k, 4 - k, 1)), k = n + 6H mod 6."""
+def _shift_hue(x: Tensor, shift: Tensor, spare: Tensor, other: Tensor) -> None:
+    """Rotate the hue of HSV by `shift` turns, in place and in closed form.
+
+    With V the largest channel, C the chroma and H the hue in turns, channel c of red, green, blue is
+    V - C clamp(6 |H - c / 3| - 1, 0, 1), the difference of hues taken in [-1/2, 1/2].
+    """
     red, green, blue = x.unbind(dim=1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    divisor = torch.where(chroma == 0, 1, chroma)
-    sextants = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )
-    sextants += 6 * shift[:, 0]
-    channels = []
-    for n in (5, 3, 1):
-        k = (sextants + n).remainder_(6)
-        channels.append(value - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma))
-    return torch.stack(channels, dim=1)
+    value, chroma, hue = spare.unbind(dim=1)
+    a, b, is_largest = other.unbind(dim=1)
+    torch.maximum(torch.maximum(red, green, out=value), blue, out=value)
+    torch.sub(value, torch.minimum(torch.minimum(red, green, out=a), blue, out=a), out=chroma)
+    # Six hues: (g - b) / C where red is largest, else 2 + (b - r) / C where green is, else 4 + (r - g) / C.
+    torch.sub(red, green, out=hue).add_(torch.mul(chroma, 4.0, out=a))
+    torch.sub(blue, red, out=b).add_(torch.mul(chroma, 2.0, out=a)).sub_(hue)
+    is_largest.copy_(green).eq_(value)
+    hue.add_(b.mul_(is_largest))
+    torch.sub(green, blue, out=b).sub_(hue)
+    is_largest.copy_(red).eq_(value)
+    hue.add_(b.mul_(is_largest))
+    # Where C is 0 so is the numerator: any divisor gives no hue, and the chroma takes away what is made of it.
+    hue.div_(torch.clamp(chroma, min=1e-12, out=a)).mul_(1 / 6).add_(shift[:, 0])
+    for channel, c in ((red, 0.0), (green, -1 / 3), (blue, -2 / 3)):
+        torch.add(hue, c, out=a)
+        a.sub_(torch.round(a, out=b)).abs_().mul_(6.0).sub_(1.0).clamp_(0, 1).mul_(chroma)
+        torch.sub(value, a, out=channel)
 
 
 def blur_size(size: int) -> int:
@@ -167,13 +197,71 @@ def blur_size(size: int) -> int:
     return 2 * (size // 10 // 2) + 1
 
 
-def _blur(x: Tensor, sigmas: Tensor) -> Tensor:
-    """Gaussian blur of (R, 3, S, S) with (R,) sigmas: two passes, reflecting at the edges."""
-    rows, _, size, _ = x.shape
+def _blur_rows(x: Tensor, drawn: Tensor, padded: Tensor | None) -> None:
+    """Gaussian blur of the rows of (R, 3, S, S) that are to be blurred, in place, reflecting at the edges."""
+    rows = drawn[:, BLUR].nonzero().flatten()
+    if not len(rows) or blur_size(x.shape[-1]) == 1:
+        return
+    if padded is None:
+        chosen = rows.to(x.device)
+        x[chosen] = blur_by_matrices(x[chosen], drawn[rows, SIGMA].to(x.device))
+        return
+    for row in rows.tolist():
+        _blur_by_shifts(x[row], float(drawn[row, SIGMA]), padded)
+
+
+def _blur_by_shifts(x: Tensor, sigma: float, scratch: Tensor) -> None:
+    """(3, S, S) in place, as two passes of shifted sums, which a CPU does from its cache.
+
+    `scratch` has three rows that each hold a padded image: fresh memory would cost more than the sums. Weights under 1e-7 of the centre's are left out, which saves half of the work at SimCLR's sigmas.
+    """
+    size = x.shape[-1]
+    radius = min(blur_size(size) // 2, int(5.68 * sigma) + 1)
+    weights = [math.exp(-0.5 * (step / sigma) ** 2) for step in range(radius + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    padded, summed, pair = scratch[:, : 3 * size * (size + 2 * radius)].unbind()
+    wide = padded.view(3, size, size + 2 * radius)
+    wide[..., radius : radius + size] = x
+    wide[..., :radius] = x[..., 1 : radius + 1].flip(-1)
+    wide[..., radius + size :] = x[..., size - radius - 1 : size - 1].flip(-1)
+    # Rows lie end to end, so that one shift serves all of them; what runs over a row's end is not used.
+    _add_shifts(padded, summed, pair, [weight / total for weight in weights], 1)
+    tall = padded.view(3, size + 2 * radius, size)
+    tall[:, radius : radius + size] = summed.view_as(wide)[..., :size]
+    tall[:, :radius] = tall[:, radius + 1 : 2 * radius + 1].flip(1)
+    tall[:, radius + size :] = tall[:, size - 1 : size + radius - 1].flip(1)
+    _add_shifts(padded, summed, pair, [weight / total for weight in weights], size)
+    x.copy_(summed.view_as(tall)[:, :size])
+
+
+def _add_shifts(line: Tensor, summed: Tensor, pair: Tensor, weights: list[float], stride: int) -> None:
+    """summed[i] = sum over steps of weights[|step|] line[i + (radius + step) stride], wherever that lies in the line."""
+    reach = (len(weights) - 1) * stride
+    length = len(line) - 2 * reach
+    summed, pair = summed[:length], pair[:length]
+    torch.mul(line[reach : reach + length], weights[0], out=summed)
+    for step in range(stride, reach + 1, stride):
+        torch.add(line[reach - step :][:length], line[reach + step :][:length], out=pair)
+        summed.add_(pair.mul_(weights[step // stride]))
+
+
+def blur_by_matrices(x: Tensor, sigmas: Tensor) -> Tensor:
+    """(R, 3, S, S), (R,) sigmas -> blurred, as two batched matrix products, which a GPU does at once."""
+    taps = _taps(x.shape[-1]).to(x.device)
+    steps = torch.arange(len(taps), dtype=torch.float32, device=x.device) - len(taps) // 2
+    kernels = torch.exp(-0.5 * (steps / sigmas[:, None]).square())
+    kernels = kernels / kernels.sum(dim=1, keepdim=True)
+    matrices = (kernels @ taps.flatten(1)).view(-1, 1, *taps.shape[1:])
+    return matrices @ x @ matrices.mT
+
+
+@lru_cache(maxsize=4)
+def _taps(size: int) -> Tensor:
+    """(k, S, S): entry (t, i, j) is 1 where tap t of the blur at pixel i reads pixel j."""
     radius = blur_size(size) // 2
-    steps = torch.arange(-radius, radius + 1, dtype=torch.float32, device=x.device)
-    kernel = torch.exp(-0.5 * (steps / sigmas[:, None]).square())
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)[:, None]
-    planes = F.pad(x, (radius, radius, radius, radius), mode="reflect").view(1, rows * 3, size + 2 * radius, -1)
-    planes = F.conv2d(planes, kernel[:, :, None, :], groups=rows * 3)
-    return F.conv2d(planes, kernel[:, :, :, None], groups=rows * 3).view(rows, 3, size, size)
+    i = torch.arange(size)
+    taps = torch.zeros(2 * radius + 1, size, size)
+    for t in range(2 * radius + 1):
+        j = (i + t - radius).abs()
+        taps[t, i, torch.minimum(j, 2 * (size - 1) - j)] = 1.0
+    return taps

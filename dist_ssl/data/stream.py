@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dist_ssl import storage as storage_module
-from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
+from dist_ssl.config import Config, DataConfig, StorageConfig, UserError
 from dist_ssl.data.augment import crop_box, draw
 from dist_ssl.data.decode import BadSample, decode
 from dist_ssl.data.index import Manifest
@@ -171,7 +171,8 @@ class _Training(Dataset[Any]):
                 replaced[row] = self.reader.key(shard, used)
             labels[row] = self.reader.index(shard).labels[used]
             for view in range(2):
-                crops[row, view] = _crop(image, uniforms[row, view], config.augment)
+                box = crop_box(uniforms[row, view], image.height, image.width, config.augment.min_scale)
+                crops[row, view] = crop_and_resize(image, box, size)
         return Batch(
             crops,
             parameters,
@@ -333,11 +334,12 @@ def _decode_or_replace(
     )
 
 
-def _crop(image: Image.Image, uniforms: NDArray[np.float64], config: AugmentConfig) -> Tensor:
-    top, left, height, width = crop_box(uniforms, image.height, image.width, config.min_scale)
+def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """The box (top, left, height, width) of an RGB image as uint8 (3, size, size): torchvision's resized_crop."""
+    top, left, height, width = box
     # Cropping first, so that the resize sees no pixel outside of the box, as torchvision's does not.
     cropped = image.crop((left, top, left + width, top + height))
-    return _to_tensor(cropped.resize((config.crop_size, config.crop_size), Image.Resampling.BILINEAR))
+    return _to_tensor(cropped.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _centre_crop(image: Image.Image, size: int, ratio: float) -> Image.Image:
