@@ -61,6 +61,29 @@ def gpus_of_a_node(partition: str) -> int:
     return min(counts, default=0)
 
 
+def time_limit(partition: str, minutes: int | None, default: int = 1440) -> int:
+    """`minutes`, or by default the partition's limit and at most a day.
+
+    Raises UserError for more than the partition allows: Slurm takes such a job and leaves it pending for ever.
+    """
+    shown = ask("sinfo", "--noheader", f"--partition={partition}", "--format=%l").split()[0]
+    days, _, clock = shown.rpartition("-")
+    if not re.fullmatch(r"[\d:]+", clock):  # "infinite"
+        return minutes or default
+    hours, minute = ([0, 0, *map(int, clock.split(":"))])[-3:-1]
+    longest = int(days or 0) * 1440 + hours * 60 + minute
+    if minutes is not None and minutes > longest:
+        raise UserError(f"--time-minutes {minutes}: partition {partition} allows at most {longest}")
+    return minutes or min(default, longest)
+
+
+def check_nodes(partition: str, nodes: int) -> None:
+    """Raises UserError where the partition has fewer nodes, up or down."""
+    there = sum(map(int, ask("sinfo", "--noheader", f"--partition={partition}", "--format=%D").split()))
+    if nodes > there:
+        raise UserError(f"--nodes {nodes}: partition {partition} has {there}")
+
+
 def state(job_id: str) -> tuple[str, int]:
     """(state, restarts) of a job: from the controller, from accounting once it has forgotten it, else UNKNOWN."""
     try:

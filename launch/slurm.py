@@ -48,7 +48,9 @@ def pretrain(
     tasks_per_node: Annotated[
         int | None, typer.Option(min=1, help="Default: one a GPU, one where there is none.")
     ] = None,
-    time_minutes: Annotated[int, typer.Option(min=1, help="Of each start; the run goes on in the next.")] = 1440,
+    time_minutes: Annotated[
+        int | None, typer.Option(min=1, help="Of each start; default: the most, up to a day.")
+    ] = None,
     partition: Partition = None,
     profile: ProfileName = None,
     max_requeues: Annotated[int, typer.Option(min=0, help="Stop after this many.")] = 100,
@@ -66,6 +68,7 @@ def pretrain(
     """
     chosen = profiles.load(profile)
     name = queue.check_partition(partition or chosen.partition)
+    queue.check_nodes(name, nodes)
     gpus = queue.gpus_of_a_node(name) if gpus_per_node is None else gpus_per_node
     tasks = tasks_per_node or max(1, gpus)
     base = _absolute(configuration.load(config, overrides))
@@ -81,7 +84,7 @@ def pretrain(
         nodes=nodes,
         ntasks_per_node=tasks,
         cpus_per_task=chosen.cpus_per_task,
-        time=time_minutes,
+        time=queue.time_limit(name, time_minutes),
         array_parallelism=max_parallel,
         **({"gpus_per_node": gpus} if gpus else {}),
     )
@@ -127,7 +130,7 @@ def evaluate(
         nodes=1,
         ntasks_per_node=max(1, gpus),
         cpus_per_task=resources.cpus,
-        time=resources.time_minutes,
+        time=queue.time_limit(name, None, resources.time_minutes),
         **({"gpus_per_node": gpus} if gpus else {}),
         **({"dependency": f"afterany:{after}"} if after else {}),
     )

@@ -226,7 +226,8 @@ def main(names: list[str]) -> int:
             try:
                 shown, word = known[name](scene), "passed"
             except Exception as error:
-                shown, word, failed = f"{type(error).__name__}: {error}", "FAILED", failed + 1
+                log = scene.log(scene.directory / name)[-4000:]
+                shown, word, failed = f"{type(error).__name__}: {error}\n{log}", "FAILED", failed + 1
                 cluster.run("scancel", "--user=root", check=False)
             print(f"{word} {name} ({time.monotonic() - began:.0f} s): {shown}", flush=True)
     return failed
