@@ -133,7 +133,7 @@ def test_distributions_of_the_draws() -> None:
         assert 1.39 < rows[:, column].max() <= 1.4
         assert abs(rows[:, column].mean() - 1) < 0.01
     assert abs(rows[:, A.HUE]).max() <= 0.1
-    assert 0.1 <= rows[:, A.SIGMA].min()
+    assert rows[:, A.SIGMA].min() >= 0.1
     assert rows[:, A.SIGMA].max() <= 2.0
     counts = torch.bincount(rows[:, A.ORDER].long(), minlength=24)
     assert counts.min() > 0.85 * 2 * n / 24

@@ -213,7 +213,8 @@ def _blur_rows(x: Tensor, drawn: Tensor, padded: Tensor | None) -> None:
 def _blur_by_shifts(x: Tensor, sigma: float, scratch: Tensor) -> None:
     """(3, S, S) in place, as two passes of shifted sums, which a CPU does from its cache.
 
-    `scratch` has three rows that each hold a padded image: fresh memory would cost more than the sums. Weights under 1e-7 of the centre's are left out, which saves half of the work at SimCLR's sigmas.
+    `scratch` has three rows that each hold a padded image: fresh memory would cost more than the sums. Weights under
+    1e-7 of the centre's are left out, which saves half of the work at SimCLR's sigmas.
     """
     size = x.shape[-1]
     radius = min(blur_size(size) // 2, int(5.68 * sigma) + 1)
@@ -235,7 +236,7 @@ def _blur_by_shifts(x: Tensor, sigma: float, scratch: Tensor) -> None:
 
 
 def _add_shifts(line: Tensor, summed: Tensor, pair: Tensor, weights: list[float], stride: int) -> None:
-    """summed[i] = sum over steps of weights[|step|] line[i + (radius + step) stride], wherever that lies in the line."""
+    """summed[i] = sum over steps of weights[|step|] line[i + (radius + step) stride], where that lies in the line."""
     reach = (len(weights) - 1) * stride
     length = len(line) - 2 * reach
     summed, pair = summed[:length], pair[:length]

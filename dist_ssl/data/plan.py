@@ -77,9 +77,10 @@ class Plan:
             # Blocks are told by stream and by how many shards the line is past the stream's first.
             first = np.searchsorted(ends, self._stream_starts[streams[of_epoch]], side="right")
             blocks = (np.searchsorted(ends, lines, side="right") - first) // self.block_shards
-            groups = np.stack([streams[of_epoch], blocks])
-            for stream, block in np.unique(groups, axis=1).T.tolist():
-                mine = (groups[0] == stream) & (groups[1] == block)
+            groups, group_of = np.unique(streams[of_epoch] * len(ends) + blocks, return_inverse=True)
+            by_group = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
+            for group, mine in zip(groups.tolist(), by_group, strict=True):
+                stream, block = divmod(group, len(ends))
                 start, stop = self._block_range(epoch, stream, block)
                 lines[mine] = start + self._permutation(epoch, stream, block, stop - start)[lines[mine] - start]
             slots = np.searchsorted(ends, lines, side="right")
