@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ssl import distributed, nt_xent_tiles, objective
 from tests import wrong_objectives
+from tests.counting import Count
 from tests.pool import RankFailed, ranks
 
 EVEN = {1: [12], 2: [6, 6], 3: [4, 4, 4], 4: [3, 3, 3, 3]}
@@ -120,9 +120,10 @@ def test_small_temperature_with_close_positives(sizes):
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.002])
-def test_tiny_temperature(temperature):
-    gate = {"dtype": torch.float64, "temperature": temperature}
-    assert max(gate_errors(objective.nt_xent, "nt_xent", [5, 7], **gate)) <= 1e-11
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
+def test_tiny_temperature(temperature, dtype, tolerance):  # exp(1 / temperature) is infinite in fp32
+    gate = {"dtype": dtype, "temperature": temperature}
+    assert max(gate_errors(objective.nt_xent, "nt_xent", [5, 7], **gate)) <= tolerance
 
 
 @pytest.mark.parametrize(
@@ -240,24 +241,6 @@ def test_other_libraries_agree():
 # --- cost: collectives, bytes, memory --------------------------------------------------------------------------
 
 
-class Count(TorchDispatchMode):
-    """Collectives (name, bytes sent by this rank) and the largest tensor that was made, in elements."""
-
-    def __init__(self):
-        super().__init__()
-        self.collectives, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
-            sent = args[1] if "allgather" in func.name() else args[0]
-            tensors = sent if isinstance(sent, list) else [sent]
-            self.collectives.append((func.name(), sum(t.nbytes for t in tensors)))
-        elif isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel())
-        return out
-
-
 def counted(loss_function, n, d, dtype, with_ids):
     z1, z2 = pair(n, d, dtype, seed=distributed.rank())
     sizes = [n] * distributed.world_size()
@@ -275,7 +258,7 @@ def test_one_gather_of_z_one_of_lse_none_in_backward(dtype):
     for with_ids in (False, True):
         for forward, backward, _ in ranks(3).run(counted, objective.nt_xent, n, d, dtype, with_ids):
             assert backward == []
-            assert [name.split("::")[1].strip("_") for name, _ in forward] == ["allgather_base"] * 2
+            assert [name for name, _ in forward] == ["allgather_base"] * 2
             assert [sent for _, sent in forward] == [2 * n * d * width + 8 * n * with_ids, 2 * n * 4]
             assert sum(sent for _, sent in forward) <= 1.02 * (2 * n * d * width + 2 * n * 4)
 
