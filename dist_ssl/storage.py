@@ -43,7 +43,7 @@ class StorageError(OSError):
 
 def check_url(url: str) -> str:
     """The scheme of a URL, "file" for a plain path. Raises UserError for one that is not allowed."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
+    match = re.match(r"([^/:]+):", url)  # wider than a URL's scheme: a file a:b is written ./a:b
     if "::" in url or (match and match[1].lower() not in SCHEMES) or url.startswith("|"):
         raise UserError(f"{redact(url)}: expected a plain path or a URL of the schemes {', '.join(SCHEMES)}")
     if not url:

@@ -131,13 +131,13 @@ def test_a_batch_smaller_than_the_world_is_refused() -> None:
     plan = Plan([10], 0, "hash", 2, 1)
     with pytest.raises(UserError, match="global batch of 5 for 3 ranks and 2 chunks"):
         plan.rows_per_rank(5, 3, 2)
-    with pytest.raises(UserError, match="holds? samples"):
+    with pytest.raises(UserError, match="shards that hold samples"):
         Plan([0, 0], 0, "hash", 2, 1)
 
 
 @pytest.mark.parametrize("counts", [[10_000] * 10_000, [1_000] * 100_000])
 def test_a_hundred_million_samples_take_milliseconds(counts: list[int]) -> None:
-    """Setting up and seeking to any position: under 50 ms each. The best of some tries, since others use this machine."""
+    """Setting up, and seeking to any position: under 50 ms each. The best of some tries: others use this machine."""
     array = np.array(counts)
     setting_up, seeking = [], []
     for attempt in range(7):

@@ -1,0 +1,187 @@
+"""Storage on real files and a real S3 server: schemes, secrets, atomic writes, retries."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_ssl import storage
+from dist_ssl.config import StorageConfig, UserError
+from tests.proxy import faulty_proxy
+from tests.s3 import S3Server, s3_server
+
+LOCAL = StorageConfig()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    directory = tmp_path_factory.mktemp("s3")
+    (directory / "bucket").mkdir()
+    with s3_server(directory) as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        yield started
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "pipe:cat /etc/passwd", "PIPE:ls", "| ls", "http://host/x.tar", "ftp://host/x", "ssh://host/x", "gopher://x/y",
+        "simplecache::s3://bucket/x", "zip://x.json::file:///tmp/x.zip", "github://a:b@c/d", "local:///x", "data:,x", "",
+        "file+pipe://x", "reference://x", "hdfs://h/x", "arrow_hdfs://x", "jupyter://x",
+    ],
+)  # fmt: skip
+def test_other_schemes_are_refused(url: str, tmp_path: Path) -> None:
+    for call in (
+        lambda: storage.check_url(url),
+        lambda: storage.read_bytes(url, LOCAL),
+        lambda: storage.write_bytes(url, b"", LOCAL),
+        lambda: storage.list_files(url, LOCAL),
+        lambda: storage.filesystem(url, LOCAL),
+    ):
+        with pytest.raises(UserError, match="file, s3, gs, https, memory|empty"):
+            call()
+
+
+def test_allowed_schemes() -> None:
+    assert storage.check_url("/a/b") == storage.check_url("a/b") == storage.check_url("file:///a") == "file"
+    assert storage.check_url("s3://bucket/a") == "s3"
+    assert storage.check_url("https://host/a.tar") == "https"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://user:hunter2pw@host/x", "s3://key:hunter2pw@bucket/x", "https://h/x?sig=hunter2pw"]
+)
+def test_credentials_in_urls_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UserError) as caught:
+        storage.check_url(url)
+    assert "hunter2pw" not in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        storage.filesystem("s3://bucket/x", StorageConfig(endpoint_url=url))
+    assert "hunter2pw" not in str(caught.value)
+
+
+def test_known_secrets_are_taken_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdefghijklmnop")
+    assert "abcdefghijklmnop" not in storage.redact("botocore says abcdefghijklmnop, and https://me:pw@h/x?y=z")
+    assert storage.redact("https://me:pw@h/x?y=z") == "https://h/x"
+
+
+def test_local_files(tmp_path: Path) -> None:
+    url = str(tmp_path / "a" / "b.bin")
+    storage.write_bytes(url, b"0123456789", LOCAL)
+    assert storage.read_bytes(url, LOCAL) == b"0123456789"
+    assert storage.read_bytes(url, LOCAL, 2, 5) == b"234"
+    assert storage.read_bytes(f"file://{url}", LOCAL, 8) == b"89"
+    assert storage.size(url, LOCAL) == 10
+    storage.write_file(url, storage.join(str(tmp_path), "copy"), LOCAL)
+    assert storage.list_files(str(tmp_path), LOCAL) == [url, str(tmp_path / "copy")]
+    assert os.stat(url).st_mode & 0o044 == 0o044 & ~_umask()
+    with pytest.raises(storage.StorageError, match="10 bytes|got 2 bytes"):
+        storage.read_bytes(url, LOCAL, 8, 20)
+    storage.remove(url, LOCAL)
+    storage.remove(url, LOCAL)
+    assert not storage.exists(url, LOCAL)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(url, LOCAL)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """A process writes big files over one another without end, and is killed at some moment."""
+    url = tmp_path / "file"
+    storage.write_bytes(str(url), b"x" * 30_000_000, LOCAL)
+    code = (
+        "import sys\nfrom dist_ssl import storage\nfrom dist_ssl.config import StorageConfig\nprint('ready', flush=True)\n"
+        "for i in range(10**6): storage.write_bytes(sys.argv[1], bytes([i % 256]) * 30_000_000, StorageConfig())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(url)], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    for pause in (0.2, 0.03, 0.05):
+        time.sleep(pause)
+        data = url.read_bytes()
+        assert len(data) == 30_000_000
+        assert data == data[:1] * 30_000_000
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    data = url.read_bytes()
+    assert len(data) == 30_000_000
+    assert data == data[:1] * 30_000_000
+
+
+def test_s3(server: S3Server, tmp_path: Path) -> None:
+    config = StorageConfig(endpoint_url=server.endpoint_url, retry_seconds=5)
+    data = os.urandom(3_000_000)
+    storage.write_bytes("s3://bucket/dir/a", data, config)
+    (tmp_path / "x").write_bytes(data)
+    storage.write_file(tmp_path / "x", "s3://bucket/dir/b", config)
+    assert storage.read_bytes("s3://bucket/dir/b", config) == data
+    assert storage.read_bytes("s3://bucket/dir/a", config, 1000, 2_000_000) == data[1000:2_000_000]
+    assert b"".join(storage.read_ranges("s3://bucket/dir/a", config, len(data))) == data
+    assert storage.list_files("s3://bucket/dir", config) == ["s3://bucket/dir/a", "s3://bucket/dir/b"]
+    assert storage.list_files("s3://bucket/none", config) == []
+    assert storage.size("s3://bucket/dir/a", config) == 3_000_000
+    storage.remove("s3://bucket/dir/a", config)
+    assert not storage.exists("s3://bucket/dir/a", config)
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/dir/a"):
+        storage.read_bytes("s3://bucket/dir/a", config)
+
+
+def test_s3_behind_a_faulty_proxy(server: S3Server) -> None:
+    data = os.urandom(24_000_000)
+    storage.write_bytes("s3://bucket/big", data, StorageConfig(endpoint_url=server.endpoint_url))
+    with faulty_proxy(server.port, refused=0.2, cut=0.2, latency_seconds=0.01) as proxy:
+        config = StorageConfig(endpoint_url=proxy.endpoint_url, retry_seconds=60)
+        assert b"".join(storage.read_ranges("s3://bucket/big", config, len(data))) == data
+        for i in range(5):
+            storage.write_bytes(f"s3://bucket/small{i}", data[: 1000 * i], config)
+            assert storage.read_bytes(f"s3://bucket/small{i}", config) == data[: 1000 * i]
+            assert not storage.exists(f"s3://bucket/none{i}", config)
+        assert proxy.faults >= 3
+
+
+def test_the_budget_ends_retries_with_an_error_that_says_all(server: S3Server) -> None:
+    with faulty_proxy(server.port, refused=1.0) as proxy:
+        config = StorageConfig(endpoint_url=proxy.endpoint_url, retry_seconds=1.5)
+        started = time.monotonic()
+        with pytest.raises(storage.StorageError) as caught:
+            storage.read_bytes("s3://bucket/big", config, 0, 10)
+        assert 0.5 < time.monotonic() - started < 4
+    message = str(caught.value)
+    assert message.startswith("s3://bucket/big: gave up after ")
+    assert " attempts in " in message
+    assert "last cause: " in message
+    for secret in server.environment.values():
+        assert secret in ("us-east-1", "true") or secret not in message
+
+
+def test_wrong_keys_and_no_keys_fail_at_once(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = StorageConfig(endpoint_url=server.endpoint_url)
+    started = time.monotonic()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not the secret of this server")
+    storage.filesystem("s3://bucket/x", config)[0].clear_instance_cache()
+    with pytest.raises((PermissionError, UserError)):
+        storage.read_bytes("s3://bucket/x", config)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    storage.filesystem("s3://bucket/x", config)[0].clear_instance_cache()
+    with pytest.raises(UserError, match=r"s3://bucket/x: .*credentials"):
+        storage.read_bytes("s3://bucket/x", config)
+    assert time.monotonic() - started < 10
+    storage.filesystem("s3://bucket/x", config)[0].clear_instance_cache()
