@@ -26,7 +26,7 @@ from torch import Tensor
 from dist_ssl import config as config_module
 from dist_ssl import storage
 from dist_ssl.config import Config, StorageConfig, UserError
-from dist_ssl.distributed import broadcast_object, gather_objects, rank, world_size
+from dist_ssl.distributed import broadcast_object, gather_objects, rank, together, world_size
 from dist_ssl.fragments import FileReader
 from dist_ssl.models import ContrastiveModel, build_model
 
@@ -82,15 +82,19 @@ class Checkpoint:
         described = self.manifest["files"][name]
         crc = 0
         try:
+            size = storage.size(storage.join(self.url, name), self.storage)
+            if size != described["bytes"]:
+                return f"{name}: expected {described['bytes']} bytes, found {size}"
             for start in range(0, described["bytes"], 2**24):
                 stop = min(start + 2**24, described["bytes"])
                 crc = zlib.crc32(storage.read_bytes(storage.join(self.url, name), self.storage, start, stop), crc)
-            size = storage.size(storage.join(self.url, name), self.storage)
-        except OSError as error:
+            if crc != described["crc32"]:
+                return f"{name}: its checksum does not match: damaged"
+            if name.endswith(".safetensors"):
+                FileReader(storage.join(self.url, name), self.storage)
+        except (OSError, ValueError) as error:
             return f"{name}: {error}"
-        if size != described["bytes"]:
-            return f"{name}: expected {described['bytes']} bytes, found {size}"
-        return None if crc == described["crc32"] else f"{name}: its checksum does not match: damaged"
+        return None
 
     def state(self) -> RunState:
         raw = storage.read_bytes(storage.join(self.url, self.manifest["state"]), self.storage)
@@ -198,14 +202,15 @@ def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = No
         engine.optimizer.state[flat] = scalars | {kind: torch.zeros_like(flat.detach()) for kind in kinds}
         if not engine.optimizer.state[flat]:
             del engine.optimizer.state[flat]  # saved before the first step: the optimizer makes it
-    for f in engine.fragments:
-        for kind in ("master", *kinds):
-            target = f.flat if kind == "master" else engine.optimizer.state[f.flat][kind]
-            if checkpoint.read(f.name, kind, f.offset, f.length, f.of(target), readers) != f.length:
-                raise DamagedCheckpoint(f"{checkpoint.url}: {kind} of {f.name} is not there in full")
+    with together():
+        for f in engine.fragments:
+            for kind in ("master", *kinds):
+                target = f.flat if kind == "master" else engine.optimizer.state[f.flat][kind]
+                if checkpoint.read(f.name, kind, f.offset, f.length, f.of(target), readers) != f.length:
+                    raise DamagedCheckpoint(f"{checkpoint.url}: {kind} of {f.name} is not there in full")
     engine.after_load()
-    saved = checkpoint.tensors("replicated")
-    with torch.no_grad():
+    with torch.no_grad(), together():
+        saved = checkpoint.tensors("replicated")
         for name, buffer in engine.model.named_buffers():
             buffer.copy_(saved[name])
         if probe is not None:

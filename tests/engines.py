@@ -1,0 +1,148 @@
+"""What the tests of partition, optimizers and checkpoints run on each rank: an engine fed fixed gradients."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_ssl import checkpoint, distributed, engine
+from dist_ssl.checkpoint import RunState
+from dist_ssl.checkpoint_writer import Checkpointer, take_incarnation
+from dist_ssl.config import Config
+from dist_ssl.models import build_model
+
+
+def build(config: Config) -> engine.Engine:
+    return engine.initialize(build_model(config), config, distributed.initialize())
+
+
+def gradients(model: torch.nn.Module, step: int) -> dict[str, Tensor]:
+    """One fixed sequence of gradients, the same on all ranks."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+
+
+def take_steps(model: engine.Engine, shapes: torch.nn.Module, steps: range, rate: float = 0.01) -> None:
+    """Steps on the fixed gradients: a loss whose gradient with respect to each parameter is the given tensor."""
+    images = torch.zeros(2, 3, 32, 32)
+    given = {}
+
+    def replace(*arguments: Any, **keywords: Any) -> Any:
+        # DeepSpeed has reduced the real gradients, which are zero here; the optimizer gets ours in its own layout.
+        for f in model.fragments:
+            if f.flat.grad is not None:
+                whole = given[f.name].view(-1)[f.offset : f.offset + f.length]
+                f.of(f.flat.grad).copy_(whole)
+        return apply(*arguments, **keywords)
+
+    apply, model._apply = model._apply, replace
+    for step in steps:
+        given.update(gradients(shapes, step))
+        h, z = model(images)
+        model.backward(0.0 * (h.sum() + z.sum()))
+        model.step(rate)
+    model._apply = apply
+
+
+def held(model: engine.Engine) -> dict[tuple[str, str, int], Tensor]:
+    """(name, kind, offset) -> this rank's elements."""
+    found = {}
+    for f in model.fragments:
+        found[f.name, "master", f.offset] = f.of(f.flat).clone()
+        for key, value in model.optimizer.state.get(f.flat, {}).items():
+            if value.dim():
+                found[f.name, key, f.offset] = f.of(value).clone()
+    return found
+
+
+def assembled(parts: list[dict[tuple[str, str, int], Tensor]]) -> dict[tuple[str, str], Tensor]:
+    """What all ranks hold, as whole flat tensors."""
+    whole: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for part in parts:
+        for (name, kind, offset), values in part.items():
+            whole.setdefault((name, kind), {})[offset] = values
+    return {key: torch.cat([pieces[offset] for offset in sorted(pieces)]) for key, pieces in whole.items()}
+
+
+def initial_fragments(config: Config) -> bool:
+    """Whether this rank's fragments hold the untrained model's values."""
+    expected = {name: p.detach().clone() for name, p in build_model(config).named_parameters()}
+    model = build(config)
+    return all(
+        torch.equal(f.of(f.flat), expected[f.name].view(-1)[f.offset : f.offset + f.length]) for f in model.fragments
+    )
+
+
+def step_and_return(config: Config, steps: int) -> dict[tuple[str, str, int], Tensor]:
+    model = build(config)
+    take_steps(model, build_model(config), range(steps))
+    return held(model)
+
+
+def save_after(config: Config, steps: int) -> dict[tuple[str, str, int], Tensor]:
+    """Take steps, save as the next incarnation, return what this rank held."""
+    model = build(config)
+    take_steps(model, build_model(config), range(steps))
+    incarnation = distributed.broadcast_object(take_incarnation(config.run.dir) if distributed.rank() == 0 else None)
+    checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
+    checkpointer.save(RunState(steps, steps * 4, "", "data"), dict(model.model.named_buffers()))
+    checkpointer.wait()
+    return held(model)
+
+
+def load_and_step(config: Config, start: int, more: int) -> tuple[Any, Any]:
+    """Load the newest checkpoint; return what is held right after, and after some more steps."""
+    model = build(config)
+    found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+    assert found is not None
+    state = checkpoint.load(found, model)
+    assert (state.step, state.cursor) == (start, start * 4)
+    loaded = held(model)
+    take_steps(model, build_model(config), range(start, start + more))
+    return loaded, held(model)
+
+
+def naive_lars(config: Config, steps: int) -> dict[str, Tensor]:
+    """LARS by a loop over layers in one process, on the same gradients."""
+    optimizer = config.optimizer
+    model = build_model(config)
+    momenta = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for step in range(steps):
+            for name, gradient in gradients(model, step).items():
+                p = dict(model.named_parameters())[name]
+                update = gradient
+                if p.ndim > 1:
+                    update = gradient + optimizer.weight_decay * p
+                    trust = optimizer.trust_coefficient * p.double().norm() / update.double().norm()
+                    update = update * trust.float()
+                momenta[name] = optimizer.momentum * momenta[name] + 0.01 * update
+                p -= momenta[name]
+    return {name: p.detach().view(-1) for name, p in model.named_parameters()}
+
+
+def newest_step(config: Config) -> tuple[int | str, list[str]]:
+    """The step of the newest valid checkpoint, or the error; and what was warned of."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dist_ssl").addHandler(handler)
+    try:
+        found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+    except ValueError as error:
+        return str(error), said
+    finally:
+        logging.getLogger("dist_ssl").removeHandler(handler)
+    return -1 if found is None else int(found.manifest["step"]), said
+
+
+def full_state(config: Config, step: int) -> dict[str, Tensor]:
+    return checkpoint.read_model_state(checkpoint.checkpoint_url(config), step, config.storage)
+
+
+def step_directories(config: Config) -> list[str]:
+    return sorted(path.name for path in Path(config.run.dir, "checkpoints").iterdir())

@@ -1,0 +1,188 @@
+"""Checkpoints: elastic over ranks and stages, committed or absent, damaged ones passed over, nothing unpickled."""
+
+import itertools
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_ssl import checkpoint, config
+from dist_ssl.config import UserError
+from tests import engines
+from tests.pool import RankFailed, ranks
+from tests.trajectory import small_config
+
+ELASTIC = [((2, 1), (3, 3)), ((3, 3), (2, 2)), ((1, 0), (2, 1)), ((2, 2), (1, 0))]
+PLACES = list(itertools.product((1, 2, 3), (0, 1, 2, 3)))
+
+
+def places(optimizer, saved, loaded, path):
+    """Save at one (W, stage), load at another; right after the load all is equal bit by bit."""
+    size, stage = saved
+    base = ["optimizer.name=" + optimizer, "optimizer.weight_decay=1e-4"]
+    written = small_config(path, "", f"engine.zero_stage={stage}", *base)
+    before = engines.assembled(ranks(size).run(engines.save_after, written, 3))
+    new_size, new_stage = loaded
+    read = small_config(path, "", f"engine.zero_stage={new_stage}", *base)
+    answers = ranks(new_size).run(engines.load_and_step, read, 3, 2)
+    after = engines.assembled([answer[0] for answer in answers])
+    assert after.keys() == before.keys()
+    for key, values in before.items():
+        assert torch.equal(values, after[key]), key
+    continued = engines.assembled(ranks(size).run(engines.step_and_return, written, 5))
+    resumed = engines.assembled([answer[1] for answer in answers])
+    for key, values in continued.items():
+        if saved == loaded:
+            assert torch.equal(values, resumed[key]), key
+        else:
+            torch.testing.assert_close(values, resumed[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+@pytest.mark.parametrize(("saved", "loaded"), [*ELASTIC, ((2, 1), (2, 1))])
+def test_saved_here_loaded_there(tmp_path, optimizer, saved, loaded):
+    places(optimizer, saved, loaded, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", PLACES)
+def test_saved_anywhere_loaded_anywhere(tmp_path, saved):
+    """One optimizer each way in the suite; `python -m tests.faults.matrix` runs all."""
+    loaded = PLACES[(PLACES.index(saved) * 5 + 3) % len(PLACES)]
+    places("lars" if sum(saved) % 2 else "adamw", saved, loaded, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run directory with committed steps 0, 3 and 5."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    settings = small_config(path, "", "checkpoint.keep_last=5")
+    for steps in (0, 3, 5):
+        ranks(2).run(engines.save_after, settings, steps)
+    (path / "config.toml").write_text(config.dumps(settings))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, whole_run):
+    """A copy of it to damage."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    return small_config(tmp_path / "run", "", "checkpoint.keep_last=5")
+
+
+def files_of(settings, step):
+    root = Path(settings.run.dir, "checkpoints", f"step-{step:08d}")
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def poison(path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {path.parent}/ran",)
+
+    path.write_bytes(pickle.dumps(Payload()))
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, poison, Path.unlink])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_damage_falls_back_to_the_one_before(run, harm, number):
+    files = files_of(run, 5)
+    assert len(files) == 4  # two ranks, the state, the manifest
+    harm(files[number])
+    (step, said), (step_of_other, _) = ranks(2).run(engines.newest_step, run)
+    assert (step, step_of_other) == (3, 3)
+    if harm is Path.unlink and files[number].name == "manifest.json":
+        return  # never committed: nothing to warn of
+    assert "step 5 is damaged" in said[0]
+    assert files[number].name in said[0]
+    assert not list(Path(run.run.dir).rglob("ran"))
+
+
+def test_all_damaged_is_an_error_on_all_ranks(run):
+    for step in (0, 3, 5):
+        flip_a_bit(files_of(run, step)[0])
+    for answer, _ in ranks(2).run(engines.newest_step, run):
+        assert "all 3 checkpoints are damaged" in answer
+
+
+def test_a_forged_manifest_does_not_make_a_pickle_load(run):
+    """Even with its checksum put right, a pickle where safetensors is expected is refused, and nothing runs."""
+    file, manifest = files_of(run, 5)[0], files_of(run, 5)[-1]
+    poison(file)
+    import zlib
+
+    body = json.loads(json.loads(manifest.read_text())["manifest"])
+    body["files"]["/".join(file.parts[-2:])] = {
+        "bytes": file.stat().st_size,
+        "crc32": zlib.crc32(file.read_bytes()),
+    }
+    text = json.dumps(body)
+    manifest.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "manifest": text}))
+    (step, said), _ = ranks(2).run(engines.newest_step, run)
+    assert step == 3
+    assert "not a safetensors file" in said[0]
+    forged = checkpoint.open_checkpoint(checkpoint.checkpoint_url(run), 5, run.storage)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        forged.tensors("master")
+    assert not list(Path(run.run.dir).rglob("ran"))
+
+
+def test_export_is_loaded_by_plain_torchvision(tmp_path):
+    settings = small_config(tmp_path / "run", "", "model.encoder=resnet18")
+    ranks(2).run(engines.save_after, settings, 1)
+    (tmp_path / "run" / "config.toml").write_text(config.dumps(settings))
+    assert checkpoint.export_encoder(tmp_path / "run", tmp_path / "encoder.safetensors") == 1
+    import torchvision
+
+    encoder = torchvision.models.resnet18()
+    encoder.fc = torch.nn.Identity()
+    encoder.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
+    _, _, model = checkpoint.load_run(tmp_path / "run")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(encoder.eval()(images), model.encoder(images), atol=1e-5)
+    described = json.loads((tmp_path / "encoder.json").read_text())
+    assert described["encoder"] == "resnet18"
+    assert described["step"] == 1
+
+
+def test_retention_keeps_the_last_every_nth_and_step_zero(tmp_path):
+    settings = small_config(tmp_path / "run", "", "checkpoint.keep_last=2", "checkpoint.keep_every_steps=4")
+    for steps in (0, 2, 4, 5, 6):
+        ranks(2).run(engines.save_after, settings, steps)
+    kept = [0, 4, 5, 6]
+    assert engines.step_directories(settings) == [f"step-{step:08d}" for step in kept]
+
+
+def test_a_refused_write_is_an_error_and_leaves_the_one_before(run):
+    """A file stands where the directory of the next checkpoint must be made."""
+    Path(run.run.dir, "checkpoints", "step-00000007").write_text("in the way")
+    with pytest.raises(RankFailed, match="checkpoint of step 7 not written: rank"):
+        ranks(2).run(engines.save_after, run, 7)
+    assert [step for step, _ in ranks(2).run(engines.newest_step, run)] == [5, 5]
+
+
+def test_evaluation_reads_what_was_saved(run):
+    state = engines.full_state(run, 5)
+    _, step, model = checkpoint.load_run(run.run.dir)
+    assert step == 5
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match="expected a checkpoint of step 4"):
+        checkpoint.load_run(run.run.dir, 4)
+    shutil.rmtree(Path(run.run.dir, "checkpoints"))
+    with pytest.raises(UserError, match="there are none"):
+        checkpoint.load_run(run.run.dir)

@@ -1,0 +1,63 @@
+"""The mapping of fragments under each ZeRO stage, and LARS on top of it, against a naive loop."""
+
+import itertools
+
+import pytest
+import torch
+
+from dist_ssl import config as config_module
+from dist_ssl import engine
+from dist_ssl.config import Config, UserError
+from tests import engines
+from tests.pool import ranks
+from tests.trajectory import small_config
+
+CASES = [
+    case if case in ((2, 1), (3, 3)) else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product((1, 2, 3), (0, 1, 2, 3))
+]
+
+
+@pytest.mark.parametrize(("size", "stage"), CASES)
+def test_fragments_hold_the_initial_model(tmp_path, size, stage):
+    config = small_config(tmp_path, "", f"engine.zero_stage={stage}")
+    assert ranks(size).run(engines.initial_fragments, config) == [True] * size
+
+
+@pytest.mark.parametrize(("size", "stage"), CASES)
+def test_lars_equals_a_naive_loop_after_100_steps(tmp_path, size, stage):
+    config = small_config(
+        tmp_path, "", f"engine.zero_stage={stage}", "optimizer.name=lars", "optimizer.weight_decay=1e-4"
+    )
+    expected = engines.naive_lars(config, 100)
+    found = engines.assembled(ranks(size).run(engines.step_and_return, config, 100))
+    difference = torch.cat([found[name, "master"] - expected[name] for name in expected])
+    scale = torch.cat(list(expected.values()))
+    assert difference.norm() / scale.norm() < 1e-6
+    for name, values in expected.items():
+        assert (found[name, "master"] - values).norm() <= 1e-6 * values.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"gradient_clipping": 1.0},
+        {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"round_robin_gradients": True}},
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        {"bf16": {"enabled": True}},
+    ],
+)
+def test_raw_keys_that_are_derived_are_refused(raw):
+    values = {"engine": {"deepspeed": raw}, "train": {"steps": 1}}
+    with pytest.raises(UserError, match=r"engine\.deepspeed\."):
+        engine.deepspeed_config(config_module.validate(values, "test"), 1000)
+
+
+def test_raw_keys_that_are_not_derived_reach_deepspeed():
+    raw = {"wall_clock_breakdown": True, "zero_optimization": {"contiguous_gradients": False}}
+    config = config_module.validate({"engine": {"deepspeed": raw}, "train": {"steps": 1}}, "test")
+    derived = engine.deepspeed_config(config, 1000)
+    assert derived["wall_clock_breakdown"]
+    assert derived["zero_optimization"]["contiguous_gradients"] is False
+    assert engine.deepspeed_config(Config(), 1000)["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1
