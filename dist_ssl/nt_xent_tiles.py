@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 256
-TILE_ENTRIES = {"cpu": 2**18, "cuda": 2**26}  # 1 MiB of fp32: a CPU core's second-level cache
+TILE_ENTRIES_CPU = 2**18  # 1 MiB of fp32: a core's second-level cache
+TILE_ENTRIES = 2**26
 
 
 def exponential_sums(z: Tensor, inverse_norm: Tensor, key: Tensor, own: slice, scale: float) -> Tensor:
@@ -57,11 +58,12 @@ def _tiles(
     """
     label = torch.unique(key, return_inverse=True)[1]
     in_rows = torch.zeros(len(label), dtype=torch.bool, device=label.device)
-    entries = min(TILE_ENTRIES[unit.device.type], TILE_ROWS * len(unit))
+    largest = TILE_ENTRIES_CPU if unit.device.type == "cpu" else TILE_ENTRIES
+    entries = min(largest, TILE_ROWS * len(unit))
+    width = entries // TILE_ROWS
     buffer = unit.new_empty(entries)
     for first in range(own.start, own.stop, TILE_ROWS):
         rows = slice(first, min(first + TILE_ROWS, own.stop))
-        width = entries // TILE_ROWS
         in_rows.zero_()[label[rows]] = True
         equal = in_rows[label]
         outside = [(0, own.start, False), (own.stop, len(unit), False)]

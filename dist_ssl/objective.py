@@ -16,23 +16,21 @@ by rank, image, view: row r belongs to image r // 2 and its positive is row r ^ 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dist_ssl import distributed, nt_xent_tiles
+from dist_ssl import distributed, nt_xent_tiles, objective_checks
 
 # |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
-# temperature is computed in fp64, whose range ends at MIN_TEMPERATURE.
+# temperature is computed in fp64, whose range ends at `objective_checks.MIN_TEMPERATURE`.
 MAX_SCALE_FP32 = 64.0
-MIN_TEMPERATURE = 0.002
 CHUNK_VIEWS = 8192  # even: both views of an image in one chunk
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def nt_xent(
@@ -100,20 +98,18 @@ def _contrast(
     labels: Tensor | None,
     validate: bool,
 ) -> Tensor:
-    if not isinstance(temperature, Tensor):
-        temperature = torch.tensor(temperature, dtype=torch.float64)
-    rows_per_rank = _agree(form, z1, z2, temperature, rows_per_rank, sample_ids, labels)
-    if sum(rows_per_rank) < 2:
-        raise ValueError(f"{form}: expected at least two images in the global batch, got {sum(rows_per_rank)}")
-    ids = sample_ids
+    value = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
+    rows_per_rank = objective_checks.agree(form, z1, z2, value, rows_per_rank, sample_ids, labels)
+    device = z1.device
+    ids = None if sample_ids is None else sample_ids.to(device, torch.int64)
     if labels is not None:
-        if sample_ids is None:
-            sample_ids = sum(rows_per_rank[: distributed.rank()]) + torch.arange(len(z1), device=z1.device)
-        ids = torch.where(labels < 0, -1 - sample_ids, labels)
-    if ids is not None:
-        ids = ids.to(z1.device, torch.int64)
-    with torch.autocast(z1.device.type, enabled=False):
-        loss: Tensor = _Contrast.apply(form, z1, z2, temperature, ids, tuple(rows_per_rank), validate)
+        if ids is None:
+            ids = sum(rows_per_rank[: distributed.rank()]) + torch.arange(len(z1), device=device)
+        ids = torch.where(labels.to(device) < 0, -1 - ids, labels.to(device, torch.int64))
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(value)
+    with torch.autocast(device.type, enabled=False):
+        loss: Tensor = _Contrast.apply(form, z1, z2, temperature, 1.0 / value, ids, tuple(rows_per_rank), validate)
     return loss
 
 
@@ -125,16 +121,16 @@ class _Contrast(torch.autograd.Function):
         z1: Tensor,
         z2: Tensor,
         temperature: Tensor,
+        scale: float,
         ids: Tensor | None,
         rows_per_rank: tuple[int, ...],
         validate: bool,
     ) -> Tensor:
         z, ids = _gather(z1, z2, ids, rows_per_rank)
         if validate:
-            _check_finite(form, z, rows_per_rank)
+            objective_checks.check_finite(form, z, rows_per_rank)
         first = 2 * sum(rows_per_rank[: distributed.rank()])
         own = slice(first, first + 2 * len(z1))
-        scale = 1.0 / temperature.item()
         if scale > MAX_SCALE_FP32:
             z = z.double()
         elif z.dtype == torch.float16:
@@ -163,6 +159,7 @@ class _Contrast(torch.autograd.Function):
         return loss.to(torch.promote_types(z1.dtype, torch.float32))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         z, inverse_norm, key, ids, weight, pull, temperature = ctx.saved_tensors
         with torch.autocast(z.device.type, enabled=False):
@@ -177,8 +174,8 @@ class _Contrast(torch.autograd.Function):
                 dz_k = (du_k - radial[rows, None] * unit) * inverse_norm[ctx.own][rows, None]
                 dz[:, rows.start // 2 : rows.stop // 2] = dz_k.view(-1, 2, dz.shape[2]).transpose(0, 1)
             # s is homogeneous in u: sum_k u_k.dL/du_k = 2 sum_ij s_ij dL/ds_ij = -2 tau dL/dtau.
-            dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature)
-        return None, dz[0], dz[1], dtemperature, None, None, None
+            dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature).view(temperature.shape)
+        return None, dz[0], dz[1], dtemperature, None, None, None, None
 
 
 def _kernels(z: Tensor) -> Any:
@@ -195,9 +192,9 @@ def _gather(z1: Tensor, z2: Tensor, ids: Tensor | None, rows_per_rank: Sequence[
     d = z1.shape[1]
     parts = [z1, z2] if ids is None else [z1, z2, ids[:, None].view(z1.dtype)]
     rows = distributed.gather_rows(torch.cat(parts, dim=1), rows_per_rank)
-    return rows[:, : 2 * d].reshape(-1, d), None if ids is None else rows[:, 2 * d :].contiguous().view(-1).view(
-        ids.dtype
-    )
+    if ids is not None:
+        ids = rows[:, 2 * d :].contiguous().view(ids.dtype).flatten()
+    return rows[:, : 2 * d].reshape(-1, d), ids
 
 
 def _keys(form: str, ids: Tensor | None, z: Tensor) -> Tensor:
@@ -230,66 +227,3 @@ def _anchors(
 
 def _chunks(start: int, stop: int) -> list[slice]:
     return [slice(first, min(first + CHUNK_VIEWS, stop)) for first in range(start, stop, CHUNK_VIEWS)]
-
-
-def _check_finite(form: str, z: Tensor, rows_per_rank: Sequence[int]) -> None:
-    """Every rank sees all of z, so every rank raises the same error."""
-    bad = (~z.isfinite().all(dim=1)).view(-1, 2).any(dim=1).cpu()
-    for rank, images in enumerate(bad.split(list(rows_per_rank))):
-        if images.any():
-            listed = images.nonzero().flatten().tolist()
-            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-            raise ValueError(f"{form}: expected finite z, got NaN or infinity on rank {rank}, rows {listed[:8]}{more}")
-
-
-def _agree(
-    form: str,
-    z1: Tensor,
-    z2: Tensor,
-    temperature: Tensor,
-    rows_per_rank: Sequence[int] | None,
-    ids: Tensor | None,
-    labels: Tensor | None,
-) -> Sequence[int]:
-    """rows_per_rank, checked. Collective where it is None: then every rank sees all input's shapes, and all raise."""
-    problem = _problem(z1, z2, temperature.item(), rows_per_rank, ids, labels)
-    if rows_per_rank is not None:
-        if problem is not None:
-            raise ValueError(f"{form}: {problem}")
-        return rows_per_rank
-    mine = {"shape": tuple(z1.shape[1:]), "dtype": z1.dtype, "temperature": temperature.item()}
-    mine |= {"sample_ids": ids is not None, "labels": labels is not None}
-    answers = distributed.gather_objects((problem, len(z1) if z1.dim() else 0, mine))
-    for rank, (other_problem, _, other) in enumerate(answers):
-        if other_problem is not None:
-            raise ValueError(f"{form}: rank {rank}: {other_problem}")
-        if other != answers[0][2]:
-            raise ValueError(f"{form}: rank {rank}: expected the same as on rank 0, {answers[0][2]}, got {other}")
-    return [rows for _, rows, _ in answers]
-
-
-def _problem(
-    z1: Tensor,
-    z2: Tensor,
-    temperature: float,
-    rows_per_rank: Sequence[int] | None,
-    ids: Tensor | None,
-    labels: Tensor | None,
-) -> str | None:
-    """What is wrong with this rank's input taken alone."""
-    if z1.dim() != 2 or z1.shape != z2.shape or 0 in z1.shape:
-        return (
-            f"expected z1 and z2 of one shape (n, d), n and d at least 1, got {tuple(z1.shape)} and {tuple(z2.shape)}"
-        )
-    if z1.dtype not in DTYPES or z1.dtype != z2.dtype:
-        return f"expected z1 and z2 of one dtype among {DTYPES}, got {z1.dtype} and {z2.dtype}"
-    if not MIN_TEMPERATURE <= temperature < math.inf:
-        return f"expected a temperature of at least {MIN_TEMPERATURE}, got {temperature}"
-    for name, per_image in (("sample_ids", ids), ("labels", labels)):
-        if per_image is not None and (per_image.shape != z1.shape[:1] or per_image.is_floating_point()):
-            return f"expected integer {name} of shape ({len(z1)},), got {per_image.dtype} {tuple(per_image.shape)}"
-    if rows_per_rank is not None:
-        rank, size = distributed.rank(), distributed.world_size()
-        if len(rows_per_rank) != size or rows_per_rank[rank] != len(z1):
-            return f"expected rows_per_rank of {size} ranks with {len(z1)} at {rank}, got {list(rows_per_rank)}"
-    return None

@@ -13,6 +13,7 @@ LAYERS = [
         "dist_ssl.nt_xent_tiles",
         "dist_ssl.nt_xent_triton",
         "dist_ssl.objective",
+        "dist_ssl.objective_checks",
         "dist_ssl.optim",
         "dist_ssl.diagnostics",
         "dist_ssl.fragments",

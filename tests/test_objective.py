@@ -179,7 +179,7 @@ def test_any_shape_any_tile(n, d, rows, width, data):
     s_negative = s.masked_fill((key[:, None] == key) & (index[:, None] ^ 1 != index), -torch.inf)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nt_xent_tiles, "TILE_ROWS", rows)
-        patch.setattr(nt_xent_tiles, "TILE_ENTRIES", {"cpu": rows * width})
+        patch.setattr(nt_xent_tiles, "TILE_ENTRIES_CPU", rows * width)
         got = gradients(objective.nt_xent(z1, z2, 0.3, sample_ids=ids), z1, z2)
     torch.testing.assert_close(got, gradients(F.cross_entropy(s_negative, index ^ 1), z1, z2), rtol=1e-10, atol=1e-12)
 
@@ -210,6 +210,12 @@ def test_nothing_cancels_where_positives_dominate():
 
     assert error(objective.nt_xent) <= 1e-4
     assert error(wrong_objectives.textbook) > 1e-2
+
+
+def test_temperature_of_one_element():
+    tau = torch.tensor([0.1], requires_grad=True)
+    objective.nt_xent(*pair(4, 3), tau).backward()
+    assert tau.grad.shape == (1,)
 
 
 def test_autocast_does_not_reach_inside():
@@ -271,7 +277,7 @@ def test_the_count_sees_collectives_in_backward():
 def test_no_tensor_grows_with_the_square_of_the_batch():
     n, d = 2048, 8
     _, _, largest = counted(objective.nt_xent, n, d, torch.float32, True)
-    assert largest <= max(nt_xent_tiles.TILE_ENTRIES["cpu"], 2 * n * d + 2 * n)
+    assert largest <= max(nt_xent_tiles.TILE_ENTRIES_CPU, 2 * n * d + 2 * n)
     _, _, largest = counted(wrong_objectives.textbook, n, d, torch.float32, True)
     assert largest == (2 * n) ** 2
 
