@@ -34,8 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     "url",
     [
         "pipe:cat /etc/passwd", "PIPE:ls", "| ls", "http://host/x.tar", "ftp://host/x", "ssh://host/x", "gopher://x/y",
-        "simplecache::s3://bucket/x", "zip://x.json::file:///tmp/x.zip", "github://a:b@c/d", "local:///x", "data:,x", "",
-        "file+pipe://x", "reference://x", "hdfs://h/x", "arrow_hdfs://x", "jupyter://x",
+        "simplecache::s3://bucket/x", "zip://x.json::file:///tmp/x.zip", "github://a:b@c/d", "local:///x", "data:,x",
+        "", "file+pipe://x", "reference://x", "hdfs://h/x", "arrow_hdfs://x", "jupyter://x",
     ],
 )  # fmt: skip
 def test_other_schemes_are_refused(url: str, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_other_schemes_are_refused(url: str, tmp_path: Path) -> None:
         lambda: storage.list_files(url, LOCAL),
         lambda: storage.filesystem(url, LOCAL),
     ):
-        with pytest.raises(UserError, match="file, s3, gs, https, memory|empty"):
+        with pytest.raises(UserError, match=r"file, s3, gs, https, memory|empty"):
             call()
 
 
@@ -84,7 +84,7 @@ def test_local_files(tmp_path: Path) -> None:
     storage.write_file(url, storage.join(str(tmp_path), "copy"), LOCAL)
     assert storage.list_files(str(tmp_path), LOCAL) == [url, str(tmp_path / "copy")]
     assert os.stat(url).st_mode & 0o044 == 0o044 & ~_umask()
-    with pytest.raises(storage.StorageError, match="10 bytes|got 2 bytes"):
+    with pytest.raises(storage.StorageError, match=r"got 2 bytes"):
         storage.read_bytes(url, LOCAL, 8, 20)
     storage.remove(url, LOCAL)
     storage.remove(url, LOCAL)
@@ -104,7 +104,8 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     url = tmp_path / "file"
     storage.write_bytes(str(url), b"x" * 30_000_000, LOCAL)
     code = (
-        "import sys\nfrom dist_ssl import storage\nfrom dist_ssl.config import StorageConfig\nprint('ready', flush=True)\n"
+        "import sys\nfrom dist_ssl import storage\nfrom dist_ssl.config import StorageConfig\n"
+        "print('ready', flush=True)\n"
         "for i in range(10**6): storage.write_bytes(sys.argv[1], bytes([i % 256]) * 30_000_000, StorageConfig())"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(url)], stdout=subprocess.PIPE)

@@ -1,0 +1,125 @@
+"""Decoding what a stranger sends: right colours for every mode, and a reason instead of pixels for the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import time
+import zlib
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image, ImageOps
+
+from dist_ssl.data.decode import BadSample, decode
+
+MAX = 50_000_000
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(10_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+PICTURE = Image.fromarray((np.arange(40 * 60 * 3).reshape(40, 60, 3) % 251).astype(np.uint8))
+GREY = PICTURE.convert("L")
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})])
+def test_formats(kind: str, options: dict[str, Any]) -> None:
+    image = decode(encoded(PICTURE, kind, **options), MAX)
+    assert (image.mode, image.size) == ("RGB", (60, 40))
+    expected = Image.open(io.BytesIO(encoded(PICTURE, kind, **options))).convert("RGB")
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_modes_come_out_in_true_colour() -> None:
+    grey = np.asarray(GREY)
+    sixteen = Image.fromarray((grey.astype(np.uint16) << 8) + 77)
+    alpha = PICTURE.copy()
+    alpha.putalpha(GREY)
+    palette = PICTURE.quantize(64)
+    for data, expected in (
+        (encoded(GREY, "PNG"), GREY.convert("RGB")),
+        (encoded(sixteen, "PNG"), GREY.convert("RGB")),
+        (encoded(GREY.point(lambda v: 255 * (v > 100)).convert("1"), "PNG"), GREY.point(lambda v: 255 * (v > 100))),
+        (encoded(alpha, "PNG"), PICTURE),
+        (encoded(GREY.convert("LA"), "PNG"), GREY.convert("RGB")),
+        (encoded(palette, "PNG"), palette.convert("RGB")),
+        (encoded(palette, "PNG", transparency=3), palette.convert("RGB")),
+    ):
+        image = decode(data, MAX)
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), np.asarray(expected.convert("RGB")))
+    for image in (PICTURE.convert("CMYK"), GREY):
+        jpeg = encoded(image, "JPEG", quality=100)
+        assert np.abs(np.asarray(decode(jpeg, MAX), int) - np.asarray(image.convert("RGB"), int)).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(PICTURE, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert expected is not None
+    assert np.array_equal(np.asarray(decode(data, MAX)), np.asarray(expected))
+    assert decode(encoded(PICTURE, "JPEG", exif=exif), MAX).size == ((40, 60) if orientation > 4 else (60, 40))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/tmp/owned) (w) file\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (EPS, "not a JPEG, PNG, WEBP image"),
+        (b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.", "not a JPEG, PNG, WEBP image"),
+        (encoded(PICTURE, "BMP"), "not a JPEG, PNG, WEBP image"),
+        (encoded(PICTURE, "TIFF"), "not a JPEG, PNG, WEBP image"),
+        (encoded(PICTURE, "GIF"), "not a JPEG, PNG, WEBP image"),
+        (encoded(PICTURE, "JPEG")[:700], "truncated"),
+        (encoded(PICTURE, "PNG")[:-2000], "."),
+        (encoded(PICTURE, "WEBP")[:100], "."),
+        (b"\xff\xd8\xff\xe0" + bytes(1000), "."),
+        (png_header(50_000, 50_000), "2500000000|50000x50000|DecompressionBomb"),
+        (png_header(9_000, 9_000), "9000x9000 pixels, more than data.max_pixels"),
+        (png_header(2**31 - 1, 2**31 - 1), "."),
+        (png_header(0, 5), "."),
+    ],
+    ids=range(14),
+)
+def test_hostile_bytes_give_a_reason(data: bytes, reason: str) -> None:
+    before, started = psutil.Process().memory_info().rss, time.monotonic()
+    with pytest.raises(BadSample, match=reason):
+        decode(data, MAX)
+    assert psutil.Process().memory_info().rss - before < 200e6
+    assert time.monotonic() - started < 5
+
+
+def test_a_damaged_byte_anywhere_never_raises_anything_else() -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        whole = bytearray(encoded(PICTURE, kind))
+        for _ in range(300):
+            damaged = bytearray(whole)
+            for at in rng.integers(0, len(whole), 3):
+                damaged[at] = rng.integers(0, 256)
+            with contextlib.suppress(BadSample):
+                assert decode(bytes(damaged), MAX).mode == "RGB"
