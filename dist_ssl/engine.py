@@ -150,3 +150,20 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
         partitioned = config.engine.zero_stage > 0 and world_size() > 1
         engine.optimizer.attach(partition.segments(engine.fragments, layers), len(layers), partitioned)
     return engine
+
+
+def prepare(config: Config, world: World) -> None:
+    """Threads, precision and determinism of this process, by the config. Raises UserError for a batch too small."""
+    if config.train.global_batch_size < world.size * config.objective.chunks:
+        raise UserError(
+            f"train.global_batch_size: expected at least one image a rank and chunk, {world.size} x "
+            f"{config.objective.chunks}; got {config.train.global_batch_size}"
+        )
+    if world.device.type == "cpu":
+        torch.set_num_threads(config.engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world.local_size))
+    else:
+        torch.set_float32_matmul_precision("high" if config.engine.precision == "bf16" else "highest")
+        torch.backends.cudnn.benchmark = not config.engine.deterministic
+    if config.engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -142,6 +142,7 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.widths = {"h": cast(int, encoder.output_dim), "z": head.output_dim}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.encoder(x)

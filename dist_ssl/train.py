@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from dist_ssl import checkpoint, diagnostics, distributed, engine, optim
 from dist_ssl import config as config_module
 from dist_ssl.checkpoint import RunState
 from dist_ssl.checkpoint_writer import Checkpointer
-from dist_ssl.config import Config, UserError
+from dist_ssl.config import Config
 from dist_ssl.data.index import load_manifest
 from dist_ssl.data.quarantine import Quarantine
 from dist_ssl.data.stream import Batch, Batches, plan_of, training_batches
@@ -49,7 +48,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     """
     world = distributed.initialize(config.engine.hang_minutes)
     with distributed.together():
-        _prepare(config, world)
+        engine.prepare(config, world)
         manifest = load_manifest(config.data.shards, config.storage) if world.rank == 0 else None
     manifest = distributed.broadcast_object(manifest)
     plan = plan_of(config, manifest)
@@ -59,7 +58,9 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     with distributed.together():
         untrained = build_model(config)
     model = engine.initialize(untrained, config, world)
-    probe = _online_probe(config, len(manifest.classes), model, world)
+    probe = None
+    if config.diagnostics.online_probe and manifest.classes:
+        probe = diagnostics.OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
     checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
     if found is not None:
         state = checkpoint.load(found, model, probe)
@@ -261,30 +262,3 @@ class Agreement:
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss)
-
-
-def _online_probe(
-    config: Config, num_classes: int, model: engine.Engine, world: World
-) -> diagnostics.OnlineProbe | None:
-    if not config.diagnostics.online_probe or not num_classes:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        widths = {"h": cast(int, model.model.encoder.output_dim), "z": model.model.head.output_dim}
-        return diagnostics.OnlineProbe(num_classes, widths).to(world.device)
-
-
-def _prepare(config: Config, world: World) -> None:
-    if config.train.global_batch_size < world.size * config.objective.chunks:
-        raise UserError(
-            f"train.global_batch_size: expected at least one image a rank and chunk, {world.size} x "
-            f"{config.objective.chunks}; got {config.train.global_batch_size}"
-        )
-    if world.device.type == "cpu":
-        torch.set_num_threads(config.engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world.local_size))
-    else:
-        torch.set_float32_matmul_precision("high" if config.engine.precision == "bf16" else "highest")
-        torch.backends.cudnn.benchmark = not config.engine.deterministic
-    if config.engine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)

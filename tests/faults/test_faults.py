@@ -1,0 +1,171 @@
+"""Runs that are killed, signalled, poisoned and outlived: real processes, one case of each class."""
+
+import itertools
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from dist_ssl import checkpoint
+from tests import trajectory
+from tests.faults import inject
+from tests.faults.harness import Launch, last_step, send
+from tests.pool import RankFailed, ranks
+from tests.trajectory import ledger, losses, small_config
+
+pytestmark = pytest.mark.slow
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, small_shards):
+    """What a run of 24 steps on two ranks gives that nobody disturbs: losses, ledger, final weights."""
+    config = settings(tmp_path_factory.mktemp("undisturbed"), small_shards)
+    launch = Launch(config, 2)
+    assert launch.wait() == 0, launch.said()
+    return outcome(config)
+
+
+def settings(folder, shards, *overrides):
+    return small_config(folder / "run", shards, f"train.steps={STEPS}", *overrides)
+
+
+def outcome(config):
+    run_dir = trajectory.Path(config.run.dir)
+    state = checkpoint.read_model_state(checkpoint.checkpoint_url(config), STEPS, config.storage)
+    return losses(run_dir), ledger(run_dir), state
+
+
+def same_bits(found, expected):
+    assert found[0] == expected[0]
+    assert found[1] == expected[1]
+    assert found[2].keys() == expected[2].keys()
+    assert all(torch.equal(tensor, expected[2][name]) for name, tensor in found[2].items())
+
+
+def test_kill_9_and_the_same_command_again_is_bit_identical(tmp_path, small_shards, undisturbed):
+    config = settings(tmp_path, small_shards)
+    for step in (7, 16):
+        launch = Launch(config, 2)
+        launch.wait_for_step(step)
+        launch.kill()
+    launch = Launch(config, 2)
+    assert launch.wait() == 0, launch.said()
+    same_bits(outcome(config), undisturbed)
+    again = Launch(config, 2)  # complete: says so, does nothing
+    assert again.wait() == 0
+    same_bits(outcome(config), undisturbed)
+
+
+def test_other_ranks_and_stage_after_a_kill(tmp_path, small_shards, undisturbed):
+    for number, (size, stage) in enumerate(((3, 2), (1, 0), (2, 3))):
+        config = settings(tmp_path, small_shards, f"engine.zero_stage={stage}")
+        launch = Launch(config, size)
+        if number < 2:
+            launch.wait_for_step(8 * (number + 1))
+            launch.kill()
+    assert launch.wait() == 0, launch.said()
+    found = outcome(config)
+    assert found[1] == undisturbed[1]
+    assert found[0] == pytest.approx(undisturbed[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("to_launcher", [True, False], ids=["launcher", "one-rank"])
+def test_sigterm_commits_and_exits_75(tmp_path, small_shards, undisturbed, to_launcher):
+    config = settings(tmp_path, small_shards, "checkpoint.every_steps=1000")
+    launch = Launch(config, 2)
+    launch.wait_for_step(5)
+    if to_launcher:
+        os.kill(launch.process.pid, signal.SIGTERM)
+    else:
+        send(launch.ranks()[1:], signal.SIGUSR1)
+    assert launch.wait(60) == 75, launch.said()
+    steps = checkpoint.committed_steps(checkpoint.checkpoint_url(config), config.storage)
+    assert steps[-1] == last_step(launch.run_dir) >= 5
+    launch = Launch(config, 2)
+    assert launch.wait() == 0, launch.said()
+    same_bits(outcome(config), undisturbed)
+
+
+def test_a_dead_rank_takes_the_others_down_and_the_launcher_starts_again(tmp_path, small_shards, undisturbed):
+    config = settings(tmp_path, small_shards)
+    launch = Launch(config, 2, restarts=2)
+    launch.wait_for_step(7)
+    send(launch.ranks()[1:], signal.SIGKILL)
+    killed = time.monotonic()
+    while "starting all 2 again" not in launch.said():
+        assert time.monotonic() - killed < 60
+        time.sleep(0.1)
+    assert "rank 1 of 2 was killed by SIGKILL" in launch.said()
+    assert launch.wait() == 0, launch.said()
+    same_bits(outcome(config), undisturbed)
+
+
+def test_a_hanging_rank_is_found_and_its_stack_shown(tmp_path, small_shards):
+    config = settings(tmp_path, small_shards, "engine.hang_minutes=0.1", "engine.grace_seconds=2")
+    launch = Launch(config, 2)
+    launch.wait_for_step(3)
+    send(launch.ranks()[1:], signal.SIGSTOP)
+    assert launch.wait(60) != 0
+    assert "no step since step" in launch.said()
+    assert "Current thread" in launch.said() or "Thread 0x" in launch.said()
+
+
+def test_an_older_incarnation_that_lives_on_does_not_write(tmp_path, small_shards, undisturbed):
+    config = settings(tmp_path, small_shards)
+    old = Launch(config, 2)
+    old.wait_for_step(7)
+    send(old.ranks(), signal.SIGSTOP)
+    new = Launch(config, 2)
+    assert new.wait() == 0, new.said()
+    same_bits(outcome(config), undisturbed)
+    send(old.ranks(), signal.SIGCONT)
+    assert old.wait(60) == 76, old.said()
+    assert "incarnation 2 of" in old.said()
+    same_bits(outcome(config), undisturbed)
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, small_shards):
+    """Rank 1 is given poisoned pixels in the third and fourth step."""
+    config = small_config(tmp_path / "run", small_shards, "train.steps=8", "checkpoint.every_steps=4")
+    assert ranks(2).run(inject.pretrain_with_poison, config, [3, 4]) == [0, 0]
+    found = losses(tmp_path / "run")
+    assert [number for number, loss in enumerate(found, 1) if loss is None] == [3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "ledger-rank0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("skipped")] == [3, 4]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    state = checkpoint.read_model_state(checkpoint.checkpoint_url(config), 8, config.storage)
+    assert all(torch.isfinite(tensor.double()).all() for tensor in state.values())
+    assert state["encoder.stem.1.num_batches_tracked"] == 6
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path, small_shards):
+    config = small_config(tmp_path / "run", small_shards, "train.max_skipped_steps=2", "checkpoint.every_steps=2")
+    with pytest.raises(RankFailed, match=r"step 7, rank 1: the loss is nan.*step 4, is intact") as failure:
+        ranks(2).run(inject.pretrain_with_poison, config, list(range(5, 20)))
+    assert all("NotFinite" in text for text in failure.value.tracebacks)
+    state = checkpoint.read_model_state(checkpoint.checkpoint_url(config), 4, config.storage)
+    assert all(torch.isfinite(tensor.double()).all() for tensor in state.values())
+
+
+def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp_path, small_shards):
+    config = small_config(tmp_path / "run", small_shards, "train.steps=4")
+    assert Launch(config, 2).wait() == 0
+    cases = itertools.product((["objective.temperature=0.3", "run.seed=1"], ["train.steps=6"]), ([], ["--restart"]))
+    for overrides, arguments in list(cases)[:1] + list(cases)[2:3]:
+        launch = Launch(small_config(tmp_path / "run", small_shards, "train.steps=4", *overrides), 2, *arguments)
+        assert launch.wait() == 2
+        lines = [line for line in launch.said().splitlines() if line]
+        assert len(lines) == 1, launch.said()
+        for override in overrides:
+            assert f"{override.split('=')[0]}: " in lines[0]
+    longer = Launch(small_config(tmp_path / "run", small_shards, "train.steps=6"), 2, "--extend")
+    assert longer.wait() == 0, longer.said()
+    assert "the schedule is stretched" in longer.said()
+    assert last_step(tmp_path / "run") == 6
+    fresh = Launch(small_config(tmp_path / "run", small_shards, "train.steps=4", "run.seed=1"), 2, "--restart")
+    assert fresh.wait() == 0, fresh.said()
+    assert len(list(tmp_path.glob("run.before-*"))) == 1

@@ -1,0 +1,73 @@
+"""Encoders and the projection head: shapes, names, and what an unknown name says."""
+
+import pytest
+import torch
+import torchvision
+
+from dist_ssl.config import HeadConfig, UserError
+from dist_ssl.models import ENCODERS, ProjectionHead, build_encoder, build_model
+from tests.trajectory import small_config
+
+WIDTHS = {"resnet_tiny": 128, "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
+WIDTHS |= {f"{name}_small": width for name, width in WIDTHS.items() if name != "resnet_tiny"}
+WIDTHS |= {"vit_s_16": 384, "vit_b_16": 768}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_give_h_of_their_width(name):
+    encoder = build_encoder(name, 32)
+    assert encoder.output_dim == WIDTHS[name]
+    assert encoder.eval()(torch.randn(2, 3, 32, 32)).shape == (2, WIDTHS[name])
+
+
+def test_parameter_names_are_torchvisions():
+    ours = build_encoder("resnet50").state_dict()
+    theirs = torchvision.models.resnet50().state_dict()
+    assert set(ours) == {name for name in theirs if not name.startswith("fc.")}
+    ours = build_encoder("vit_b_16", 224).state_dict()
+    theirs = torchvision.models.vit_b_16().state_dict()
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items() if "heads" not in n}
+
+
+@pytest.mark.parametrize("name", ["resnet51", "vit_b_16_small", "resnet_tiny_small", ""])
+def test_an_unknown_encoder_lists_what_there_is(name):
+    with pytest.raises(UserError) as error:
+        build_encoder(name)
+    assert all(known in str(error.value) for known in ENCODERS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_layers", "names", "width"),
+    [("none", 2, ["z"], 24), ("linear", 2, ["z"], 8), ("mlp", 2, ["g1", "z"], 8), ("mlp", 3, ["g1", "g2", "z"], 8)],
+)
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_every_layer_of_the_head_can_be_read(kind, num_layers, names, width, batch_norm):
+    config = HeadConfig(kind=kind, num_layers=num_layers, hidden_dim=16, output_dim=8, batch_norm=batch_norm)
+    head = ProjectionHead(24, config).eval()
+    h = torch.randn(5, 24)
+    layers = head.layers(h)
+    assert [name for name, _ in layers] == names
+    assert head.output_dim == layers[-1][1].shape[1] == width
+    assert torch.equal(layers[-1][1], head(h))
+    for name, values in layers[:-1]:
+        assert values.min() >= 0, f"{name} is read after its ReLU"
+    assert sum(isinstance(m, torch.nn.Linear) for m in head.modules()) == (0 if kind == "none" else len(names))
+
+
+def test_weights_are_a_function_of_the_seed_alone(tmp_path):
+    torch.manual_seed(1)
+    first = build_model(small_config(tmp_path, ""))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    second = build_model(small_config(tmp_path, ""))
+    other = build_model(small_config(tmp_path, "", "run.seed=1"))
+    weight = "encoder.stem.0.weight"
+    assert torch.equal(first.state_dict()[weight], second.state_dict()[weight])
+    assert not torch.equal(first.state_dict()[weight], other.state_dict()[weight])
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_vit_wants_a_multiple_of_its_patch():
+    with pytest.raises(UserError, match=r"augment\.crop_size: expected a multiple .* 16; got 30"):
+        build_encoder("vit_s_16", 30)
