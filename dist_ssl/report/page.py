@@ -17,29 +17,28 @@ def build(folders: list[Path], output: Path | None = None) -> Path:
     """Writes the report of one run (RUN/report.html by default) or of several compared, and returns its path."""
     runs = _distinct([read_run(folder) for folder in folders])
     output = output or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
-    html = render(runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, output)
-    return output
-
-
-def render(runs: list[Run]) -> str:
-    """The whole page as text."""
     parts = [sections.compared(runs)] if len(runs) > 1 else sections.of_one(runs[0])
     parts += [sections.curves(runs)]
     if len(runs) == 1:
         parts += sections.pictures(runs[0])
     parts += [sections.settings(runs), sections.reproduce(runs)]
+    return write_page(runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared", parts, output)
+
+
+def write_page(title: str, parts: list[str], output: Path) -> Path:
+    """A page of HTML parts under a title (plain text), written whole or not at all."""
     files = resources.files("dist_ssl.report")
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    return Template((files / "page.html").read_text(encoding="utf-8")).substitute(
+    html = Template((files / "page.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         style=(files / "style.css").read_text(encoding="utf-8"),
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         body="\n".join(part for part in parts if part),
     )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, output)
+    return output
 
 
 def _distinct(runs: list[Run]) -> list[Run]:

@@ -1,0 +1,126 @@
+"""The laboratory's page: one table, one figure like SimCLR's figure 8, what each head loses, and one paragraph."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dist_ssl.evaluation.lab_summary import Estimate, Row
+from dist_ssl.report.page import write_page
+from dist_ssl.report.sections import figure, grid, percent, section, table
+from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
+
+
+def build(summary: dict[str, Any], title: str, output: Path) -> Path:
+    """Writes the page of `lab_summary.summarize_lab`'s answer and returns its path."""
+    rows: list[Row] = summary["rows"]
+    body = [f'<p class="lead">{escape(summary["paragraph"])}</p>']
+    if rows:
+        body += [_figure(rows, summary["chance"]), _table(rows, summary), _losses(rows, summary["entropies"])]
+    return write_page(title, [part for part in body if part], output)
+
+
+def _figure(rows: list[Row], chance: float) -> str:
+    heads = list(dict.fromkeys((row.head, row.batch_norm) for row in rows))
+    dims = sorted({row.output_dim for row in rows if row.head != "none"})
+    figures = []
+    for probe, layer in (("linear", "h"), ("linear", "z"), ("knn", "h"), ("knn", "z")):
+        found = [(row, row.top1[probe, layer]) for row in rows if (probe, layer) in row.top1]
+        title = f"{probe} on {layer}"
+        if len(dims) > 1:
+            chart, names = _by_dim(found, heads, dims, title)
+        else:
+            dots = [
+                Dot(row.head, e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index((row.head, row.batch_norm)))
+                for row, e in found
+            ]
+            if layer == "h":
+                untrained = [row.top1[probe, "h_untrained"] for row, _ in found if (probe, "h_untrained") in row.top1]
+                pooled = Estimate.of({seed: value for e in untrained for seed, value in e.values.items()})
+                if pooled is not None:
+                    dots.append(Dot("untrained", pooled.mean, max(pooled.low, 0.0), min(pooled.high, 1.0), 7))
+            chart, names = dot_chart(dots, label=title, reference=chance), ""
+        figures.append(figure(title, chart, after=names))
+    lead = "Top-1 by head; whiskers: 95% interval over pretraining seeds. Dashed: chance."
+    return section("Heads compared", grid(figures), lead)
+
+
+def _by_dim(
+    found: list[tuple[Row, Estimate]], heads: list[tuple[str, bool]], dims: list[int], title: str
+) -> tuple[str, str]:
+    series = []
+    for colour, (head, batch_norm) in enumerate(heads):
+        mine = [(row, e) for row, e in found if (row.head, row.batch_norm) == (head, batch_norm)]
+        if head == "none" and mine:
+            mine = [(mine[0][0], mine[0][1]) for _ in dims]
+        places = list(range(len(dims))) if head == "none" else [dims.index(row.output_dim) for row, _ in mine]
+        series.append(
+            Series(
+                head + ("" if batch_norm or head == "none" else ", no batch norm"),
+                places[: len(mine)],
+                [e.mean for _, e in mine],
+                colour,
+                [max(e.low, 0.0) for _, e in mine],
+                [min(e.high, 1.0) for _, e in mine],
+            )
+        )
+    chart = line_chart(series, label=title, categories=[str(dim) for dim in dims], x_label="output dim")
+    return chart, legend([(one.name, one.colour) for one in series])
+
+
+def _table(rows: list[Row], summary: dict[str, Any]) -> str:
+    columns = [(probe, layer) for probe in ("linear", "knn") for layer in ("h", "z") if (probe, layer) in rows[0].top1]
+    cells = []
+    for row in rows:
+        line = [escape(row.name), str(len(row.top1[columns[0]].values)) if columns else ""]
+        for column in columns:
+            e = row.top1.get(column)
+            seeds = " ".join(percent(value) for value in e.values.values()) if e else ""
+            line.append(
+                f"{percent(e.mean)} <span class='soft'>[{percent(max(e.low, 0))}, {percent(min(e.high, 1))}]<br>{seeds}</span>"
+                if e
+                else ""
+            )
+        cells.append(line)
+    head = ["head", "seeds", *(f"{probe}, {layer}" for probe, layer in columns)]
+    lead = (
+        f"{summary['done']} of {summary['cells']} cells done; {summary['test_images']:,} test images. Mean over "
+        "pretraining seeds, 95% interval over them, and each seed's number."
+    )
+    return section("Table", table(head, cells), lead)
+
+
+def _losses(rows: list[Row], entropies: dict[str, float]) -> str:
+    tasks = [task for task in entropies if any(task in row.bits for row in rows)]
+    heads = [row for row in rows if row.bits]
+    if not tasks or not heads:
+        return ""
+    cells = []
+    for task in tasks:
+        line = [escape(task.replace("_", " ")), f"{entropies[task]:.2f}"]
+        for row in heads:
+            layers = row.bits.get(task, {})
+            line.append(" → ".join(f"{layers[layer].mean:.2f}" for layer in ("h", "z") if layer in layers))
+        cells.append(line)
+    figures = []
+    for row in heads:
+        depth = list(next(iter(row.bits.values())))
+        if len(depth) < 2 or row.head == "none":
+            continue
+        series = [
+            Series(
+                task,
+                list(range(len(depth))),
+                [max(row.bits[task][layer].mean, 0.0) / max(entropies[task], 1e-9) for layer in depth],
+                colour,
+            )
+            for colour, task in enumerate(tasks)
+            if task in row.bits
+        ]
+        chart = line_chart(series, label=row.name, categories=depth, y_min=0.0)
+        figures.append(
+            figure(row.name, chart, "Share of the entropy recovered.", legend([(s.name, s.colour) for s in series]))
+        )
+    head = ["bits, h → z", "entropy", *(escape(row.name) for row in heads)]
+    return section("What each head keeps", grid(figures) + table(head, cells))
