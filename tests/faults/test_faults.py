@@ -169,3 +169,9 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
     fresh = Launch(small_config(tmp_path / "run", small_shards, "train.steps=4", "run.seed=1"), 2, "--restart")
     assert fresh.wait() == 0, fresh.said()
     assert len(list(tmp_path.glob("run.before-*"))) == 1
+
+
+def test_a_short_chaos_run(tmp_path):
+    from tests.faults import chaos
+
+    assert chaos.main(["--kills", "4", "--steps", "40", "--seed", "3", "--folder", str(tmp_path)]) == 0
