@@ -267,11 +267,83 @@ def lab(
         raise typer.Exit(1)
 
 
-def main() -> None:
-    """The entry point: runs the command; UserError becomes `error: ...` on stderr and exit code 2."""
+def _set_up_logging() -> None:
+    """On a terminal, rich; in a log file a line a message, whole, so that it can be searched."""
+    if not sys.stderr.isatty():
+        logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+        return
+    from rich.console import Console
     from rich.logging import RichHandler
 
-    logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(show_path=False)])
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level="INFO", format="%(message)s", handlers=[handler])
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Also look at what this config needs.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Can this machine, and the cluster around it, run a config? One line a question; exit code 1 where one is red.
+
+    Example: dist-ssl doctor configs/quickstart.toml
+
+    Example: srun -N2 --ntasks-per-node=8 --gpus-per-node=8 dist-ssl doctor CONFIG
+    """
+    import os
+
+    import rich
+    from rich.markup import escape
+
+    from dist_ssl import config as configuration
+    from dist_ssl import doctor as examination
+
+    checked = configuration.load(config, overrides) if config is not None else None
+    is_first = os.environ.get("SLURM_PROCID" if "SLURM_STEP_NUM_TASKS" in os.environ else "RANK", "0") == "0"
+    red = 0
+    for finding in examination.examine(checked):
+        red += finding.remedy is not None
+        if is_first:
+            word = "[green]ok [/green]" if finding.remedy is None else "[red]red[/red]"
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            line = f"{word} {escape(f'{finding.question}: {finding.answer}{remedy}')}"
+            rich.get_console().print(line, soft_wrap=True, highlight=False)
+    raise typer.Exit(min(red, 1))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    images_per_second: Annotated[float | None, typer.Option(help="Of a GPU; gives hours and the store's rate.")] = None,
+    gigabits_per_second: Annotated[float | None, typer.Option(help="Between ranks; gives time on the wire.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Of the data set; the shards are then not read.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Predict memory, traffic, checkpoints, store rate and hours of a run on any number of GPUs, formulas beside them.
+
+    Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --nodes 64 --num-images 1281167
+    """
+    import rich
+    from rich.table import Table
+
+    from dist_ssl import config as configuration
+    from dist_ssl import planner
+    from dist_ssl.data.index import load_manifest
+
+    checked = configuration.load(config, overrides)
+    manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
+    table = Table("", "predicted", "formula", title=f"{config}: {nodes} x {gpus_per_node} GPUs")
+    rates = (images_per_second, gigabits_per_second)
+    for prediction in planner.predict(checked, nodes, gpus_per_node, manifest, num_images, *rates):
+        table.add_row(prediction.name, planner.shown(prediction), prediction.formula)
+    rich.print(table)
+
+
+def main() -> None:
+    """The entry point: runs the command; UserError becomes `error: ...` on stderr and exit code 2."""
+    _set_up_logging()
     # Errors are raised on all ranks alike: one of them says it.
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:

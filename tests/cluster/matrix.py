@@ -11,25 +11,33 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.cluster.scenes import STEPS, Scene, assert_same_run, consumed, losses
+from tests.cluster.scenes import MANY_STEPS, STEPS, Scene, assert_same_run, consumed, losses
 from tests.cluster.slurm import Cluster, missing, wait_until
 from tests.s3 import s3_server
 
 
-def _disturbed(scene: Scene, name: str, disturb: Callable[[Cluster, str], None], *options: str, nodes: int = 2) -> str:
+def _disturbed(
+    scene: Scene,
+    name: str,
+    disturb: Callable[[Cluster, str], None],
+    *options: str,
+    nodes: int = 2,
+    steps: int = STEPS,
+) -> str:
     """Submit, disturb after step 15, wait for the end; the run must be the undisturbed one, by one requeue."""
     cluster = scene.cluster
     assert cluster is not None
     run = scene.directory / name
-    job = scene.submit(scene.config(name), nodes, *options)
+    undisturbed = scene.undisturbed(2, steps)
+    job = scene.submit(scene.config(name, steps), nodes, *options)
     scene.wait_for_step(run, 15)
     disturb(cluster, job)
     state = scene.wait_for_end(job)
     assert state == "COMPLETED", f"{state}\n{scene.log(run)[-6000:]}"
     starts = [event["step"] for event in scene.starts(run) if event["event"] == "start"]
     assert len(starts) == 2, scene.starts(run)
-    assert_same_run(run, scene.directory / "undisturbed-2")
-    return f"went on from step {starts[1]}; {STEPS} losses and ledgers equal to the undisturbed run's"
+    assert_same_run(run, undisturbed)
+    return f"went on from step {starts[1]}; {steps} losses and ledgers equal to the undisturbed run's"
 
 
 def requeue(scene: Scene) -> str:
@@ -73,7 +81,7 @@ def _killed_node(scene: Scene, name: str, which: int) -> str:
         cluster.stop_node(nodes[which])
 
     try:
-        return _disturbed(scene, name, kill)
+        return _disturbed(scene, name, kill, steps=MANY_STEPS)
     finally:
         for node in stopped:
             cluster.start_node(node)
@@ -100,7 +108,7 @@ def orphans(scene: Scene) -> str:
         cluster.stop_node(stopped[0])
 
     try:
-        shown = _disturbed(scene, "orphans", kill, "--tasks-per-node", "2", nodes=1)
+        shown = _disturbed(scene, "orphans", kill, "--tasks-per-node", "2", nodes=1, steps=MANY_STEPS)
     finally:
         for node in stopped:
             cluster.start_node(node)
@@ -111,17 +119,14 @@ def orphans(scene: Scene) -> str:
 
 def time_limit(scene: Scene) -> str:
     """A run of several minutes in starts of one minute each."""
-    run, steps = scene.directory / "time_limit", 5 * STEPS
-    undisturbed = scene.directory / "undisturbed-2-long"
-    long = scene.config("undisturbed-2-long", steps)
-    scene.call("launch.local", "pretrain", str(long), "--ranks", "2", timeout=600)
-    job = scene.submit(scene.config("time_limit", steps), 2, "--time-minutes", "1")
+    run, undisturbed = scene.directory / "time_limit", scene.undisturbed(2, MANY_STEPS)
+    job = scene.submit(scene.config("time_limit", MANY_STEPS), 2, "--time-minutes", "1")
     state = scene.wait_for_end(job, 900)
     assert state == "COMPLETED", f"{state}\n{scene.log(run)[-6000:]}"
     requeues = [event["step"] for event in scene.starts(run) if event["event"] == "requeue"]
     assert requeues, "the run ended within a minute: make it longer"
     assert_same_run(run, undisturbed)
-    return f"requeued at steps {requeues}; {steps} losses and ledgers equal to the undisturbed run's"
+    return f"requeued at steps {requeues}; {MANY_STEPS} losses and ledgers equal to the undisturbed run's"
 
 
 def fewer_nodes(scene: Scene) -> str:
@@ -200,7 +205,7 @@ def srun_alone(scene: Scene) -> str:
     config = scene.config("srun_alone")
     command = (str(Path(sys.executable).with_name("dist-ssl")), "pretrain", str(config))
     cluster.run("srun", "-N2", "-n2", "--export=ALL,OMP_NUM_THREADS=1", *command, timeout=300)
-    assert_same_run(scene.directory / "srun_alone", scene.directory / "undisturbed-2")
+    assert_same_run(scene.directory / "srun_alone", scene.undisturbed(2))
     return "equal to the undisturbed run"
 
 
@@ -220,7 +225,6 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="dist_ssl_matrix_") as directory, Cluster() as cluster:
         scene = Scene(Path(directory), cluster)
         scene.write_shards()
-        scene.undisturbed(2)
         for name in names or known:
             began = time.monotonic()
             try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.cluster.slurm import Cluster, wait_until
 
-STEPS = 60
+STEPS, MANY_STEPS = 60, 400  # the longer run outlives the time that Slurm needs to miss a node
 
 CONFIG = """
 [run]
@@ -118,10 +118,12 @@ class Scene:
         return path
 
     def undisturbed(self, num_ranks: int, steps: int = STEPS) -> Path:
-        """A run of `num_ranks` on this machine that nothing happens to."""
-        name = f"undisturbed-{num_ranks}"
-        self.call("launch.local", "pretrain", str(self.config(name, steps)), "--ranks", str(num_ranks))
-        return self.directory / name
+        """A run of `num_ranks` on this machine that nothing happens to; made on first use."""
+        run = self.directory / f"undisturbed-{num_ranks}-{steps}"
+        if not run.exists():
+            config = self.config(run.name, steps)
+            self.call("launch.local", "pretrain", str(config), "--ranks", str(num_ranks), timeout=600)
+        return run
 
     def submit(self, config: Path, nodes: int, *options: str) -> str:
         """The job id of a pretraining, one task a node unless the options say otherwise."""

@@ -1,0 +1,251 @@
+"""`dist-ssl plan`: what a run will need, by formulas that are printed beside the numbers.
+
+For sizes that nobody can rent for a try: 512 GPUs, a batch of 65,536, a billion images. What can be measured on this
+machine is (the parameters, the activations of two images), and tests hold the rest against real runs.
+
+Legend: P parameters, W ranks, B images a step, M = 2B views, n = B/W images a rank, d width of z, k values of
+optimizer state a parameter (LARS 1, AdamW 2), a bytes that one view's forward keeps for backward, S side of a crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_ssl import config as configuration
+from dist_ssl.config import Config
+from dist_ssl.data.index import Manifest
+from dist_ssl.distributed import GlobalBatchNorm
+from dist_ssl.models import ContrastiveModel, build_model
+
+BUCKET = 50_000_000  # elements; the largest that engine.py gives to DeepSpeed's reductions
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A number with its unit, and the formula that it came from."""
+
+    name: str
+    value: float
+    unit: str
+    formula: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the formulas start from."""
+
+    parameters: int
+    buffer_bytes: int
+    batch_norm_channels: tuple[int, ...]
+    activation_bytes: int  # one view
+    optimizer_values: int  # k
+    ranks: int
+
+    @staticmethod
+    def of(config: Config, ranks: int, measure: bool = True) -> Sizes:
+        """Counts the model's parameters, and measures what one forward of two images keeps. Not collective."""
+        model = build_model(config)
+        return Sizes(
+            sum(p.numel() for p in model.parameters()),
+            sum(b.nbytes for b in model.buffers()),
+            tuple(m.num_features for m in model.modules() if isinstance(m, GlobalBatchNorm)),
+            activation_bytes(model, config) if measure else 0,
+            {"lars": 1, "adamw": 2}[config.optimizer.name],
+            ranks,
+        )
+
+
+def activation_bytes(model: ContrastiveModel, config: Config) -> int:
+    """Bytes that the forward of one view keeps for backward, measured: 4 views less 2 views, halved."""
+
+    def kept(num_views: int) -> int:
+        held: dict[int, Tensor] = {}
+        given = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            place = tensor.untyped_storage().data_ptr()
+            if place not in given:
+                held[place] = tensor  # kept alive, so that no other tensor gets its place
+            return tensor
+
+        views = torch.zeros(num_views, 3, config.augment.crop_size, config.augment.crop_size)
+        bf16 = config.engine.precision == "bf16"
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False),
+        ):
+            outputs = model(views.contiguous(memory_format=torch.channels_last))
+        del outputs
+        return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+    return (kept(4) - kept(2)) // 2
+
+
+def state_bytes(sizes: Sizes, zero_stage: int) -> Prediction:
+    """Bytes that a rank holds between steps: weights, fp32 masters, optimizer state."""
+    p, w, k = sizes.parameters, sizes.ranks, sizes.optimizer_values
+    match zero_stage:
+        case 0:
+            return Prediction("model and optimizer state", FP32 * p * (1 + k), "bytes", "4 P (1 + k)")
+        case 1 | 2:
+            return Prediction(
+                "model and optimizer state", FP32 * p * (1 + (1 + k) / w), "bytes", "4 P (1 + (1 + k) / W)"
+            )
+        case 3:
+            value = FP32 * (p * (3 + k) / w + min(p, BUCKET))
+            return Prediction("model and optimizer state", value, "bytes", "4 (P (3 + k) / W + min(P, 5e7))")
+    raise ValueError(f"expected a ZeRO stage of 0 to 3, got {zero_stage}")
+
+
+def gradient_bytes(sizes: Sizes, zero_stage: int) -> Prediction:
+    """Bytes more while backward runs: gradients, reduction bucket; under ZeRO 3 the gathered weights."""
+    p, w = sizes.parameters, sizes.ranks
+    if zero_stage in (0, 3):
+        return Prediction("gradients" if zero_stage == 0 else "gathered weights", FP32 * p, "bytes", "4 P")
+    value = FP32 * (p / w + min(p, BUCKET))
+    return Prediction("gradients and reduction bucket", value, "bytes", "4 (P / W + min(P, 5e7))")
+
+
+def memory(config: Config, sizes: Sizes) -> list[Prediction]:
+    """Of one rank's device, at its fullest: the end of the forward, and backward."""
+    stage, side, width = config.engine.zero_stage, config.augment.crop_size, config.model.head.output_dim
+    images = -(-config.train.global_batch_size // sizes.ranks)
+    chunk = -(-images // config.objective.chunks)
+    views, pixels = 2 * config.train.global_batch_size, 3 * side * side
+    parts = [
+        state_bytes(sizes, stage),
+        gradient_bytes(sizes, stage),
+        Prediction(
+            "activations", 2.0 * chunk * sizes.activation_bytes, "bytes",
+            f"2 n / chunks * a, a = {sizes.activation_bytes / 1e6:.1f} MB a view, measured here",
+        ),
+        # uint8 crops of this step and the next, and their normalised fp32 views
+        Prediction("pixels", 2.0 * images * pixels * (1 + 1 + FP32), "bytes", "2 n * 3 S^2 * (1 + 1 + 4)"),
+        Prediction("loss", 3.0 * FP32 * views * width + 2.0 * FP32 * views, "bytes", "3 * 4 M d + 2 * 4 M"),
+    ]  # fmt: skip
+    if config.engine.precision == "bf16":
+        parts.append(Prediction("weights cast to bf16", 2.0 * sizes.parameters, "bytes", "2 P"))
+    total = sum(part.value for part in parts)
+    return [*parts, Prediction("memory a GPU", total, "bytes", "the sum; allocator and kernels' workspace come on top")]
+
+
+def wire(config: Config, sizes: Sizes) -> list[Prediction]:
+    """Bytes that one rank sends in a step, by ring algorithms: what a ring can't undercut."""
+    p, w, stage = sizes.parameters, sizes.ranks, config.engine.zero_stage
+    share, views, width = (w - 1) / w, 2 * config.train.global_batch_size, config.model.head.output_dim
+    reduction = {
+        0: (2, "all-reduce of gradients: 2 * 4 P (W-1)/W"),
+        1: (3, "all-reduce of gradients, all-gather of weights: 3 * 4 P (W-1)/W"),
+        2: (3, "all-reduce of gradients, all-gather of weights: 3 * 4 P (W-1)/W"),
+        3: (2, "all-gather of weights, reduce-scatter of gradients: 2 * 4 P (W-1)/W"),
+    }[stage]
+    channels, layers = sum(sizes.batch_norm_channels), len(sizes.batch_norm_channels)
+    gathered = (2 * channels + layers) * FP32 * (w - 1)
+    # GradCache runs the encoder twice forward and once backward for every chunk.
+    passes, forwards = config.objective.chunks, 2 if config.objective.chunks > 1 else 1
+    norms = passes * (forwards * gathered + 2 * 2 * channels * FP32 * share)
+    parts = [
+        Prediction("gradients and weights", reduction[0] * FP32 * p * share, "bytes", reduction[1]),
+        Prediction("z and its log-sum-exps", FP32 * views * (width + 1) * share, "bytes", "4 M (d + 1) (W-1)/W"),
+        Prediction(
+            "batch norm", norms, "bytes",
+            "4 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers",
+        ),
+    ]  # fmt: skip
+    return [*parts, Prediction("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]
+
+
+def checkpoint(config: Config, sizes: Sizes) -> list[Prediction]:
+    """One checkpoint, and what the retention keeps of them; headers and manifests are left out."""
+    one = FP32 * sizes.parameters * (1 + sizes.optimizer_values) + sizes.buffer_bytes
+    first = FP32 * sizes.parameters + sizes.buffer_bytes
+    kept = config.checkpoint.keep_last + 1
+    return [
+        Prediction("a checkpoint", one, "bytes", "4 P (1 + k) + buffers"),
+        Prediction("kept checkpoints", kept * one + first, "bytes", "(keep_last + 1) * one, and step 0"),
+        Prediction("host memory for it, a rank", one / sizes.ranks, "bytes", "one / W"),
+    ]
+
+
+def data(
+    config: Config, manifest: Manifest, ranks: int, nodes: int, images_per_second: float | None
+) -> list[Prediction]:
+    """Cache and store: what the shards are read with."""
+    shards = [shard.num_bytes for shard in manifest.shards]
+    mean, largest = sum(shards) / manifest.num_samples, max(shards)
+    streams, batch = config.data.streams, config.train.global_batch_size
+    # As data/stream.py counts them: a rank's streams overlap its neighbours'; a small batch comes from all of them.
+    of_a_rank = streams if batch < streams else -(-streams // ranks) + (0 if streams % ranks == 0 else 1)
+    here = min(streams, of_a_rank * -(-ranks // nodes))
+    block = min(config.data.block_shards, -(-len(shards) // streams) + 1)
+    predictions = [
+        Prediction(
+            "cache working set, a node", min(here * block * largest, sum(shards)), "bytes",
+            f"streams of a node ({here}) * block ({block}) * largest shard",
+        ),
+        Prediction("the data set", sum(shards), "bytes", f"{manifest.num_samples} images in {len(shards)} shards"),
+    ]  # fmt: skip
+    if images_per_second is not None:
+        rate = images_per_second * ranks * mean
+        predictions.append(Prediction("store to cluster", rate, "bytes/s", "images/s a GPU * W * mean image"))
+    return predictions
+
+
+def duration(config: Config, num_samples: int, ranks: int, images_per_second: float) -> list[Prediction]:
+    steps, batch = configuration.total_steps(config, num_samples), config.train.global_batch_size
+    seconds = batch / (images_per_second * ranks)
+    return [
+        Prediction("steps", steps, "", "train.steps, or ceil(epochs * images / B)"),
+        Prediction("a step", seconds, "s", "B / (W * images/s a GPU)"),
+        Prediction("hours", steps * seconds / 3600, "h", "steps * a step / 3600"),
+    ]
+
+
+def predict(
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    manifest: Manifest | None = None,
+    num_images: int | None = None,
+    images_per_second: float | None = None,
+    gigabits_per_second: float | None = None,
+) -> list[Prediction]:
+    """All predictions, in the order of a report; what a missing number would be needed for is left out.
+
+    images_per_second is of one GPU, gigabits_per_second of the network between two ranks.
+    """
+    ranks = nodes * gpus_per_node
+    sizes = Sizes.of(config, ranks)
+    predictions = [
+        Prediction("parameters", sizes.parameters, "", "P, counted"),
+        *memory(config, sizes),
+        *(wires := wire(config, sizes)),
+    ]
+    if gigabits_per_second is not None:
+        seconds = wires[-1].value * 8 / (gigabits_per_second * 1e9)
+        predictions.append(
+            Prediction("wire time of a step", seconds, "s", "8 * bytes / bandwidth; part hides in backward")
+        )
+    predictions += checkpoint(config, sizes)
+    if manifest is not None:
+        predictions += data(config, manifest, ranks, nodes, images_per_second)
+        num_images = manifest.num_samples
+    if images_per_second is not None and (num_images is not None or config.train.steps is not None):
+        predictions += duration(config, num_images or 0, ranks, images_per_second)
+    return predictions
+
+
+def shown(prediction: Prediction) -> str:
+    """The value as a person reads it: 1.57 GB, 4096, 0.31 s."""
+    if prediction.unit.startswith("bytes"):
+        value, rest = prediction.value, prediction.unit.removeprefix("bytes")
+        for name in ("B", "kB", "MB", "GB", "TB"):
+            if value < 1000 or name == "TB":
+                return f"{value:.3g} {name}{rest}" if value < 1000 else f"{value:.0f} {name}{rest}"
+            value /= 1000
+    number = f"{prediction.value:,.0f}" if prediction.value >= 1000 else f"{prediction.value:.3g}"
+    return f"{number} {prediction.unit}".rstrip()
