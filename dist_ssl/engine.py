@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on every rank that it had to guess
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed 0.19 still calls a collective by the name that torch 2.14 warns of.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402

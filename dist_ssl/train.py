@@ -46,7 +46,8 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     Returns the exit code: 0 when the run is complete, 75 when it was told to stop, has committed, and wants to be run
     again. Raises UserError for a config that can't run or does not go with the run directory.
     """
-    world = distributed.initialize(config.engine.hang_minutes)
+    # Longer than the watchdog's patience, so that it, and not a time-out of some collective, says who hangs.
+    world = distributed.initialize(2 * config.engine.hang_minutes)
     with distributed.together():
         engine.prepare(config, world)
         manifest = load_manifest(config.data.shards, config.storage) if world.rank == 0 else None
