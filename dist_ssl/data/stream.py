@@ -7,9 +7,12 @@ is retried, then raised by the iterator as the error it is.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
+import select
 import signal
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -81,17 +84,20 @@ class Batches:
             options = {
                 "prefetch_factor": prefetch,
                 "multiprocessing_context": context,
-                "worker_init_fn": partial(_start_worker, dict(os.environ)),
+                "worker_init_fn": partial(_start_worker, dict(os.environ), os.getpid()),
             }
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(num_batches),
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
-        self._iterator: Any = iter(loader)
+        with warnings.catch_warnings():
+            # More workers than cores are right where reading waits for a network.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=range(num_batches),
+                num_workers=num_workers,
+                pin_memory=torch.cuda.is_available(),
+                **options,
+            )
+            self._iterator: Any = iter(loader)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -120,7 +126,7 @@ class Batches:
         self._dataset.reader.close()
 
 
-def _start_worker(environment: dict[str, str], _: int) -> None:
+def _start_worker(environment: dict[str, str], rank_pid: int, _: int) -> None:
     """Signals are the parent's affair; a parent that is killed takes its workers along.
 
     The environment is that of the rank now: the fork server's is older, and may lack credentials.
@@ -128,8 +134,20 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
     os.environ.update(environment)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    threading.Thread(target=_die_with, args=(rank_pid,), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _die_with(rank_pid: int) -> None:
+    """End this worker when the rank has ended, however it ended.
+
+    torch's own watch looks at the worker's parent, which is the fork server, and the server lives as long as a worker
+    holds its pipe: without this, a rank killed with -9 leaves all of them behind.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        rank = os.pidfd_open(rank_pid)
+        select.select([rank], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Training(Dataset[Any]):

@@ -1,0 +1,222 @@
+"""Writing shards: what comes out is what went in, permuted, the same each time, and an interrupted write goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.data.index import Manifest, load_manifest, read_member_index
+from dist_ssl.data.indexing import index_shards, verify_shards
+from dist_ssl.data.shards import write_shards
+from dist_ssl.data.sources import open_source
+from tests.s3 import s3_server
+
+LOCAL = StorageConfig()
+
+
+def read_back(manifest: Manifest) -> list[dict[str, Any]]:
+    """All samples, by webdataset."""
+    samples: list[dict[str, Any]] = []
+    for shard in manifest.shards:
+        with open(shard.url, "rb") as file:
+            samples += list(group_by_keys(tar_file_expander([{"url": shard.url, "stream": file}])))
+    return samples
+
+
+def photo_folder(root: Path, classes: int = 3, each: int = 20) -> Path:
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (root / f"class{label}").mkdir(parents=True)
+        for i in range(each):
+            image = Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8))
+            image.save(root / f"class{label}" / f"{i}.{'JPEG' if i % 2 else 'png'}")
+    return root
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_a_class_folder_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path / "photos")
+    source = open_source(f"folder:{root}")
+    (manifest,) = write_shards(source, str(tmp_path / "out"), LOCAL, shard_mb=0.05, num_workers=0)
+    assert len(manifest.shards) > 2
+    assert manifest.classes == ("class0", "class1", "class2")
+    assert load_manifest(str(tmp_path / "out"), LOCAL) == manifest
+    samples = read_back(manifest)
+    assert len({sample["__key__"] for sample in samples}) == 60 == manifest.num_samples
+    originals = {path.read_bytes(): path for path in root.rglob("*.*")}
+    labels = []
+    for sample in samples:
+        path = originals.pop(sample.get("jpeg") or sample["png"])
+        assert path.parent.name == f"class{int(sample['cls'])}"
+        labels.append(int(sample["cls"]))
+    assert not originals
+    # Class-sorted folders would ruin the negatives: no shard-sized stretch is of one class.
+    assert all(len(set(labels[i : i + 12])) == 3 for i in range(0, 48, 12))
+    index = [label for shard in manifest.shards for label in read_member_index(shard, LOCAL).labels.tolist()]
+    assert index == labels
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path / "photos", 1)
+    (manifest,) = write_shards(open_source(f"folder:{root}/class0"), str(tmp_path / "out"), LOCAL, num_workers=0)
+    assert manifest.num_samples == 20
+    assert "cls" not in read_back(manifest)[0]
+    assert set(read_member_index(manifest.shards[0], LOCAL).labels.tolist()) == {-1}
+
+
+@pytest.mark.slow
+def test_shards_are_the_same_whatever_the_workers_and_what_an_index_of_them_says(tmp_path: Path) -> None:
+    source = open_source("shapes:300:16", seed=5)
+    (one,) = write_shards(source, str(tmp_path / "a"), LOCAL, seed=5, shard_mb=0.1, num_workers=0)
+    (two,) = write_shards(source, str(tmp_path / "b"), LOCAL, seed=5, shard_mb=0.1, num_workers=2)
+    assert len(one.shards) > 3
+    assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    (other,) = write_shards(open_source("shapes:300:16"), str(tmp_path / "c"), LOCAL, shard_mb=0.1, num_workers=0)
+    assert other.hash != one.hash == two.hash
+    assert index_shards(str(tmp_path / "a"), LOCAL, output=str(tmp_path / "i"), num_workers=0).hash == one.hash
+    assert verify_shards(str(tmp_path / "a"), LOCAL, num_workers=0) == []
+
+
+def test_train_and_test_share_no_image_though_files_are_copied(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path / "photos")
+    for i in range(20):  # every image of one class also stands in another
+        (root / "class1" / f"copy{i}.png").write_bytes(
+            next(path for path in (root / "class0").glob(f"{i}.*")).read_bytes()
+        )
+    source = open_source(f"folder:{root}")
+    train, test = write_shards(source, str(tmp_path / "out"), LOCAL, test_fraction=0.3, num_workers=0)
+    assert train.url == str(tmp_path / "out" / "train" / "manifest.json")
+    assert train.num_samples + test.num_samples == 80
+    assert 24 <= test.num_samples <= 45
+
+    def digests(manifest: Manifest) -> set[bytes]:
+        return {sample.get("jpeg") or sample["png"] for sample in read_back(manifest)}
+
+    assert not digests(train) & digests(test)
+
+
+def test_resize_scales_the_shorter_side_down_only(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path / "photos", 1)
+    (manifest,) = write_shards(open_source(f"folder:{root}"), str(tmp_path / "out"), LOCAL, resize=35, num_workers=0)
+    sizes = {Image.open(io.BytesIO(s.get("jpg") or s.get("jpeg") or s["png"])).size for s in read_back(manifest)}
+    assert (40, 30) in sizes
+    assert max(min(size) for size in sizes) == 35
+    assert len(sizes) > 3
+
+
+@pytest.mark.slow
+def test_a_write_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """kill -9 in the middle, the same command again: the same shards, and whole ones are not written again."""
+    source = open_source("shapes:3000:16")
+    write_shards(source, str(tmp_path / "whole"), LOCAL, shard_mb=0.2, num_workers=0)
+    command = [
+        sys.executable, "-m", "dist_ssl.cli", "shards", "write", "shapes:3000:16", str(tmp_path / "killed"),
+        "--shard-mb", "0.2", "--workers", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "killed").glob("*.idx"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.idx")}
+    assert len(kept) >= 3
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert {path.stat().st_mtime_ns for path in kept} == set(kept.values())
+    for leftover in (tmp_path / "killed").glob(".*"):
+        leftover.unlink()  # the temporary file of the write that was killed
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_destination_of_other_shards_is_refused(tmp_path: Path) -> None:
+    write_shards(open_source("shapes:20:16"), str(tmp_path), LOCAL, num_workers=0)
+    write_shards(open_source("shapes:20:16"), str(tmp_path), LOCAL, num_workers=0)
+    with pytest.raises(UserError, match=r"holds shards of .*shapes:20:16.*choose another destination"):
+        write_shards(open_source("shapes:30:16"), str(tmp_path), LOCAL, num_workers=0)
+
+
+def test_straight_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store" / "bucket").mkdir(parents=True)
+    with s3_server(tmp_path / "store") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        config = StorageConfig(endpoint_url=server.endpoint_url)
+        source = open_source("shapes:100:16")
+        (there,) = write_shards(source, "s3://bucket/shapes", config, shard_mb=0.1, num_workers=0)
+        (here,) = write_shards(source, str(tmp_path / "here"), LOCAL, shard_mb=0.1, num_workers=0)
+        assert there.hash == here.hash == load_manifest("s3://bucket/shapes", config).hash
+        assert verify_shards("s3://bucket/shapes", config, num_workers=0) == []
+        indexed = index_shards("s3://bucket/shapes", config, output=str(tmp_path / "index"), num_workers=0)
+        assert indexed.hash == there.hash
+        local = load_manifest(str(tmp_path / "index"), config)
+        assert local.shards[0].url == "s3://bucket/shapes/000000.tar"
+        secret = server.environment["AWS_SECRET_ACCESS_KEY"]
+    for path in (tmp_path / "store").rglob("*"):
+        assert path.is_dir() or secret.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["shapes:", "shapes:x", "shapes:0", "shapes:5:4", "shapes:5:5:5", "folder:", "folder:/nonexistent", "pipe:ls",
+     "torchvision:Nothing:/x", "torchvision:CIFAR10", "torchvision:CIFAR10:/nonexistent", ""],
+)  # fmt: skip
+def test_sources_that_are_none(spec: str) -> None:
+    with pytest.raises(UserError):
+        open_source(spec)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no jpg"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_torchvision_sets(tmp_path: Path) -> None:
+    """FakeData needs no files; an image folder keeps the bytes of its files."""
+    photo_folder(tmp_path / "photos")
+    source = open_source(f"torchvision:ImageFolder:{tmp_path / 'photos'}")
+    assert len(source) == 60
+    (sample,) = source.read([30])
+    assert sample.image == Path(source._dataset.samples[30][0]).read_bytes()  # type: ignore[attr-defined]
+    (manifest,) = write_shards(source, str(tmp_path / "out"), LOCAL, num_workers=0)
+    assert manifest.classes == ("class0", "class1", "class2")
+    assert manifest.num_samples == 60
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dist_ssl.cli", "shards", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+
+    written = run("write", "shapes:40:16", str(tmp_path / "x"), "--test-fraction", "0.25", "--workers", "1")
+    assert written.returncode == 0, written.stderr
+    assert "30 samples in 1 shards" in written.stdout
+    assert "10 samples in 1 shards" in written.stdout
+    indexed = run("index", str(tmp_path / "x" / "train"), "--output", str(tmp_path / "i"), "--workers", "1")
+    assert indexed.returncode == 0, indexed.stderr
+    assert run("verify", str(tmp_path / "i"), "--workers", "1").returncode == 0
+    shard = tmp_path / "x" / "train" / "000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-11_000])
+    damaged = run("verify", str(tmp_path / "x" / "train"), "--workers", "1")
+    assert damaged.returncode == 1
+    assert "000000.tar: holds" in damaged.stdout
+    wrong = run("write", "pipe:ls", str(tmp_path / "y"))
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith("error: pipe:ls: expected shapes:COUNT")
