@@ -114,6 +114,7 @@ def evaluate(
     from dist_ssl import config as configuration
     from dist_ssl import distributed
     from dist_ssl.evaluation import evaluate as evaluation
+    from dist_ssl.evaluation.results import show
 
     overrides = list(overrides)
     if data is not None:
@@ -137,7 +138,7 @@ def evaluate(
             subject = evaluation.weights_subject(weights, encoder, base, output)
         results = evaluation.evaluate(subject, world.device)
         if world.rank == 0:
-            evaluation.show(results, rich.print)
+            show(results, rich.print)
             rich.print(f"{subject.folder / 'results.json'}")
     finally:
         distributed.shutdown()
@@ -252,7 +253,7 @@ def lab(
     from dist_ssl import config as configuration
     from dist_ssl.evaluation import lab as laboratory
     from dist_ssl.evaluation import lab_summary
-    from dist_ssl.evaluation.evaluate import write_json
+    from dist_ssl.evaluation.results import write_json
     from dist_ssl.report import lab_page
 
     loaded = configuration.load(config, overrides)

@@ -1,31 +1,14 @@
 """`dist-ssl evaluate`: one pass through the frozen encoder, then each probe on each layer, then results.json.
 
-results.json (format 1):
-
-    checkpoint        the checkpoint's folder, or the file of weights;  step: its step, null for a file of weights
-    encoder           name;  head: its config, null for a file of weights
-    encoder_digest    {"before", "after"}: SHA-256 of encoder and head; equal, or there would be no file
-    layers            the layers read, in depth order: "h", "g1", ..., "z", "h_untrained"
-    data              shards, manifest hashes, counts and the number of classes
-    probes            {probe: {layer: {"top1", "interval", "seeds", "spread", ...}}}, accuracies in [0, 1]
-    comparisons       [{"probe", "a", "b", "difference", "interval"}]: paired on the same test images
-    head_information  {"train_images", "test_images", "tasks": {task: {"chance", "entropy_bits", "layers":
-                       {layer: {"accuracy", "accuracy_interval", "bits", "bits_interval", ...}}}}}
-    config, versions, seconds
-
-`interval` is the 95% bootstrap over test images of the mean over seeds, `spread` the standard deviation over seeds.
-h_untrained is the encoder of step 0 with batch-norm statistics taken in one pass over training images.
+The format of results.json is told in `results`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,23 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 
-import dist_ssl
 from dist_ssl import config as configuration
 from dist_ssl import distributed
 from dist_ssl.checkpoint import load_run, step_url
 from dist_ssl.config import Config, UserError
 from dist_ssl.evaluation import features as feature_files
-from dist_ssl.evaluation import pictures
+from dist_ssl.evaluation import pictures, sgd
 from dist_ssl.evaluation.features import Features, Split
+from dist_ssl.evaluation.few_labels import few_label_probe, sample
 from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batch_statistics
 from dist_ssl.evaluation.head_information import head_information
 from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
 from dist_ssl.evaluation.linear import Rows, linear_probe
+from dist_ssl.evaluation.results import FORMAT, versions, write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 CALIBRATION_IMAGES = 10_000  # at most, of the training split, for the untrained encoder's batch norm
 
 
@@ -158,7 +141,7 @@ def _probe(
     correct: dict[str, dict[str, np.ndarray]] = {}
     probes: dict[str, dict[str, Any]] = {}
     on_features = {"linear": _linear, "knn": _knn}
-    chosen = [name for name in settings.probes if name in on_features]
+    chosen: list[str] = [name for name in on_features if name in settings.probes]
     show = distributed.rank() == 0
     with Progress(transient=True) if show else nullcontext() as progress:
         task = progress.add_task("probes", total=len(chosen) * len(train_features.layers)) if progress else None
@@ -173,10 +156,47 @@ def _probe(
                 probes.setdefault(probe, {})[layer] = summarize(hits) | extra
                 if progress is not None and task is not None:
                     progress.advance(task)
+    for fraction in settings.few_label_fractions if "few_labels" in settings.probes else []:
+        for layer in train_features.layers:
+            rows = Rows(train_features.layers[layer], train_features.labels, device)
+            scored = Rows(test_features.layers[layer], test_features.labels, device)
+            hits, decays = few_label_probe(rows, scored, num_classes, fraction, settings.num_seeds)
+            correct.setdefault(f"few_labels_{fraction:g}", {})[layer] = hits
+            probes.setdefault(f"few_labels_{fraction:g}", {})[layer] = summarize(hits) | {"weight_decays": decays}
+    for name, layer, hits in _on_images(subject, train, test, train_features.labels, num_classes):
+        correct.setdefault(name, {})[layer] = hits
+        probes.setdefault(name, {})[layer] = summarize(hits)
     found: dict[str, Any] = {"probes": probes, "comparisons": _comparisons(correct)}
     if "head_information" in settings.probes:
         found["head_information"] = head_information(train, test, subject.trained, subject.folder, settings.num_seeds)
     return found
+
+
+def _on_images(
+    subject: Subject, train: Split, test: Split, labels: np.ndarray, num_classes: int
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(probe, layer, correct answers) of the protocols that read augmented images again. Collective."""
+    settings, trained = subject.config.evaluation, subject.trained
+    layer, seeds = settings.fine_tune_from, range(settings.num_seeds)
+
+    def run(layers: list[str], seed: int, epochs: int, tune: bool, few: sgd.Images | None = None) -> Any:
+        return sgd.train_and_score(
+            trained, layers, train, test, num_classes, epochs=epochs, tune_encoder=tune, seed=seed, few=few
+        )
+
+    if "linear_augmented" in settings.probes:
+        layers = list(feature_files.layer_dims(train, [trained]))
+        for name, hits in run(layers, 0, settings.sgd_epochs, False).items():
+            yield "linear_augmented", name, hits[None]
+    if "fine_tuned" in settings.probes:
+        hits = [run([layer], seed, settings.fine_tune_epochs, True)[layer] for seed in seeds]
+        yield "fine_tuned", layer, np.stack(hits)
+    if "few_labels_fine_tuned" in settings.probes:
+        for fraction in settings.few_label_fractions:
+            rows = [sample(labels, fraction, seed) for seed in seeds]
+            few = [sgd.read_rows(train, chosen) for chosen in rows]
+            hits = [run([layer], seed, settings.fine_tune_epochs, True, few[seed])[layer] for seed in seeds]
+            yield f"few_labels_fine_tuned_{fraction:g}", layer, np.stack(hits)
 
 
 def _linear(
@@ -254,49 +274,3 @@ def _data(config: Config, train: Split, test: Split, num_classes: int) -> dict[s
         "class_names": list(train.manifest.classes or ()),
         "image_size": train.image_size,
     }
-
-
-def versions(device: torch.device | None = None) -> dict[str, str]:
-    import torchvision
-
-    found = {"dist_ssl": dist_ssl.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    found |= {"python": platform.python_version(), "numpy": np.__version__}
-    if device is not None:
-        found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """All of it or none: written beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
-    """The table that the command prints: a row a layer, a column a probe, intervals beside the numbers."""
-    from rich.table import Table
-
-    data = results["data"]
-    chance = 1 / data["num_classes"]
-    table = Table(
-        title=f"{results['encoder']}, {results['checkpoint']}",
-        caption=f"top-1 on {data['test_images']} test images, {data['num_classes']} classes (chance {chance:.1%}), "
-        "95% interval over test images",
-    )
-    table.add_column("layer")
-    probes = results["probes"]
-    for probe in probes:
-        table.add_column(probe, justify="right")
-    for layer in results["layers"]:
-        cells = []
-        for probe in probes:
-            value = probes[probe].get(layer)
-            low, high = value["interval"] if value else (0, 0)
-            cells.append(f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]" if value else "")
-        table.add_row(layer, *cells)
-    print_(table)

@@ -1,0 +1,76 @@
+"""Few labels: balanced, seeded samples of the training images, and the linear probe on them from any layer.
+
+Samples of a smaller fraction are contained in those of a larger one with the same seed, so that fractions compare.
+
+Legend: n training images, C classes, S seeds, P problems.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_ssl.config import UserError
+from dist_ssl.evaluation.linear import WEIGHT_DECAYS, Rows, fit, predict, standardize
+
+FOLDS = 5
+
+
+def sample(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rows of a balanced sample: as many of every class, fraction * n / C each, at least one; ascending.
+
+    Raises UserError where a class has fewer images than that.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    each = max(round(fraction * len(labels) / len(classes)), 1)
+    if counts.min() < each:
+        raise UserError(
+            f"few labels: expected {each} images of every class for a fraction of {fraction:g}, class "
+            f"{classes[counts.argmin()]} has {counts.min()}; use a smaller fraction"
+        )
+    order = np.random.Generator(np.random.Philox(key=[seed, 0xFE3])).permutation(len(labels))
+    of_class = [order[labels[order] == label][:each] for label in classes]
+    return np.sort(np.concatenate(of_class))
+
+
+def few_label_probe(
+    train: Rows, test: Rows, num_classes: int, fraction: float, num_seeds: int
+) -> tuple[np.ndarray, list[float]]:
+    """Correct answers (S, n_test), a sample of labels a seed, and the weight decay that each chose. Collective.
+
+    With a handful of images a class a held-out tenth says nothing: the decay is chosen by cross-validation, all folds
+    and decays as one batched problem.
+    """
+    correct, chosen = [], []
+    for seed in range(num_seeds):
+        rows = sample(np.asarray(train.labels), fraction, seed)
+        few = Rows(np.asarray(train.features[rows]), train.labels[rows], train.device)
+        standardizer = standardize(few)
+        fold_of = _folds(few.labels, seed)
+        problems = [(fold, decay) for fold in range(FOLDS) for decay in WEIGHT_DECAYS]
+        out = np.stack([fold_of == fold for fold, _ in problems])
+
+        def kept(start: int, stop: int, out: np.ndarray = out) -> Tensor:
+            return torch.from_numpy(~out[:, start:stop]).float()
+
+        sweep = fit(few, standardizer, num_classes, [d for _, d in problems], row_weights=kept, max_iterations=100)
+        hits = (predict(few, standardizer, sweep).cpu().numpy() == few.labels[None]) & out
+        scores = hits.sum(1).reshape(FOLDS, len(WEIGHT_DECAYS)).sum(0)
+        decay = WEIGHT_DECAYS[len(WEIGHT_DECAYS) - 1 - int(np.argmax(scores[::-1]))]
+        weights = fit(few, standardizer, num_classes, [decay])
+        correct.append(predict(test, standardizer, weights)[0].cpu().numpy() == np.asarray(test.labels))
+        chosen.append(decay)
+    return np.stack(correct), chosen
+
+
+def _folds(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A fold for every row, balanced within each class."""
+    fold_of = np.empty(len(labels), dtype=np.int64)
+    order = np.random.Generator(np.random.Philox(key=[seed, 0xF01D])).permutation(len(labels))
+    offset = 0
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        fold_of[rows] = (np.arange(len(rows)) + offset) % FOLDS
+        offset += len(rows)
+    return fold_of
