@@ -1,0 +1,135 @@
+"""launch.slurm without a Slurm: rules, sweeps, profiles, snapshots, ports. The cluster itself is in tests/cluster."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_ssl import config as configuration
+from dist_ssl import ranks
+from dist_ssl.config import Config, UserError
+from launch import profile, queue, snapshot, supervisor, sweep
+
+
+def test_ports_stay_below_the_ephemeral_range_and_differ_between_restarts():
+    jobs = [1, 2, 3, 12345, 2**31, 67043328]
+    ports = {
+        (j, r): ranks.slurm_port({"SLURM_JOB_ID": str(j), "SLURM_RESTART_COUNT": str(r)})
+        for j in jobs
+        for r in range(6)
+    }
+    assert all(1024 < port < 32768 for port in ports.values())
+    assert all(ports[j, r] != ports[j, r + 1] for j in jobs for r in range(5))
+    assert ranks.slurm_port({"SLURM_JOB_ID": "7"}) == ranks.slurm_port(
+        {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+    )
+
+
+def test_ranks_come_from_the_environment_of_torchrun_or_of_srun(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD", "LOCAL_", "MASTER_"))]:
+        monkeypatch.delenv(name)
+    assert ranks.ranks_in_environment() is None
+    batch_script = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    step = {
+        "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "MASTER_ADDR": "host",
+    }  # fmt: skip
+    for name, value in batch_script.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.ranks_in_environment() is None
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.ranks_in_environment() == {
+        "RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "host",
+        "MASTER_PORT": str(ranks.slurm_port({"SLURM_JOB_ID": "5"})),
+    }  # fmt: skip
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert ranks.tasks_on_node(os.environ) == 2
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun = ranks.ranks_in_environment()
+    assert torchrun is not None
+    assert (torchrun["RANK"], torchrun["WORLD_SIZE"]) == ("1", "2")
+
+
+def test_requeues_are_limited_and_need_a_commit_between_them():
+    assert supervisor.stop_reason(0, -1, -1, 3) is None, "the first start may be preempted before it commits"
+    assert supervisor.stop_reason(1, 10, 20, 3) is None
+    assert "nothing was committed" in str(supervisor.stop_reason(1, 10, 10, 3))
+    assert supervisor.stop_reason(2, 10, 20, 3) is None
+    assert "the limit" in str(supervisor.stop_reason(3, 10, 20, 3))
+    assert "the limit" in str(supervisor.stop_reason(0, -1, 5, 0))
+
+
+def test_history_counts_the_starts_of_its_own_job(tmp_path):
+    first = supervisor.History(tmp_path / "starts.jsonl", "7")
+    assert first.steps_at_start() == {}
+    first.write(event="start", restart=0, step=-1)
+    supervisor.History(tmp_path / "starts.jsonl", "8").write(event="start", restart=0, step=99)
+    first.write(event="requeue", restart=0, step=20)
+    first.write(event="start", restart=1, step=20)
+    assert first.steps_at_start() == {0: -1, 1: 20}
+
+
+def test_newest_commit_counts_manifests_only(tmp_path):
+    config = configuration.with_overrides(Config(), [f"run.dir={json.dumps(str(tmp_path))}"])
+    assert supervisor.newest_commit(config) == -1
+    for step, name in ((0, "manifest.json"), (20, "manifest.json"), (30, "state.json")):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    assert supervisor.newest_commit(config) == 20
+
+
+def test_a_sweep_is_every_combination_in_folders_of_their_own():
+    base = configuration.with_overrides(Config(), ["run.dir=/runs/s"])
+    given = ["objective.temperature=0.05,0.5", "model.head.kind=none,linear,mlp"]
+    runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, given)]
+    found = [(run.objective.temperature, run.model.head.kind) for run in runs]
+    assert found == list(itertools.product((0.05, 0.5), ("none", "linear", "mlp")))
+    assert len({run.run.dir for run in runs}) == 6
+    assert runs[0].run.dir == "/runs/s/temperature=0.05_kind=none"
+    assert sweep.combinations(base, []) == [[]]
+    for wrong in ("temperature=1", "objective.temperature", "objective.temperature=", "objective.temperature=1,,2"):
+        with pytest.raises(UserError, match=r"expected section\.key=value,value"):
+            sweep.combinations(base, [wrong])
+
+
+def test_every_profile_loads_and_a_wrong_key_is_named(tmp_path):
+    for path in profile.PROFILES.glob("*.toml"):
+        assert profile.load(path.stem) == profile.load(str(path))
+    with pytest.raises(UserError, match="expected one of apptainer, cpu,"):
+        profile.load("none")
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("partitions = 'gpu'\n")
+    with pytest.raises(UserError, match=r"partitions.*the keys of a profile are partition,"):
+        profile.load(str(wrong))
+
+
+def test_a_snapshot_is_imported_whatever_happens_to_the_checkout(tmp_path):
+    folder = snapshot.take(tmp_path / "a folder" / "code")
+    (folder / "dist_ssl" / "__init__.py").write_text('__version__ = "of the snapshot"\n')
+    checkout = Path(__file__).parent.parent
+    lines = [*snapshot.environment_lines(folder), f"{sys.executable} -m dist_ssl.cli --version"]
+    said = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=checkout, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "dist-ssl of the snapshot\n", said.stderr
+
+
+def test_no_slurm_is_one_line(tmp_path):
+    environment = os.environ | {"PATH": str(tmp_path)}
+    command = [sys.executable, "-m", "launch.slurm", "pretrain", "configs/debug_cpu.toml"]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: no Slurm here: sbatch is not installed; python -m launch.local runs on one machine\n"
+
+
+def test_states_that_are_over():
+    assert queue.is_over("COMPLETED")
+    assert queue.is_over("CANCELLED by 0")
+    assert not any(map(queue.is_over, ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")))
