@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_BLOCK_D = 128
-# Hopper and newer: two programs fit a processor's 227 KiB, so that one's products hide the other's exponentials.
+# Hopper and newer: two programs of the forward pass fit a processor, so one's products hide the other's exponentials.
 FORWARD = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 BACKWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}  # bf16 on other GPUs

@@ -21,9 +21,9 @@ def _views(z1: Tensor, z2: Tensor) -> Tensor:
 
 def _anchor_losses(own: Tensor, everyone: Tensor, first: int, temperature: Tensor) -> Tensor:
     """(2n,) losses of own views against all views: right, wherever own and everyone carry the right gradient."""
-    index = torch.arange(first, first + len(own))
+    index = torch.arange(first, first + len(own), device=own.device)
     s = own @ everyone.T / temperature
-    s = s.masked_fill(index[:, None] == torch.arange(len(everyone)), -torch.inf)
+    s = s.masked_fill(index[:, None] == torch.arange(len(everyone), device=own.device), -torch.inf)
     return F.cross_entropy(s, index ^ 1, reduction="none")
 
 
