@@ -21,6 +21,7 @@ from dist_ssl.distributed import GlobalBatchNorm
 from dist_ssl.models import ContrastiveModel, build_model
 
 BUCKET = 50_000_000  # elements; the largest that engine.py gives to DeepSpeed's reductions
+PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
 FP32 = 4
 
 
@@ -39,6 +40,7 @@ class Sizes:
     """What the formulas start from."""
 
     parameters: int
+    small_parameters: int  # in tensors that DeepSpeed's stage 3 never releases
     buffer_bytes: int
     batch_norm_channels: tuple[int, ...]
     activation_bytes: int  # one view
@@ -51,6 +53,7 @@ class Sizes:
         model = build_model(config)
         return Sizes(
             sum(p.numel() for p in model.parameters()),
+            sum(p.numel() for p in model.parameters() if p.numel() < PERSISTENT),
             sum(b.nbytes for b in model.buffers()),
             tuple(m.num_features for m in model.modules() if isinstance(m, GlobalBatchNorm)),
             activation_bytes(model, config) if measure else 0,
@@ -96,8 +99,9 @@ def state_bytes(sizes: Sizes, zero_stage: int) -> Prediction:
                 "model and optimizer state", FP32 * p * (1 + (1 + k) / w), "bytes", "4 P (1 + (1 + k) / W)"
             )
         case 3:
-            value = FP32 * (p * (3 + k) / w + min(p, BUCKET))
-            return Prediction("model and optimizer state", value, "bytes", "4 (P (3 + k) / W + min(P, 5e7))")
+            value = FP32 * (p * (3 + k) / w + min(p, BUCKET) + sizes.small_parameters)
+            formula = "4 (P (3 + k) / W + min(P, 5e7) + P in tensors below 1e5)"
+            return Prediction("model and optimizer state", value, "bytes", formula)
     raise ValueError(f"expected a ZeRO stage of 0 to 3, got {zero_stage}")
 
 
@@ -179,7 +183,8 @@ def data(
     mean, largest = sum(shards) / manifest.num_samples, max(shards)
     streams, batch = config.data.streams, config.train.global_batch_size
     # As data/stream.py counts them: a rank's streams overlap its neighbours'; a small batch comes from all of them.
-    of_a_rank = streams if batch < streams else -(-streams // ranks) + (0 if streams % ranks == 0 else 1)
+    overlapping = (-(-streams * (rank + 1) // ranks) - streams * rank // ranks for rank in range(ranks))
+    of_a_rank = streams if batch < streams else max(overlapping)
     here = min(streams, of_a_rank * -(-ranks // nodes))
     block = min(config.data.block_shards, -(-len(shards) // streams) + 1)
     predictions = [

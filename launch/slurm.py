@@ -160,11 +160,12 @@ def status(run: RunDir) -> None:
 
     Example: python -m launch.slurm status runs/imagenet
     """
-    table = Table("job", "what", "state", "requeues", "log")
+    table = Table("job", "what", "state", "requeues")
     for entry in queue.recorded(run):
         state, restarts = queue.state(entry["job"])
-        table.add_row(entry["job"], entry["kind"], state, str(restarts), entry["log"])
+        table.add_row(entry["job"], entry["kind"], state, str(restarts))
     rich_print(table)
+    typer.echo(f"logs: {run / 'slurm'}")
     typer.echo(sweep.progress(run))
 
 

@@ -66,8 +66,13 @@ def supervise(job_file: str) -> None:
     code = _run_ranks(job, config)
     now = newest_commit(config)
     history.write(event="end", restart=restart, step=now, exit_code=code)
-    if code == 0:
+    # First of all: srun exits with 0 when it loses a node, and Slurm has then requeued the job.
+    outside = _ended_from_outside(restart, code)
+    if outside:
+        _stop(history, outside, RUN_ME_AGAIN)
+    elif code == 0:
         log.info("the run is complete at step %s", now)
+        history.write(event="complete", restart=restart, step=now)
     elif code == USERS_MISTAKE:
         _stop(history, "the ranks found a mistake of the user's; see the error above", USERS_MISTAKE)
     elif code == FENCED:
@@ -195,16 +200,19 @@ def _free_port() -> int:
     raise RuntimeError(f"no free port in {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1}")
 
 
-def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: int, code: int) -> None:
-    job_id = os.environ["SLURM_JOB_ID"]
-    shown = subprocess.run(
-        ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True, timeout=60
-    )
+def _ended_from_outside(restart: int, code: int) -> str | None:
+    """What Slurm or the user did to this job while the ranks ran, or None where it still is this start's to decide."""
+    command = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
     fields = dict(field.split("=", 1) for field in shown.stdout.split() if "=" in field)
     if int(fields.get("Restarts", restart)) != restart:
-        _stop(history, "Slurm has already started or requeued this job elsewhere")
-    if fields.get("JobState") != "RUNNING" and fields.get("Reason") != "TimeLimit":
-        _stop(history, f"the job was ended from outside (exit code {code}); nothing to requeue")
+        return f"Slurm has requeued this job by itself (exit code {code})"
+    if fields.get("JobState", "RUNNING") != "RUNNING" and fields.get("Reason") != "TimeLimit":
+        return f"the job was ended from outside (exit code {code})"
+    return None
+
+
+def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: int, code: int) -> None:
     refusal = stop_reason(restart, step, now, job.max_requeues)
     if refusal:
         _stop(history, refusal)
@@ -212,7 +220,7 @@ def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: i
     history.write(event="requeue", restart=restart, step=now, exit_code=code)
     # Slurm ends this process as soon as it has requeued the job.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RUN_ME_AGAIN))
-    subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
     time.sleep(20)
     raise SystemExit(RUN_ME_AGAIN)
 

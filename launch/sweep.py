@@ -55,7 +55,7 @@ def progress(run_dir: Path) -> str:
             return f"{trained}; not started yet"
         case {"event": "stop", "reason": reason}:
             return f"{trained}; stopped: {reason}"
-        case {"event": "end", "exit_code": 0}:
+        case {"event": "complete"}:
             return f"{trained}; complete"
         case {"event": event, "restart": restart}:
             return f"{trained}; {event} after {restart} requeues"
@@ -65,7 +65,7 @@ def progress(run_dir: Path) -> str:
 def _row(run: Path) -> dict[str, str]:
     row = {"run": run.name}
     metrics, starts = _last_line(run / "metrics.jsonl"), _last_line(run / "slurm" / "starts.jsonl")
-    row["state"] = "complete" if starts and starts.get("exit_code") == 0 else str(starts and starts["event"])
+    row["state"] = str(starts and starts["event"])
     row |= {"step": str(metrics["step"]), "loss": f"{metrics['loss']:.4f}"} if metrics else {}
     results = sorted(run.glob("evaluation/step-*/results.json"))
     if results:
