@@ -1,0 +1,69 @@
+"""Real input: scikit-learn's handwritten digits, as a folder of PNGs, through shards, pretraining and evaluation.
+
+The scans stand somewhere on a larger page. Centred, they are too easy to show learning: an untrained resnet_tiny with
+batch-norm statistics of the data reaches 92.0% by kNN there, and 15 epochs bring it to 95.3%.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dist_ssl import config as config_module
+from tests.faults.harness import Launch
+from tests.terminal import dist_ssl
+
+SETTINGS = {
+    "augment": {
+        "crop_size": 32,
+        "min_scale": 0.4,
+        "flip_probability": 0.0,
+        "jitter_strength": 0.5,
+        "grey_probability": 0.0,
+        "blur_probability": 0.0,
+    },
+    "model": {"encoder": "resnet_tiny", "head": {"hidden_dim": 128, "output_dim": 64}},
+    "objective": {"temperature": 0.2},
+    "optimizer": {
+        "name": "adamw",
+        "base_learning_rate": 0.002,
+        "scaling": "none",
+        "weight_decay": 1e-4,
+        "warmup_epochs": 1.0,
+    },
+    "train": {"epochs": 15, "global_batch_size": 128},
+    "engine": {"zero_stage": 1, "precision": "fp32"},
+    "checkpoint": {"every_steps": 100},
+    "log": {"tensorboard": False},
+}
+
+
+@pytest.mark.slow
+def test_digits_are_learned(tmp_path):
+    digits, places = load_digits(), np.random.default_rng(0)
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = tmp_path / "png" / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scan = Image.fromarray((image * 255 / 16).astype("uint8")).resize((24, 24), Image.Resampling.BICUBIC)
+        page = Image.new("L", (48, 48))
+        page.paste(scan, tuple(places.integers(0, 25, 2)))
+        page.save(path)
+    written = dist_ssl("shards", "write", f"folder:{tmp_path}/png", f"{tmp_path}/shards", "--test-fraction", "0.25")
+    assert written.returncode == 0, written.stderr
+    values = SETTINGS | {
+        "run": {"dir": str(tmp_path / "run")},
+        "data": {"shards": f"{tmp_path}/shards/train", "num_workers": 0},
+        "evaluation": {"train_shards": f"{tmp_path}/shards/train", "test_shards": f"{tmp_path}/shards/test"},
+    }
+    launch = Launch(config_module.validate(values, "test"), 2)
+    assert launch.wait(500) == 0, launch.said()
+    evaluated = dist_ssl("evaluate", f"{tmp_path}/run", "--probes", "linear,knn")
+    assert evaluated.returncode == 0, evaluated.stderr
+    (path,) = (tmp_path / "run" / "evaluation").glob("step-*/results.json")
+    results = json.loads(path.read_text())
+    assert results["encoder_digest"]["before"] == results["encoder_digest"]["after"]
+    knn = {layer: results["probes"]["knn"][layer]["top1"] for layer in ("h", "z", "h_untrained")}
+    print(knn, {layer: one["top1"] for layer, one in results["probes"]["linear"].items()})
+    assert knn["h"] > knn["h_untrained"] + 0.10
