@@ -52,10 +52,10 @@ def _rotation(images: Tensor, way: int) -> Tensor:
 def _noise(images: Tensor, way: int) -> Tensor:
     if not way:
         return images
-    # Seeded by the batch's own pixels: the same images always get the same noise, whatever the batch's rank.
-    generator = torch.Generator().manual_seed(int(images.sum(dtype=torch.int64)))
-    noise = torch.randn(images.shape, generator=generator) * (255 * NOISE_STD)
-    return (images.float() + noise).round().clamp(0, 255).to(torch.uint8)
+    # Seeded by the image's own pixels: it gets the same noise in whatever batch and on whatever rank it is.
+    seeds = images.sum(dim=(1, 2, 3), dtype=torch.int64).tolist()
+    noise = torch.stack([torch.randn(images[0].shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return (images.float() + noise * (255 * NOISE_STD)).round().clamp(0, 255).to(torch.uint8)
 
 
 def _sobel(images: Tensor, way: int) -> Tensor:
