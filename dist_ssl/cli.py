@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,8 @@ def pretrain(
     from dist_ssl import config as configuration
 
     checked = configuration.load(config, overrides)
+    # Until the loop takes signals, a time limit's or a user's waits: by default it would kill a rank that starts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     from dist_ssl import distributed, train
 
     code = train.pretrain(checked, restart=restart, extend=extend)

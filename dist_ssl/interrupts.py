@@ -39,6 +39,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # the CLI blocks some until now
         return self
 
     def agreed(self) -> None:

@@ -60,7 +60,8 @@ def supervise(job_file: str) -> None:
     restart, step = int(os.environ.get("SLURM_RESTART_COUNT", "0")), newest_commit(config)
     earlier = history.steps_at_start()
     history.write(event="start", restart=restart, step=step, nodes=os.environ["SLURM_JOB_NODELIST"])
-    refusal = stop_reason(restart - 1, earlier.get(restart - 1), step, job.max_requeues)
+    # Requeued by Slurm (preempted, lost a node) it may have been ended while it started: two such starts are allowed.
+    refusal = stop_reason(restart - 1, earlier.get(restart - 2), step, job.max_requeues)
     if refusal:
         _stop(history, refusal)
     code = _run_ranks(job, config)
