@@ -37,7 +37,7 @@ def lbfgs(
         slope = (direction * gradient[active]).sum(1)
         step = torch.ones_like(slope)
         if not pairs:
-            step = 1.0 / gradient[active].abs().sum(1).clamp(min=1e-12)
+            step = 1.0 / gradient[active].norm(dim=1).clamp(min=1e-12)  # a first step of unit length
         new_x, new_loss, new_gradient = _weak_wolfe(
             problem, active, x[active], loss[active], direction, slope, step, expand=30 if not pairs else 10
         )
