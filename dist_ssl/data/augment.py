@@ -89,14 +89,19 @@ def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tens
     rows_u8, drawn = crops_u8.flatten(0, 1), parameters.flatten(0, 1).cpu()
     device, size = crops_u8.device, crops_u8.shape[-1]
     largest = len(rows_u8) if crops_u8.is_cuda else max(1, CACHED_PIXELS // size**2)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std))
+    std = torch.tensor(config.std, device=device).view(3, 1, 1)
+    scale, shift = 1 / std, torch.tensor(config.mean, device=device).view(3, 1, 1) / -std
     views = torch.empty(rows_u8.shape, dtype=torch.float32, device=device)
     scratch = torch.empty((3, min(largest, len(rows_u8)), 3, size, size), dtype=torch.float32, device=device)
-    padded = torch.empty((3, 3 * size * (size + blur_size(size)))) if not crops_u8.is_cuda else None
+    padded = torch.empty((2, 3 * size * (size + blur_size(size)))) if not crops_u8.is_cuda else None
     for rows in _blocks(drawn, largest):
         of_rows = drawn[rows]
         x, spare, other = scratch[:, : len(rows)].unbind()
-        block = rows_u8[rows[0]][None] if len(rows) == 1 else rows_u8[rows.to(device)]
+        alone = int(rows[0]) if len(rows) == 1 else None
+        if alone is None:
+            block = rows_u8[rows.to(device)]
+        else:
+            block, x = rows_u8[alone : alone + 1], views[alone : alone + 1]
         x.copy_(block.flip(-1) if of_rows[0, FLIP] else block).mul_(1 / 255)
         if of_rows[0, JITTER]:
             _jitter(x, ORDERS[int(of_rows[0, ORDER])], of_rows, spare, other)
@@ -106,10 +111,8 @@ def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tens
             for i in grey:
                 x[i].copy_(luma[i])
         _blur_rows(x, of_rows, padded)
-        x.sub_(mean).div_(std)
-        if len(rows) == 1:
-            views[rows[0]].copy_(x[0])
-        else:
+        x.mul_(scale).add_(shift)
+        if alone is None:
             views[rows.to(device)] = x
     return views.view(crops_u8.shape)
 
@@ -168,15 +171,15 @@ def _grey(x: Tensor, spare: Tensor, other: Tensor) -> Tensor:
 def _shift_hue(x: Tensor, shift: Tensor, spare: Tensor, other: Tensor) -> None:
     """Rotate the hue of HSV by `shift` turns, in place and in closed form.
 
-    With V the largest channel, C the chroma and H the hue in turns, channel c of red, green, blue is
-    V - C clamp(6 |H - c / 3| - 1, 0, 1), the difference of hues taken in [-1/2, 1/2].
+    With V the largest channel, C the chroma and H the hue in [0, 6): red is V - 2 C + C clamp(|H - 3|, 1, 2), green
+    and blue are V + C - C clamp(|H - 2|, 1, 2) and the same with 4.
     """
     red, green, blue = x.unbind(dim=1)
     value, chroma, hue = spare.unbind(dim=1)
     a, b, is_largest = other.unbind(dim=1)
     torch.maximum(torch.maximum(red, green, out=value), blue, out=value)
     torch.sub(value, torch.minimum(torch.minimum(red, green, out=a), blue, out=a), out=chroma)
-    # Six hues: (g - b) / C where red is largest, else 2 + (b - r) / C where green is, else 4 + (r - g) / C.
+    # C H: g - b where red is largest, else 2 C + b - r where green is, else 4 C + r - g.
     torch.sub(red, green, out=hue).add_(torch.mul(chroma, 4.0, out=a))
     torch.sub(blue, red, out=b).add_(torch.mul(chroma, 2.0, out=a)).sub_(hue)
     is_largest.copy_(green).eq_(value)
@@ -185,11 +188,13 @@ def _shift_hue(x: Tensor, shift: Tensor, spare: Tensor, other: Tensor) -> None:
     is_largest.copy_(red).eq_(value)
     hue.add_(b.mul_(is_largest))
     # Where C is 0 so is the numerator: any divisor gives no hue, and the chroma takes away what is made of it.
-    hue.div_(torch.clamp(chroma, min=1e-12, out=a)).mul_(1 / 6).add_(shift[:, 0])
-    for channel, c in ((red, 0.0), (green, -1 / 3), (blue, -2 / 3)):
-        torch.add(hue, c, out=a)
-        a.sub_(torch.round(a, out=b)).abs_().mul_(6.0).sub_(1.0).clamp_(0, 1).mul_(chroma)
-        torch.sub(value, a, out=channel)
+    hue.div_(torch.clamp(chroma, min=1e-12, out=a)).add_(6 * shift[:, 0])
+    hue.sub_(torch.mul(hue, 1 / 6, out=a).floor_().mul_(6.0))
+    torch.add(value, chroma, out=b)
+    for channel, centre in ((green, 2.0), (blue, 4.0)):
+        torch.sub(b, torch.sub(hue, centre, out=a).abs_().clamp_(1, 2).mul_(chroma), out=channel)
+    a = torch.sub(hue, 3.0, out=a).abs_().sub_(2.0).clamp_(-1, 0).mul_(chroma)
+    torch.add(value, a, out=red)
 
 
 def blur_size(size: int) -> int:
@@ -213,37 +218,39 @@ def _blur_rows(x: Tensor, drawn: Tensor, padded: Tensor | None) -> None:
 def _blur_by_shifts(x: Tensor, sigma: float, scratch: Tensor) -> None:
     """(3, S, S) in place, as two passes of shifted sums, which a CPU does from its cache.
 
-    `scratch` has three rows that each hold a padded image: fresh memory would cost more than the sums. Weights under
+    `scratch` has two rows that each hold a padded image: fresh memory would cost more than the sums. Weights under
     1e-7 of the centre's are left out, which saves half of the work at SimCLR's sigmas.
     """
     size = x.shape[-1]
     radius = min(blur_size(size) // 2, int(5.68 * sigma) + 1)
     weights = [math.exp(-0.5 * (step / sigma) ** 2) for step in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
-    padded, summed, pair = scratch[:, : 3 * size * (size + 2 * radius)].unbind()
+    weights = [weight / total for weight in weights]
+    padded, summed = scratch[:, : 3 * size * (size + 2 * radius)].unbind()
     wide = padded.view(3, size, size + 2 * radius)
     wide[..., radius : radius + size] = x
     wide[..., :radius] = x[..., 1 : radius + 1].flip(-1)
     wide[..., radius + size :] = x[..., size - radius - 1 : size - 1].flip(-1)
     # Rows lie end to end, so that one shift serves all of them; what runs over a row's end is not used.
-    _add_shifts(padded, summed, pair, [weight / total for weight in weights], 1)
+    _add_shifts(padded, summed, weights, 1)
     tall = padded.view(3, size + 2 * radius, size)
     tall[:, radius : radius + size] = summed.view_as(wide)[..., :size]
     tall[:, :radius] = tall[:, radius + 1 : 2 * radius + 1].flip(1)
     tall[:, radius + size :] = tall[:, size - 1 : size + radius - 1].flip(1)
-    _add_shifts(padded, summed, pair, [weight / total for weight in weights], size)
+    _add_shifts(padded, summed, weights, size)
     x.copy_(summed.view_as(tall)[:, :size])
 
 
-def _add_shifts(line: Tensor, summed: Tensor, pair: Tensor, weights: list[float], stride: int) -> None:
+def _add_shifts(line: Tensor, summed: Tensor, weights: list[float], stride: int) -> None:
     """summed[i] = sum over steps of weights[|step|] line[i + (radius + step) stride], where that lies in the line."""
     reach = (len(weights) - 1) * stride
     length = len(line) - 2 * reach
-    summed, pair = summed[:length], pair[:length]
-    torch.mul(line[reach : reach + length], weights[0], out=summed)
-    for step in range(stride, reach + 1, stride):
-        torch.add(line[reach - step :][:length], line[reach + step :][:length], out=pair)
-        summed.add_(pair.mul_(weights[step // stride]))
+    for start in range(0, length, CACHED_PIXELS):
+        stop = min(start + CACHED_PIXELS, length)
+        part = torch.mul(line[start + reach : stop + reach], weights[0], out=summed[start:stop])
+        for step, weight in zip(range(stride, reach + 1, stride), weights[1:], strict=True):
+            part.add_(line[start + reach - step : stop + reach - step], alpha=weight)
+            part.add_(line[start + reach + step : stop + reach + step], alpha=weight)
 
 
 def blur_by_matrices(x: Tensor, sigmas: Tensor) -> Tensor:
