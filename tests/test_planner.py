@@ -1,0 +1,128 @@
+"""dist-ssl plan: its predictions against what real ranks hold, send, and write."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_ssl import checkpoint, distributed, engine, objective, planner
+from dist_ssl import config as configuration
+from dist_ssl.checkpoint import RunState
+from dist_ssl.checkpoint_writer import Checkpointer, take_incarnation
+from dist_ssl.config import Config
+from dist_ssl.data.index import Manifest, Shard
+from dist_ssl.data.stream import _rank_streams
+from dist_ssl.models import build_model
+from tests.counting import Count
+from tests.pool import ranks
+
+BATCH = 16
+
+
+def config_of(*overrides: str) -> Config:
+    tiny = [
+        "engine.precision=fp32",
+        "model.encoder=resnet_tiny",
+        "augment.crop_size=32",
+        f"train.global_batch_size={BATCH}",
+    ]
+    head = ["model.head.hidden_dim=64", "model.head.output_dim=32"]
+    return configuration.with_overrides(Config(), [*tiny, *head, *overrides])
+
+
+def one_step(model: engine.Engine) -> None:
+    world = distributed.world_size()
+    _, z = model(torch.randn(2 * BATCH // world, 3, 32, 32))
+    model.backward(objective.nt_xent(z[0::2], z[1::2], 0.1, rows_per_rank=[BATCH // world] * world))
+    model.step(1e-3)
+
+
+def live_bytes() -> int:
+    """Of all tensors of this process, each storage once."""
+    gc.collect()
+    storages = {}
+    for held in gc.get_objects():
+        if type(held) is torch.Tensor or type(held) is torch.nn.Parameter:
+            storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def measure(stage: int, optimizer: str, directory: str) -> tuple[int, int, int]:
+    """(bytes held between steps, bytes sent in a step, bytes of a checkpoint) of this rank and run."""
+    before = live_bytes()
+    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"run.dir={json.dumps(directory)}")
+    model = engine.initialize(build_model(config), config, distributed.initialize())
+    one_step(model)
+    one_step(model)
+    held = live_bytes() - before
+    with Count() as count:
+        one_step(model)
+    world = distributed.world_size()
+    share = (world - 1) / world
+    factors = {"allreduce": 2 * share, "allgather_base": world - 1, "reduce_scatter_base": world - 1, "broadcast": 1}
+    sent = sum(factors[name] * size for name, size in count.collectives)
+    assert set(Counter(name for name, _ in count.collectives)) <= set(factors)
+    if distributed.rank() == 0:
+        take_incarnation(directory)
+    distributed.gather_objects(None)
+    writer = Checkpointer(config, model.fragments, model.optimizer, 1)
+    writer.save(RunState(3, 0, configuration.dumps(config), ""), dict(model.model.named_buffers()))
+    writer.wait()
+    files = Path(checkpoint.step_url(checkpoint.checkpoint_url(config), 3)).rglob("*.safetensors")
+    return held, round(sent), sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, "adamw"), (1, "lars"), (2, "adamw"), (3, "lars")])
+def test_predictions_are_what_two_ranks_measure(stage, optimizer, tmp_path):
+    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}")
+    sizes = planner.Sizes.of(config, 2, measure=False)
+    state = planner.state_bytes(sizes, stage).value
+    wire = planner.wire(config, sizes)[-1].value
+    written = planner.checkpoint(config, sizes)[0].value
+    for held, sent, file_bytes in ranks(2).run(measure, stage, optimizer, str(tmp_path)):
+        assert held == pytest.approx(state, rel=0.05)
+        assert sent == pytest.approx(wire, rel=0.02)
+        assert file_bytes == pytest.approx(written, rel=0.05)  # and its headers
+
+
+def test_activations_are_linear_in_the_batch_and_half_in_bf16_or_recomputed():
+    plain = planner.activation_bytes(build_model(config_of()), config_of())
+    bigger = config_of("augment.crop_size=64")
+    assert planner.activation_bytes(build_model(bigger), bigger) == pytest.approx(4 * plain, rel=0.05)
+    recomputed = config_of("model.activation_checkpointing=true")
+    assert planner.activation_bytes(build_model(recomputed), recomputed) < 0.6 * plain
+
+
+def test_the_working_set_is_that_of_the_stream():
+    """The planner's closed form against the stream's own list of a rank's shards' streams."""
+    for streams, num_ranks in ((16, 2), (16, 8), (64, 512), (10, 4), (16, 16)):
+        config = config_of(f"data.streams={streams}", "train.global_batch_size=4096")
+        shards = [Shard(f"s3://b/{i:06d}.tar", f"s3://b/{i:06d}.index", 1000, 10, 0) for i in range(4 * streams)]
+        manifest = Manifest("s3://b", tuple(shards))
+        predicted = planner.data(config, manifest, num_ranks, num_ranks, None)[0].value
+        block = min(config.data.block_shards, -(-len(shards) // streams) + 1)
+        worst = max(len(_rank_streams(config, rank, num_ranks)) for rank in range(num_ranks))
+        assert predicted == min(worst * block * 1000, 4000 * streams), (streams, num_ranks)
+
+
+def test_a_plan_for_512_gpus_and_a_billion_images():
+    path = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
+    config = configuration.load(path, ["train.global_batch_size=65536", "train.epochs=10", "engine.zero_stage=1"])
+    found = {p.name: p for p in planner.predict(config, 64, 8, None, 1_000_000_000, 1000.0, 100.0)}
+    assert found["steps"].value == -(-10 * 1_000_000_000 // 65536)
+    assert found["hours"].value == pytest.approx(10 * 1e9 / (512 * 1000) / 3600, rel=1e-3)
+    assert found["z and its log-sum-exps"].value == pytest.approx(4 * 131072 * 129 * 511 / 512)
+    assert all(prediction.formula for prediction in found.values())
+
+
+def test_numbers_read_well():
+    assert planner.shown(planner.Prediction("", 1_572_864_000, "bytes", "")) == "1.57 GB"
+    assert planner.shown(planner.Prediction("", 2.5e9, "bytes/s", "")) == "2.5 GB/s"
+    assert planner.shown(planner.Prediction("", 31279, "", "")) == "31,279"
+    assert planner.shown(planner.Prediction("", 0.0853, "s", "")) == "0.0853 s"
