@@ -122,6 +122,19 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def agree(loss: Tensor, flags: Sequence[bool]) -> tuple[float, list[bool]]:
+    """The mean of the ranks' losses, and for each flag whether any rank raised it. Collective: one small all-reduce.
+
+    It is made on the host, and reading the loss waits for the forward only: called when backward is queued behind it,
+    a GPU stays busy meanwhile.
+    """
+    values = torch.tensor([float(loss), *flags], dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(values)
+    mean, *raised = values.tolist()
+    return mean / world_size(), [count > 0 for count in raised]
+
+
 def raise_together(error: BaseException | None) -> None:
     """Raise the first rank's error on every rank, or on none. Collective.
 

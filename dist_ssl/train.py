@@ -11,12 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from dist_ssl import checkpoint, diagnostics, distributed, engine, optim
 from dist_ssl import config as config_module
@@ -63,26 +59,30 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     if config.diagnostics.online_probe and manifest.classes:
         probe = diagnostics.OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
     checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
+    state = RunState(0, 0, "", manifest.hash)
     if found is not None:
         state = checkpoint.load(found, model, probe)
         checkpointer.last_step = state.step
-    else:
-        state = RunState(0, 0, config_module.dumps(config), manifest.hash, versions=versions())
-    run = Run(config, world, model, Step(config, model, rows_per_chunk), checkpointer, probe, total_steps, state)
-    run.samples_per_epoch = plan.num_samples
+    run = Run(
+        config,
+        world,
+        model,
+        Step(config, model, rows_per_chunk),
+        checkpointer,
+        probe,
+        manifest.hash,
+        plan.num_samples,
+        total_steps,
+        state.step,
+        state.cursor,
+        state.skipped_steps,
+    )
     if found is None:
         run.save()
         checkpointer.wait()  # from here on the run directory can be resumed
+    place = {"cursor": state.cursor, "first_step": state.step, "num_steps": total_steps - state.step}
     with (
-        training_batches(
-            config,
-            manifest,
-            cursor=state.cursor,
-            first_step=state.step,
-            num_steps=total_steps - state.step,
-            rank=world.rank,
-            world_size=world.size,
-        ) as batches,
+        training_batches(config, manifest, **place, rank=world.rank, world_size=world.size) as batches,
         StopRequest(config.engine.grace_seconds, config.checkpoint.wall_time_minutes) as stop,
         Watchdog(config.engine.hang_minutes) as watchdog,
         Observer(config, total_steps, state.step) as observer,
@@ -90,25 +90,24 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         return run.loop(batches, stop, watchdog, observer)
 
 
+@dataclass
 class Run:
     """Where a run stands between two steps, and the loop that moves it."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        model: engine.Engine,
-        train_step: Step,
-        checkpointer: Checkpointer,
-        probe: diagnostics.OnlineProbe | None,
-        total_steps: int,
-        state: RunState,
-    ):
-        self.config, self.world, self.model, self.train_step = config, world, model, train_step
-        self.checkpointer, self.probe, self.total_steps = checkpointer, probe, total_steps
-        self.step, self.cursor, self.skipped = state.step, state.cursor, state.skipped_steps
-        self.data_hash, self.samples_per_epoch = state.data_hash, 1
-        self.skipped_in_a_row, self.saved_at = 0, time.monotonic()
+    config: Config
+    world: World
+    model: engine.Engine
+    train_step: Step
+    checkpointer: Checkpointer
+    probe: diagnostics.OnlineProbe | None
+    data_hash: str
+    samples_per_epoch: int
+    total_steps: int
+    step: int  # completed steps
+    cursor: int  # samples that they consumed
+    skipped: int  # steps among them whose loss was not finite
+    skipped_in_a_row: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
 
     def loop(self, batches: Batches, stop: StopRequest, watchdog: Watchdog, observer: Observer) -> int:
         quarantine = Quarantine(self.config.run.dir, self.config.data, self.samples_per_epoch)
@@ -119,24 +118,28 @@ class Run:
             statistics.remember()
             result = self.train_step(batch, self._seed())
             upcoming, error = self._next(batches, quarantine, observer)
-            agreed = self._agree(result.loss, bool(stop), error is not None)
+            loss, (stopping, data_failed, save_failed) = distributed.agree(
+                result.loss, [bool(stop), error is not None, self.checkpointer.failed()]
+            )
+            if save_failed:
+                self.checkpointer.wait()  # raises on all ranks
             rate = optim.learning_rate(self.config, self.step, self.total_steps, self.samples_per_epoch)
-            if not agreed.finite:
+            if not math.isfinite(loss):
                 statistics.restore()
-            self.model.step(rate, skip=not agreed.finite)
-            self._complete(batch, agreed, observer)
-            self._report(result, batch, agreed, rate, observer)
+            self.model.step(rate, skip=not math.isfinite(loss))
+            self._complete(batch, loss, observer)
+            self._report(result, batch, loss, rate, observer)
             watchdog.beat(self.step)
-            if agreed.stop:
+            if stopping:
                 stop.agreed()
-            if agreed.stop or agreed.data_failed or self._save_is_due():
+            if stopping or data_failed or self._save_is_due():
                 observer.sync()
                 self.save()
-            if agreed.stop or agreed.data_failed or self.step == self.total_steps:
+            if stopping or data_failed or self.step == self.total_steps:
                 self.checkpointer.wait()
-            if agreed.data_failed:
+            if data_failed:
                 distributed.raise_together(error)
-            if agreed.stop and self.step < self.total_steps:
+            if stopping and self.step < self.total_steps:
                 log.info("step %d is committed after %s: run the same command again", self.step, stop.reason())
                 return EXIT_RUN_ME_AGAIN
             batch = upcoming
@@ -170,21 +173,9 @@ class Run:
         finally:
             observer.waited(time.monotonic() - started)
 
-    def _agree(self, loss: Tensor, stop: bool, data_failed: bool) -> Agreement:
-        """What all ranks know of this step: one all-reduce of four numbers on the host. Collective.
-
-        Reading the loss waits for the forward only: by now backward is queued behind it, so that a GPU stays busy.
-        """
-        values = torch.tensor([float(loss), stop, data_failed, self.checkpointer.failed()], dtype=torch.float64)
-        if self.world.size > 1:
-            dist.all_reduce(values)
-        loss_sum, stops, data_failures, save_failures = values.tolist()
-        if save_failures:
-            self.checkpointer.wait()  # raises on all ranks
-        return Agreement(loss_sum / self.world.size, stops > 0, data_failures > 0)
-
-    def _complete(self, batch: Batch, agreed: Agreement, observer: Observer) -> None:
+    def _complete(self, batch: Batch, loss: float, observer: Observer) -> None:
         """Count the step; raise, on all ranks alike, where too many in a row were skipped."""
+        finite = math.isfinite(loss)
         self.step += 1
         self.cursor += self.config.train.global_batch_size
         if self.config.data.ledger:
@@ -194,33 +185,33 @@ class Run:
             }
             if batch.replaced_by:
                 line["replaced_by"] = {batch.keys[row]: key for row, key in batch.replaced_by.items()}
-            observer.ledger(line if agreed.finite else line | {"skipped": True})
+            observer.ledger(line if finite else line | {"skipped": True})
         observer.advance(self.step)
-        if agreed.finite:
+        if finite:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.world.rank == 0:
-            log.warning("step %d: the loss is %s: skipped, batch-norm statistics put back", self.step, agreed.loss)
+            log.warning("step %d: the loss is %s: skipped, batch-norm statistics put back", self.step, loss)
         if self.skipped_in_a_row > self.config.train.max_skipped_steps:
             self.checkpointer.wait()
             raise NotFinite(
-                f"step {self.step}, rank {self.world.rank}: the loss is {agreed.loss}, in step {self.skipped_in_a_row} "
+                f"step {self.step}, rank {self.world.rank}: the loss is {loss}, in step {self.skipped_in_a_row} "
                 f"of a row (train.max_skipped_steps = {self.config.train.max_skipped_steps}); the last good "
                 f"checkpoint, of step {self.checkpointer.last_step}, is intact: try a lower learning rate, or fp32"
             )
 
-    def _report(self, result: StepResult, batch: Batch, agreed: Agreement, rate: float, observer: Observer) -> None:
+    def _report(self, result: StepResult, batch: Batch, loss: float, rate: float, observer: Observer) -> None:
         last = self.step == self.total_steps
-        if self.probe is not None and agreed.finite:
+        if self.probe is not None and math.isfinite(loss):
             self.probe.update({"h": result.h[0::2], "z": result.z[0::2]}, batch.labels.to(self.world.device))
         if not last and self.step % self.config.log.every_steps:
             return
         values = {
             "epoch": self.cursor / self.samples_per_epoch,
             "samples_seen": self.cursor,
-            "loss": agreed.loss,
+            "loss": loss,
             "learning_rate": rate,
             "skipped_steps": self.skipped,
         }
@@ -229,7 +220,7 @@ class Run:
                 result.h,
                 result.z[0::2],
                 result.z[1::2],
-                loss=agreed.loss,
+                loss=loss,
                 temperature=self.config.objective.temperature,
                 num_views=2 * self.config.train.global_batch_size,
                 sample=self.config.diagnostics.sample,
@@ -250,16 +241,3 @@ class Run:
         return minutes is not None and bool(
             distributed.broadcast_object(time.monotonic() - self.saved_at > minutes * 60)
         )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """The mean of the ranks' losses, which is the global loss, and what any rank wants or met."""
-
-    loss: float
-    stop: bool
-    data_failed: bool
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss)
