@@ -94,7 +94,8 @@ def fresh_process(function: str, **environment: str):
 def test_kernels_in_the_interpreter(interpreted, case):
     sums, weighted = interpreted[case]
     assert sums <= 1e-6
-    assert weighted <= (4e-3 if "bf16" in case else 1e-6)  # bf16 rounds the weights as tensor cores want them
+    # For tensor cores the weights become bf16; the interpreter truncates where a GPU rounds.
+    assert weighted <= (4e-3 if "bf16" in case else 1e-6)
 
 
 @pytest.mark.parametrize("form", ["nt_xent", "decoupled", "supervised"])
