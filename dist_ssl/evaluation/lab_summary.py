@@ -62,7 +62,7 @@ def summarize_lab(grid: list[Cell]) -> dict[str, Any]:
     first = next((members[0][1] for members in groups.values() if members), None)
     return {
         "rows": rows,
-        "entropies": {n: t["entropy_bits"] for n, t in _tasks(first).items()} if first else {},
+        "tasks": {n: {"kind": t["kind"], "entropy_bits": t["entropy_bits"]} for n, t in _tasks(first).items()},
         "chance": 1 / first["data"]["num_classes"] if first else 0.0,
         "test_images": first["data"]["test_images"] if first else 0,
         "cells": len(grid),
@@ -87,8 +87,8 @@ def to_json(summary: dict[str, Any]) -> dict[str, Any]:
     return summary | {"rows": rows}
 
 
-def _tasks(results: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = results.get("head_information", {}).get("tasks", {})
+def _tasks(results: dict[str, Any] | None) -> dict[str, Any]:
+    found: dict[str, Any] = (results or {}).get("head_information", {}).get("tasks", {})
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,20 @@ from dist_ssl.report.svg import legend, scatter
 MAX_LEGEND = 24
 
 
-def sections(file: Path) -> list[str]:
-    """HTML sections of the pictures that the file holds."""
+def sections(file: Path, class_names: list[str]) -> list[str]:
+    """HTML sections of the pictures that the file holds; classes without a name are numbered."""
     from dist_ssl.report.sections import figure, grid, section
 
     with np.load(file, allow_pickle=False) as stored:
         found = {name: stored[name] for name in stored.files}
     neighbours = grid(
         [
-            figure(f"Nearest neighbours in {layer}", _neighbours(found, layer))
+            figure(f"Nearest neighbours in {layer}", _neighbours(found, layer, class_names))
             for layer in ("h", "z")
             if f"neighbours_{layer}" in found
         ]
     )
-    maps = grid([figure(f"{name}", chart, after=names) for name, chart, names in _maps(found)])
+    maps = grid([figure(f"{name}", chart, after=names) for name, chart, names in _maps(found, class_names)])
     return [
         section(
             "Views as trained", _pairs(found), "Two views of one image, side by side: a positive pair of the loss."
@@ -56,19 +57,23 @@ def _pairs(found: dict[str, Any]) -> str:
     return f'<div class="pairs">{pairs}</div>'
 
 
-def _neighbours(found: dict[str, Any], layer: str) -> str:
+def _class(number: int, names: list[str]) -> str:
+    return names[number] if number < len(names) else f"class {number}"
+
+
+def _neighbours(found: dict[str, Any], layer: str, class_names: list[str]) -> str:
     rows = []
     labels, images = found["sample_labels"], found["sample_images"]
     for query, neighbours in zip(found["queries"], found[f"neighbours_{layer}"], strict=True):
-        cells = [_image(images[query], f"query of class {labels[query]}", "query")]
+        cells = [_image(images[query], f"query: {_class(labels[query], class_names)}", "query")]
         for row in neighbours:
             same = labels[row] == labels[query]
-            cells.append(_image(images[row], f"class {labels[row]}", "" if same else "other"))
+            cells.append(_image(images[row], _class(labels[row], class_names), "" if same else "other"))
         rows.append(f'<div class="images">{"".join(cells)}</div>')
     return "".join(rows)
 
 
-def _maps(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _maps(found: dict[str, Any], class_names: list[str]) -> list[tuple[str, str, str]]:
     maps = []
     for method in ("pca", "umap"):
         for layer in ("h", "z"):
@@ -76,7 +81,7 @@ def _maps(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             if points is None:
                 continue
             labels = found["map_labels"].tolist()
-            names = [f"class {number}" for number in range(max(labels) + 1)]
+            names = [_class(number, class_names) for number in range(max(labels) + 1)]
             title = f"{method.upper()} of {layer}"
             if method == "pca":
                 share = float(found[f"pca_share_{layer}"])
@@ -95,6 +100,6 @@ def _image(pixels: np.ndarray, text: str, kind: str = "") -> str:
     data = base64.b64encode(buffer.getvalue()).decode()
     side = picture.width
     return (
-        f'<img class="{kind}" src="data:image/jpeg;base64,{data}" alt="{text}" title="{text}" '
-        f'width="{side}" height="{side}" loading="lazy">'
+        f'<img class="{kind}" src="data:image/jpeg;base64,{data}" alt="{escape(text)}" title="{escape(text)}" '
+        f'width="{side}" height="{side}">'
     )

@@ -17,7 +17,7 @@ def build(summary: dict[str, Any], title: str, output: Path) -> Path:
     rows: list[Row] = summary["rows"]
     body = [f'<p class="lead">{escape(summary["paragraph"])}</p>']
     if rows:
-        body += [_figure(rows, summary["chance"]), _table(rows, summary), _losses(rows, summary["entropies"])]
+        body += [_figure(rows, summary["chance"]), _table(rows, summary), _losses(rows, summary["tasks"])]
     return write_page(title, [part for part in body if part], output)
 
 
@@ -88,36 +88,44 @@ def _table(rows: list[Row], summary: dict[str, Any]) -> str:
     return section("Table", table(head, cells), lead)
 
 
-def _losses(rows: list[Row], entropies: dict[str, float]) -> str:
-    tasks = [task for task in entropies if any(task in row.bits for row in rows)]
+def _losses(rows: list[Row], tasks: dict[str, dict[str, Any]]) -> str:
     heads = [row for row in rows if row.bits]
     if not tasks or not heads:
         return ""
     cells = []
-    for task in tasks:
-        line = [escape(task.replace("_", " ")), f"{entropies[task]:.2f}"]
+    for task, about in tasks.items():
+        line = [escape(task.replace("_", " ")), f"{about['entropy_bits']:.2f}"]
         for row in heads:
             layers = row.bits.get(task, {})
             line.append(" → ".join(f"{layers[layer].mean:.2f}" for layer in ("h", "z") if layer in layers))
         cells.append(line)
-    figures = []
-    for row in heads:
-        depth = list(next(iter(row.bits.values())))
-        if len(depth) < 2 or row.head == "none":
-            continue
-        series = [
-            Series(
-                task,
-                list(range(len(depth))),
-                [max(row.bits[task][layer].mean, 0.0) / max(entropies[task], 1e-9) for layer in depth],
-                colour,
-            )
-            for colour, task in enumerate(tasks)
-            if task in row.bits
-        ]
-        chart = line_chart(series, label=row.name, categories=depth, y_min=0.0)
-        figures.append(
-            figure(row.name, chart, "Share of the entropy recovered.", legend([(s.name, s.colour) for s in series]))
-        )
+    figures = [
+        figure(f"{row.name}: {kind}s", *_depth_chart(row, kind, tasks))
+        for row in heads
+        if row.head != "none"
+        for kind in ("transformation", "factor")
+    ]
     head = ["bits, h → z", "entropy", *(escape(row.name) for row in heads)]
-    return section("What each head keeps", grid(figures) + table(head, cells))
+    lead = "Share of the entropy that a probe recovers, mean over seeds; 0 is guessing. Whiskers: 95% over seeds."
+    return section("What each head keeps", grid(figures) + table(head, cells), lead)
+
+
+def _depth_chart(row: Row, kind: str, tasks: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
+    """(chart, caption, legend): a line a task of that kind, from h to z."""
+    depth = list(next(iter(row.bits.values())))
+    series = []
+    for colour, task in enumerate(task for task in tasks if tasks[task]["kind"] == kind and task in row.bits):
+        entropy = max(tasks[task]["entropy_bits"], 1e-9)
+        found = [row.bits[task][layer] for layer in depth]
+        series.append(
+            Series(
+                task.replace("_", " "),
+                list(range(len(depth))),
+                [max(e.mean, 0.0) / entropy for e in found],
+                colour,
+                [min(max(e.low, 0.0) / entropy, 1.0) for e in found],
+                [min(max(e.high, 0.0) / entropy, 1.0) for e in found],
+            )
+        )
+    chart = line_chart(series, label=f"{row.name}, {kind}s", categories=depth, y_min=0.0) if series else ""
+    return chart, "", legend([(one.name, one.colour) for one in series])

@@ -278,7 +278,9 @@ def pictures(run: Run) -> list[str]:
         return []
     from dist_ssl.report import images
 
-    return images.sections(file)
+    results = run.latest()
+    assert results is not None  # pictures lie beside results
+    return images.sections(file, results["data"].get("class_names", []))
 
 
 def settings(runs: list[Run]) -> str:

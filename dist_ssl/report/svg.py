@@ -55,7 +55,8 @@ def number(value: float) -> str:
     """A short number: 0.012, 1.5, 12.3k, 4.1M, 2e-05."""
     size = abs(value)
     if size != 0 and (size < 1e-3 or size >= 1e9):
-        return f"{value:.3g}"
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     for limit, unit in ((1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / (1e6 if unit == 'M' else 1e3):.4g}{unit}"
@@ -160,7 +161,7 @@ def scatter(x: Sequence[float], y: Sequence[float], groups: Sequence[int], names
 
 def legend(entries: Sequence[tuple[str, int]]) -> str:
     """An HTML legend: (name, colour) each."""
-    items = "".join(f'<li><i class="s{colour % NUM_COLOURS}"></i>{escape(name)}</li>' for name, colour in entries)
+    items = "".join(f'<li><i class="{_kind(colour)}"></i>{escape(name)}</li>' for name, colour in entries)
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -176,6 +177,11 @@ class _Frame:
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _kind(colour: int) -> str:
+    """Past the palette its colours come again, dashed."""
+    return f"s{colour % NUM_COLOURS}" + (" dashed" if colour >= NUM_COLOURS else "")
 
 
 def _padded(low: float, high: float, keep_low: bool = False) -> tuple[float, float]:
@@ -215,7 +221,7 @@ def _thin(series: Series) -> Series:
 
 def _curve(frame: _Frame, one: Series, marks: bool) -> str:
     points = [(frame.x(a), frame.y(b)) for a, b in zip(one.x, one.y, strict=True)]
-    parts = [f'<g class="s{one.colour % NUM_COLOURS}"><title>{escape(one.name)}</title>']
+    parts = [f'<g class="{_kind(one.colour)}"><title>{escape(one.name)}</title>']
     if one.low is not None and one.high is not None:
         lows = [(frame.x(a), frame.y(b)) for a, b in zip(one.x, one.low, strict=True)]
         highs = [(frame.x(a), frame.y(b)) for a, b in zip(one.x, one.high, strict=True)]
