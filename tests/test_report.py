@@ -1,0 +1,197 @@
+"""The report: what it says, that nothing in it can run or load, and how it looks in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from dist_ssl import config as configuration
+from dist_ssl.config import UserError
+from dist_ssl.report import svg
+from dist_ssl.report.page import build
+from dist_ssl.report.runs import read_run
+from tests import chromium
+
+HOSTILE = '<script>alert("x")</script><img src=https://example.com/a.png onerror=alert(1)>'
+LAYERS = ["h", "g1", "z", "h_untrained"]
+
+
+def a_run(folder, *, top1=0.8, class_name="disc", steps=(300, 600)):
+    """A run directory with curves, two evaluations, a transfer and pictures."""
+    generator = np.random.default_rng(0)
+    for step in steps:
+        (folder / "evaluation" / f"step-{step}").mkdir(parents=True)
+    values = {"run": {"dir": str(folder)}, "train": {"steps": 600, "global_batch_size": 8}}
+    (folder / "config.toml").write_text(configuration.dumps(configuration.validate(values, "test")))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, 601):
+            record = {"step": step, "loss": 5.0 / step + 1, "learning_rate": 1e-4 * step, "images_per_second": 100.0}
+            if step % 50 == 0:
+                record |= {"rankme_h": 10.0 + step / 60, "online_accuracy_h": step / 1000}
+            file.write(json.dumps(record) + "\n")
+        file.write('{"step": 601, "lo')  # a run that is still writing
+    for step in steps:
+        results = a_result(step, top1, class_name)
+        (folder / "evaluation" / f"step-{step}" / "results.json").write_text(json.dumps(results))
+    (folder / "evaluation" / "step-600" / "cifar10").mkdir()
+    (folder / "evaluation" / "step-600" / "cifar10" / "results.json").write_text(json.dumps(a_result(600, 0.5, "cat")))
+    arrays = {
+        "sample_images": generator.integers(0, 255, (30, 3, 32, 32), dtype=np.uint8),
+        "sample_labels": generator.integers(0, 8, 30),
+        "queries": np.arange(6),
+        "views": generator.integers(0, 255, (12, 2, 3, 32, 32), dtype=np.uint8),
+        "map_labels": generator.integers(0, 8, 300),
+    }
+    for layer in ("h", "z"):
+        arrays |= {f"neighbours_{layer}": generator.integers(0, 30, (6, 8)), f"pca_share_{layer}": np.float64(0.4)}
+        arrays |= {f"pca_{layer}": generator.normal(size=(300, 2))}
+    np.savez(folder / "evaluation" / "step-600" / "pictures.npz", **arrays)
+    return folder
+
+
+def a_result(step, top1, class_name):
+    probes = {}
+    for probe, shift in (("linear", 0.0), ("knn", 0.03)):
+        probes[probe] = {}
+        for depth, layer in enumerate(LAYERS):
+            value = top1 - shift - 0.1 * depth
+            interval = [value - 0.02, value + 0.02]
+            probes[probe][layer] = {"top1": value, "interval": interval, "seeds": [value] * 3, "spread": 0.001}
+    tasks = {}
+    for number in range(10):
+        layers = {
+            layer: {"accuracy": 0.9, "accuracy_interval": [0.88, 0.92], "bits": 1 - 0.3 * depth}
+            | {"bits_interval": [0.9 - 0.3 * depth, 1.1 - 0.3 * depth]}
+            for depth, layer in enumerate(LAYERS[:3])
+        }
+        kind = "factor" if number < 9 else "transformation"
+        tasks[f"task {number}"] = {"kind": kind, "entropy_bits": 1.5, "chance": 0.3, "layers": layers}
+    return {
+        "checkpoint": f"runs/a/checkpoints/step-{step:08d}",
+        "step": step,
+        "encoder": "resnet_tiny",
+        "encoder_digest": {"before": "ab" * 32, "after": "ab" * 32},
+        "layers": LAYERS,
+        "data": {"train_images": 900, "test_images": 300, "num_classes": 8, "class_names": [class_name] * 8},
+        "probes": probes,
+        "comparisons": [{"probe": "linear", "a": "h", "b": "z", "difference": 0.2, "interval": [0.18, 0.22]}],
+        "head_information": {"train_images": 90, "test_images": 30, "tasks": tasks},
+        "versions": {"torch": "2.14"},
+    }
+
+
+def text_of(html):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def test_one_run_says_its_numbers(tmp_path):
+    html = build([a_run(tmp_path / "mine")]).read_text()
+    text = text_of(html)
+    for part in (
+        "A linear probe on h of step 600 names the class of 80.0 % of 300 test images",
+        "60.0% on z, which the loss saw",
+        "On cifar10, step 600",
+        "Over training",
+        "What the head keeps",
+        "1.00 / 90.0%",
+        "+18.0 to +22.0",
+        "Nearest neighbours in z",
+        "PCA of h (40% of its variance)",
+        "Views as trained",
+        "dist-ssl evaluate",
+        "global_batch_size = 8",
+    ):
+        assert part.replace(" %", "%") in text.replace(" %", "%"), part
+    assert html.count("<img") == 6 * 9 * 2 + 24
+
+
+def test_nothing_in_it_runs_or_loads(tmp_path):
+    html = build([a_run(tmp_path / "mine", class_name=HOSTILE)]).read_text()
+    assert "<script" not in html
+    assert "onerror=alert" not in re.sub(r"&lt;.*?&gt;", "", html)
+    for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):
+        assert attribute.startswith("data:image/jpeg;base64,")
+    assert "default-src 'none'" in html
+
+
+def test_several_runs_are_compared(tmp_path):
+    runs = [a_run(tmp_path / "a", top1=0.8), a_run(tmp_path / "b", top1=0.7)]
+    text = text_of(build(runs, tmp_path / "both.html").read_text())
+    for part in ("2 runs compared", "What differs in their configs", "80.0%", "70.0%", "run.dir"):
+        assert part in text, part
+
+
+def test_a_run_without_an_evaluation_and_a_folder_that_is_none(tmp_path):
+    values = configuration.validate({"train": {"steps": 1}}, "test")
+    (tmp_path / "config.toml").write_text(configuration.dumps(values))
+    assert "Not evaluated yet" in build([tmp_path]).read_text()
+    with pytest.raises(UserError, match="expected a run's directory"):
+        build([tmp_path / "nowhere"])
+
+
+def test_damaged_lines_are_left_out(tmp_path, caplog):
+    run = a_run(tmp_path / "mine")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3] = "not json"
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    curves = read_run(run).curves
+    assert len(curves["loss"][0]) == 599
+    assert "line 4" in caplog.text
+
+
+def test_charts_keep_what_they_are_given():
+    assert svg.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert svg.ticks(3, 3) == [3]
+    assert [svg.number(v) for v in (0, 0.5, 12345, 2_500_000, 0.00025)] == ["0", "0.5", "12.35k", "2.5M", "2.5e-4"]
+    many = svg.Series("a", list(range(100_000)), [float(v) for v in range(100_000)])
+    chart = svg.line_chart([many], label="a")
+    assert len(chart) < 30_000
+    assert svg.line_chart([svg.Series("a", [1, 2], [float("nan")] * 2)], label="a") == ""
+    spike = svg.Series("a", list(range(10_000)), [0.0] * 5000 + [9.0] + [0.0] * 4999)
+    assert "band" in svg.line_chart([spike], label="a")  # a spike survives thinning, in the band
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not chromium.installed(), reason="Debian's chromium is not installed")
+def test_it_reads_well_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path):
+    one = build([a_run(tmp_path / "mine", class_name=HOSTILE)])
+    runs = [a_run(tmp_path / name) for name in ("a-run-with-quite-a-long-name", "b", "c")]
+    several = build(runs, tmp_path / "several.html")
+    browser = chromium.Browser()
+    try:
+        for page in (one, several):
+            for width, dark in ((360, False), (390, True), (1280, False), (1280, True)):
+                browser.open(page, width, 800, dark)
+                assert browser.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
+                background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+                assert (background == "rgb(20, 23, 27)") is dark
+                size = browser.evaluate(
+                    "Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))"
+                )
+                assert size >= 10, "chart text is too small to read"
+                assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+                contrast = browser.evaluate(CONTRAST)
+                assert contrast >= 4.5, "text is too pale (WCAG 2.2, 1.4.3)"
+        pages = {page.resolve().as_uri() for page in (one, several)}
+        assert {url for url in browser.requests if not url.startswith("data:")} == pages
+        assert browser.errors == []
+    finally:
+        browser.close()
+
+
+# The smallest contrast of text and the series' colours with what is behind them.
+CONTRAST = """
+(() => {
+  const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255)
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const card = getComputedStyle(document.querySelector('figure')).backgroundColor;
+  const colours = [...document.querySelectorAll('p, figcaption, th, td, svg g[class], .legend i')]
+      .map(e => getComputedStyle(e).color);
+  colours.push(...[...document.querySelectorAll('svg text')].map(e => getComputedStyle(e).fill));
+  return Math.min(...colours.map(c => ratio(c, card)));
+})()
+"""
