@@ -186,8 +186,10 @@ def test_it_reads_well_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path):
 CONTRAST = """
 (() => {
   const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255)
-      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05); };
   const card = getComputedStyle(document.querySelector('figure')).backgroundColor;
   const colours = [...document.querySelectorAll('p, figcaption, th, td, svg g[class], .legend i')]
       .map(e => getComputedStyle(e).color);
