@@ -232,7 +232,7 @@ def linear_probe(
             num_classes,
             [decay for _, decay in settings],
             row_weights=kept,
-            max_iterations=max_iterations // 2,  # a choice among powers of ten needs no last digit
+            max_iterations=max_iterations // 4,  # a choice among powers of ten needs no last digit
             progress=progress,
         )
         hits = (predict(train, standardizer, sweep).cpu().numpy() == np.asarray(train.labels)[None]) & of_setting

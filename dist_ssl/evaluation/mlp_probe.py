@@ -38,7 +38,7 @@ def mlp_log_probabilities(
     order = torch.stack([torch.randperm(n, generator=generator) for _ in range(num_seeds)])
     held_out, rows = order[:, :held].to(device), order[:, held:]
     weights = _initial(x.shape[1], num_classes, num_seeds, generator, device)
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     total = EPOCHS * -(-rows.shape[1] // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     best_loss = torch.full((num_seeds,), float("inf"), device=device)
