@@ -98,7 +98,7 @@ def killed_first_node(scene: Scene) -> str:
     return _killed_node(scene, "killed_first_node", 0)
 
 
-def orphans(scene: Scene) -> str:
+def orphans(scene: Scene, steps: int = MANY_STEPS) -> str:
     """A slurmd is killed while all its ranks live on, and the requeued job starts beside them."""
     cluster = scene.cluster
     assert cluster is not None
@@ -109,7 +109,7 @@ def orphans(scene: Scene) -> str:
         cluster.stop_node(stopped[0])
 
     try:
-        shown = _disturbed(scene, "orphans", kill, "--tasks-per-node", "2", nodes=1, steps=MANY_STEPS)
+        shown = _disturbed(scene, "orphans", kill, "--tasks-per-node", "2", nodes=1, steps=steps)
     finally:
         for node in stopped:
             cluster.start_node(node)
