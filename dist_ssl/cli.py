@@ -199,7 +199,7 @@ def shards_index(
     output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
     json_label: Annotated[str | None, typer.Option(help="The field of each .json that holds the label.")] = None,
     rebuild: Annotated[bool, typer.Option(help="Read shards again that have an index.")] = False,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes; one a core by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Shards at a time; two a core by default.")] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Index shards that were made elsewhere (WebDataset, img2dataset, GNU tar). Interrupted, the same command goes on.
@@ -219,7 +219,7 @@ def shards_index(
 @shards_app.command("verify")
 def shards_verify(
     location: Annotated[str, typer.Argument(help="Directory, manifest or brace pattern.")],
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes; one a core by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Shards at a time; two a core by default.")] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Read every shard and compare bytes, counts and checksums; names each damaged member and exits with 1.

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -33,6 +34,9 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "
 
 # What botocore raises for a set-up that no second attempt mends.
 _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")
+
+_systems: dict[tuple[Any, ...], Any] = {}
+_opening = threading.Lock()
 
 Result = TypeVar("Result")
 
@@ -101,13 +105,23 @@ def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
         }
     elif scheme == "gs" and config.anonymous:
         options = {"token": "anon"}
+    # fsspec keeps an instance for each thread, with connections of its own; one a process serves all threads.
+    identity = (os.getpid(), scheme, config, *(os.environ.get(name) for name in (*_SECRETS, "AWS_PROFILE")))
+    with _opening:
+        if identity not in _systems:
+            _systems[identity] = _open_system(scheme, options)
+        system = _systems[identity]
+    return system, system._strip_protocol(url)
+
+
+def _open_system(scheme: str, options: dict[str, Any]) -> Any:
     try:
-        system = fsspec.filesystem(scheme, **options)
+        system = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError as error:
         raise UserError(f"{scheme}://: {error}; install the package it names") from None
     if scheme == "s3":
         system.retries = 1
-    return system, system._strip_protocol(url)
+    return system
 
 
 def is_local(url: str) -> bool:

@@ -62,14 +62,14 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(shard))
 
-    def fetch(self, shard: Shard, stop: Callable[[], bool] = lambda: False) -> bool:
+    def fetch(self, shard: Shard, stop: Callable[[], bool] = lambda: False, wait: bool = False) -> bool:
         """Bring a shard in; False where another process is at it, there is no room now, or `stop()` became true.
 
-        Raises StorageError when the store fails for longer than the budget, UserError when its bytes are not those
-        that were indexed.
+        With `wait`, wait for another that is at it. Raises StorageError when the store fails for longer than the
+        budget, UserError when its bytes are not those that were indexed.
         """
         path = self.path(shard)
-        with _locked(path.with_suffix(".lock")) as mine:
+        with _locked(path.with_suffix(".lock"), wait) as mine:
             if not mine:
                 return False
             if path.exists():

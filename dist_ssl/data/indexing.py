@@ -31,7 +31,7 @@ from dist_ssl.data.index import (
     load_manifest,
     read_member_index,
 )
-from dist_ssl.data.processes import in_processes, track
+from dist_ssl.data.processes import in_threads, track
 from dist_ssl.data.tar import index_tar
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def index_shards(
         names = [f"{i:06d}-{name}" for i, name in enumerate(names)]
     jobs = [(url, storage.join(folder, f"{name}.idx")) for url, name in zip(urls, names, strict=True)]
     work = partial(_index_one, config, json_label, rebuild)
-    found = track(in_processes(work, jobs, _workers(num_workers, location)), len(jobs), "indexing", progress)
+    found = track(in_threads(work, jobs, _workers(num_workers)), len(jobs), "indexing", progress)
     shards, without_image = [], 0
     for shard, missing in found:
         shards.append(shard)
@@ -94,14 +94,12 @@ def verify_shards(
     """Read every shard of a manifest and hold it against bytes, counts and checksums. Empty where all is well."""
     manifest = load_manifest(location, config)
     jobs = list(manifest.shards)
-    found = in_processes(partial(_verify_one, config), jobs, _workers(num_workers, location))
+    found = in_threads(partial(_verify_one, config), jobs, _workers(num_workers))
     return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
 
 
-def _workers(asked: int | None, location: str) -> int:
-    if location.startswith("memory:"):
-        return 0
-    return asked if asked is not None else len(os.sched_getaffinity(0))
+def _workers(asked: int | None) -> int:
+    return asked if asked is not None else 2 * len(os.sched_getaffinity(0))
 
 
 def _shard_urls(location: str, config: StorageConfig) -> list[str]:

@@ -18,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ssl import storage
-from dist_ssl.config import DataConfig, StorageConfig
+from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.cache import FetchAhead, ShardCache
 from dist_ssl.data.decode import BadSample
 from dist_ssl.data.index import Manifest, MemberIndex, read_member_index
 from dist_ssl.data.tar import MAX_JSON_BYTES
 
 CONCURRENT_REQUESTS = 8
+MAX_GAP_BYTES = 2**19  # between samples that one request reads: what a store sends in the time that a request costs
+FETCHED_FROM_PART = 0.1  # a shard of which a batch wants this part is fetched whole at once
 
 
 class Reader:
@@ -127,22 +129,56 @@ class Reader:
     def _read(self, wanted: Sequence[tuple[int, int, int, int]]) -> list[bytes]:
         """Bytes [start, stop) of shards; those that are not on this node by concurrent requests."""
         data: list[bytes] = [b""] * len(wanted)
-        away = []
+        away: dict[int, list[int]] = {}
         for row, (shard, start, stop, _) in enumerate(wanted):
             descriptor = self._open(shard)
             if descriptor is None:
-                away.append(row)
+                away.setdefault(shard, []).append(row)
             else:
                 data[row] = os.pread(descriptor, stop - start, start)
         if away:
-            places = [(self.manifest.shards[wanted[row][0]].url, *wanted[row][1:3]) for row in away]
-            read = self._pool().map(lambda place: storage.read_bytes(place[0], self._storage, *place[1:]), places)
-            for row, one in zip(away, read, strict=True):
-                data[row] = one
+            self._read_away(wanted, away, data)
         if self.remote:
             for shard in {place[0] for place in wanted}:
                 self._opened_cache().touch(self.manifest.shards[shard])
         return data
+
+    def _read_away(
+        self, wanted: Sequence[tuple[int, int, int, int]], away: dict[int, list[int]], data: list[bytes]
+    ) -> None:
+        """Fill in the rows of shards that are not on this node, by concurrent requests; neighbours share one."""
+        requests: list[tuple[int, list[int]]] = []
+        for shard, rows in away.items():
+            if self._fetch_now(shard, sum(wanted[row][2] - wanted[row][1] for row in rows)):
+                for row in rows:
+                    data[row] = os.pread(self._files[shard], wanted[row][2] - wanted[row][1], wanted[row][1])
+                continue
+            end = -MAX_GAP_BYTES - 1
+            for row in sorted(rows, key=lambda row: wanted[row][1]):
+                if wanted[row][1] - end > MAX_GAP_BYTES or end - wanted[requests[-1][1][0]][1] > storage.RANGE_BYTES:
+                    requests.append((shard, []))
+                requests[-1][1].append(row)
+                end = max(wanted[row][2], end) if len(requests[-1][1]) > 1 else wanted[row][2]
+
+        def read(request: tuple[int, list[int]]) -> None:
+            shard, rows = request
+            first, last = wanted[rows[0]][1], max(wanted[row][2] for row in rows)
+            block = storage.read_bytes(self.manifest.shards[shard].url, self._storage, first, last)
+            for row in rows:
+                data[row] = block[wanted[row][1] - first : wanted[row][2] - first]
+
+        list(self._pool().map(read, requests))
+
+    def _fetch_now(self, shard: int, wanted_bytes: int) -> bool:
+        """Bring a shard in before going on, where a good part of it is wanted: that is as fast as reading that."""
+        listed = self.manifest.shards[shard]
+        if wanted_bytes < listed.num_bytes * FETCHED_FROM_PART:
+            return False
+        try:
+            self._opened_cache().fetch(listed, wait=True)
+        except UserError:
+            return False  # it changed since it was indexed: its samples are checked one by one
+        return self._open(shard) is not None
 
     def _open(self, shard: int) -> int | None:
         if shard not in self._files:
