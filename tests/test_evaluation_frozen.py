@@ -217,15 +217,18 @@ def test_foreign_weights_with_prefixes_and_classifier(tmp_path):
 
 
 class Evil:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (Path("/tmp/dist_ssl_was_here").touch, ())
+        return (self.path.touch, ())
 
 
 def test_foreign_weights_run_no_code(tmp_path):
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Evil(tmp_path / "was here")}))
     with pytest.raises(UserError, match="not loaded at all"):
         load_foreign(tmp_path / "evil.pth", "resnet_tiny", 16)
-    assert not Path("/tmp/dist_ssl_was_here").exists()
+    assert not (tmp_path / "was here").exists()
     (tmp_path / "noise.safetensors").write_bytes(b"noise" * 100)
     with pytest.raises(UserError, match="not a safetensors file"):
         load_foreign(tmp_path / "noise.safetensors", "resnet_tiny", 16)
