@@ -76,22 +76,23 @@ def pretrain(
     for run in runs:
         _check_run(run, nodes * tasks)
     root = Path(base.run.dir)
-    folder = _next_folder(root, dry_run)
-    executor = _executor(folder, chosen, root, is_array=len(runs) > 1)
-    executor.update_parameters(
-        job_name=f"dist_ssl-{root.name}",
-        partition=name,
-        nodes=nodes,
-        ntasks_per_node=tasks,
-        cpus_per_task=chosen.cpus_per_task,
-        time=queue.time_limit(name, time_minutes),
-        array_parallelism=max_parallel,
+    sizes = {
+        "job_name": f"dist_ssl-{root.name}",
+        "partition": name,
+        "nodes": nodes,
+        "ntasks_per_node": tasks,
+        "cpus_per_task": chosen.cpus_per_task,
+        "time": queue.time_limit(name, time_minutes),
+        "array_parallelism": max_parallel,
         **({"gpus_per_node": gpus} if gpus else {}),
-    )
+    }
+    script = _script(_executor(_next_folder(root, create=False), chosen, root, sizes, len(runs) > 1), len(runs))
     if dry_run:
-        typer.echo(_script(executor, len(runs)))
+        typer.echo(script)
         return
-    queue.ask("sbatch", "--test-only", stdin=_script(executor, len(runs)))
+    queue.ask("sbatch", "--test-only", stdin=script)  # the last question; from here on files are written
+    folder = _next_folder(root)
+    executor = _executor(folder, chosen, root, sizes, len(runs) > 1)
     snapshot.take(folder / "code")
     evaluation = _evaluation_command(profile, partition) if evaluate else None
     job_files = [
@@ -121,22 +122,22 @@ def evaluate(
     resources = chosen.evaluation
     name = queue.check_partition(partition or resources.partition or chosen.partition)
     run = run.absolute()
-    folder = _next_folder(run, dry_run)
-    executor = _executor(folder, chosen, run, is_array=False)
     gpus = min(1, queue.gpus_of_a_node(name)) if resources.gpus is None else resources.gpus
-    executor.update_parameters(
-        job_name=f"dist_ssl-{run.name}-evaluate",
-        partition=name,
-        nodes=1,
-        ntasks_per_node=max(1, gpus),
-        cpus_per_task=resources.cpus,
-        time=queue.time_limit(name, None, resources.time_minutes),
+    sizes = {
+        "job_name": f"dist_ssl-{run.name}-evaluate",
+        "partition": name,
+        "nodes": 1,
+        "ntasks_per_node": max(1, gpus),
+        "cpus_per_task": resources.cpus,
+        "time": queue.time_limit(name, None, resources.time_minutes),
         **({"gpus_per_node": gpus} if gpus else {}),
         **({"dependency": f"afterany:{after}"} if after else {}),
-    )
+    }
     if dry_run:
-        typer.echo(_script(executor, 1))
+        typer.echo(_script(_executor(_next_folder(run, create=False), chosen, run, sizes), 1))
         return
+    folder = _next_folder(run)
+    executor = _executor(folder, chosen, run, sizes)
     snapshot.take(folder / "code")
     command = [
         "srun",
@@ -254,32 +255,35 @@ def _can_write(folder: Path) -> bool:
     return True
 
 
-def _next_folder(run_dir: Path, dry_run: bool) -> Path:
+def _next_folder(run_dir: Path, create: bool = True) -> Path:
     """RUN/slurm/<n>, made by this process alone. submitit's pickles run as the user: nobody else may write here."""
     base = run_dir / "slurm"
-    if not dry_run:
+    if create:
         base.mkdir(parents=True, exist_ok=True)
         base.chmod(0o700)
     for number in itertools.count(1):
         folder = base / str(number)
-        if dry_run and not folder.exists():
-            return folder
-        if not dry_run:
-            try:
+        try:
+            if create:
                 folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
+            if create or not folder.exists():
+                return folder
+        except FileExistsError:  # another submission's
+            continue
     raise AssertionError
 
 
-def _executor(folder: Path, profile: Profile, run_dir: Path, is_array: bool) -> submitit.SlurmExecutor:
+def _executor(
+    folder: Path, profile: Profile, run_dir: Path, sizes: dict[str, Any], is_array: bool = False
+) -> submitit.SlurmExecutor:
+    """What submits a job of these sizes from the submission `folder`. Writes nothing."""
     executor = submitit.SlurmExecutor(folder=folder)
     output = run_dir / "slurm" / ("%A_%a.log" if is_array else "%j.log")
     given = {"account": profile.account, "qos": profile.qos, "constraint": profile.constraint}
     if profile.memory_gb is not None:
         given["mem"] = f"{round(profile.memory_gb * 1024)}M"
     executor.update_parameters(
+        **sizes,
         **{key: value for key, value in given.items() if value is not None},
         **({"exclusive": True} if profile.exclusive else {}),
         # bash would die of the SIGTERM with which Slurm asks the ranks to commit, and the job with it.
@@ -365,14 +369,14 @@ def _after_submission(
 
 def _submit_table(root: Path, after: str, partition: str | None, profile: str | None) -> None:
     chosen = profiles.load(profile)
-    folder = _next_folder(root, False)
-    executor = _executor(folder, chosen, root, is_array=False)
-    executor.update_parameters(
-        job_name=f"dist_ssl-{root.name}-table",
-        partition=queue.check_partition(partition or chosen.evaluation.partition or chosen.partition),
-        time=10,
-        dependency=f"afterany:{after}",
-    )
+    folder = _next_folder(root)
+    sizes = {
+        "job_name": f"dist_ssl-{root.name}-table",
+        "partition": queue.check_partition(partition or chosen.evaluation.partition or chosen.partition),
+        "time": 10,
+        "dependency": f"afterany:{after}",
+    }
+    executor = _executor(folder, chosen, root, sizes)
     snapshot.take(folder / "code")
     job = executor.submit(sweep.table, root)
     queue.record(root, job=job.job_id, kind="table", log=str(root / "slurm" / f"{job.job_id}.log"))

@@ -186,10 +186,8 @@ def store_to_evaluation(scene: Scene) -> str:
     """Two nodes, shards in S3, evaluations of what is exported and of the end, by one command."""
     cluster = scene.cluster
     assert cluster is not None
-    with s3_server(scene.directory / "s3") as store:
-        (scene.directory / "s3" / "bucket").mkdir(exist_ok=True)
+    with s3_server(scene.directory) as store:
         remote = Scene(scene.directory, cluster, store)
-        remote.write_shards()
         run = scene.directory / "store"
         job = remote.submit(remote.config("store", 20), 2, "--evaluate", "--set", "checkpoint.export_every_commits=1")
         assert remote.wait_for_end(job) == "COMPLETED", remote.log(run)[-6000:]

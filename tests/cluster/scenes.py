@@ -79,8 +79,8 @@ class Scene:
     def __init__(self, directory: Path, cluster: Cluster | None, store: Any = None):
         self.directory, self.cluster = directory, cluster
         self.environment = dict(cluster.environment if cluster else os.environ) | {"OMP_NUM_THREADS": "1"}
-        self.endpoint, self.shards = None, str(directory / "shards")
-        if store is not None:
+        self.endpoint, self.shards = None, str(directory / "bucket" / "shapes")
+        if store is not None:  # serves `directory`, so that its shards are the same files
             self.environment |= store.environment
             self.endpoint, self.shards = store.endpoint_url, "s3://bucket/shapes"
         self.profile = directory / "profile.toml"
@@ -121,7 +121,7 @@ class Scene:
         """A run of `num_ranks` on this machine that nothing happens to; made on first use."""
         run = self.directory / f"undisturbed-{num_ranks}-{steps}"
         if not run.exists():
-            config = self.config(run.name, steps)
+            config = Scene(self.directory, None).config(run.name, steps)  # from local files
             self.call("launch.local", "pretrain", str(config), "--ranks", str(num_ranks), timeout=600)
         return run
 

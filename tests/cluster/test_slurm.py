@@ -25,12 +25,9 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def scene(cluster, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("cluster")
-    with s3_server(directory / "s3") as store:
-        (directory / "s3" / "bucket").mkdir()
-        made = Scene(directory, cluster, store)
-        made.write_shards()
-        yield made
+    made = Scene(tmp_path_factory.mktemp("cluster"), cluster)
+    made.write_shards()
+    return made
 
 
 def mistake(scene: Scene, *arguments: str) -> str:
@@ -76,7 +73,13 @@ def test_doctor_sees_the_cluster_and_measures_between_nodes(cluster):
 @pytest.mark.slow
 def test_from_the_store_to_an_evaluated_encoder_through_a_requeue(scene):
     """One command: shards in S3, 2 nodes, requeued in the middle, evaluated by a job that waited for it."""
+    with s3_server(scene.directory) as store:
+        pretrain_requeue_evaluate(Scene(scene.directory, scene.cluster, store))
+
+
+def pretrain_requeue_evaluate(scene: Scene) -> None:
     cluster, run = scene.cluster, scene.directory / "run"
+    assert cluster is not None
     undisturbed = scene.undisturbed(2)
     job = scene.submit(scene.config("run"), 2, "--evaluate")
     with pytest.raises(RuntimeError, match="already trains this run"):
