@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -253,17 +254,28 @@ def test_the_command_evaluates_anybodys_weights(labelled, tmp_path):
     assert isinstance(missing.exception, UserError)
 
 
-def test_unlabelled_images_are_refused(labelled, tmp_path, monkeypatch):
-    config = config_of(labelled)
-    monkeypatch.setattr(
-        features, "open_features", lambda folder, real=features.open_features: _without_labels(real(folder))
-    )
-    with pytest.raises(UserError, match="expected labelled images, got 150 of 150"):
-        evaluate.evaluate(subject_of(config, tmp_path), CPU)
+def test_images_without_labels_get_what_needs_none_and_half_labelled_ones_an_error(tmp_path):
+    from dist_ssl.data.shards import write_shards
+    from dist_ssl.data.sources import open_source
+    from dist_ssl.report.page import build
 
-
-def _without_labels(found):
-    return features.Features(found.layers, np.full_like(found.labels, -1), found.sample_ids)
+    generator = np.random.default_rng(0)
+    (tmp_path / "flat").mkdir()
+    for number in range(80):
+        pixels = generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "flat" / f"{number}.png")
+    source = open_source(f"folder:{tmp_path}/flat")
+    write_shards(source, str(tmp_path / "data"), StorageConfig(), test_fraction=0.3, num_workers=0)
+    config = config_of(tmp_path / "data")
+    found = evaluate.evaluate(subject_of(config, tmp_path / "evaluation" / "step-3"), CPU)
+    assert found["probes"] == {}
+    assert set(found["head_information"]["tasks"]) == set(head_information.TRANSFORMATIONS)
+    (tmp_path / "config.toml").write_text(configuration.dumps(config))
+    assert "What the head keeps" in build([tmp_path]).read_text()
+    labels = np.array([0, 1, -1])
+    some = features.Features({}, labels, labels)
+    with pytest.raises(UserError, match="train_shards: expected labelled images, got 1 of 3"):
+        evaluate._num_classes(some, some)
 
 
 def test_transformations_do_what_they_are_named():

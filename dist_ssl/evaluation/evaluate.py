@@ -141,7 +141,8 @@ def _probe(
     correct: dict[str, dict[str, np.ndarray]] = {}
     probes: dict[str, dict[str, Any]] = {}
     on_features = {"linear": _linear, "knn": _knn}
-    chosen: list[str] = [name for name in on_features if name in settings.probes]
+    wanted = settings.probes if num_classes else [name for name in settings.probes if name == "head_information"]
+    chosen: list[str] = [name for name in on_features if name in wanted]
     show = distributed.rank() == 0
     with Progress(transient=True) if show else nullcontext() as progress:
         task = progress.add_task("probes", total=len(chosen) * len(train_features.layers)) if progress else None
@@ -156,18 +157,19 @@ def _probe(
                 probes.setdefault(probe, {})[layer] = summarize(hits) | extra
                 if progress is not None and task is not None:
                     progress.advance(task)
-    for fraction in settings.few_label_fractions if "few_labels" in settings.probes else []:
+    for fraction in settings.few_label_fractions if "few_labels" in wanted else []:
         for layer in train_features.layers:
             rows = Rows(train_features.layers[layer], train_features.labels, device)
             scored = Rows(test_features.layers[layer], test_features.labels, device)
             hits, decays = few_label_probe(rows, scored, num_classes, fraction, settings.num_seeds)
             correct.setdefault(f"few_labels_{fraction:g}", {})[layer] = hits
             probes.setdefault(f"few_labels_{fraction:g}", {})[layer] = summarize(hits) | {"weight_decays": decays}
-    for name, layer, hits in _on_images(subject, train, test, train_features.labels, num_classes):
+    on_images = _on_images(subject, train, test, train_features.labels, num_classes) if num_classes else ()
+    for name, layer, hits in on_images:
         correct.setdefault(name, {})[layer] = hits
         probes.setdefault(name, {})[layer] = summarize(hits)
     found: dict[str, Any] = {"probes": probes, "comparisons": _comparisons(correct)}
-    if "head_information" in settings.probes:
+    if "head_information" in wanted:
         found["head_information"] = head_information(train, test, subject.trained, subject.folder, settings.num_seeds)
     return found
 
@@ -252,14 +254,19 @@ def calibration_batches(train: Split) -> Any:
 
 
 def _num_classes(train: Features, test: Features) -> int:
-    for name, features in (("train", train), ("test", test)):
-        unlabelled = int((features.labels < 0).sum())
+    """Classes of both splits; 0 where no image has a label, which leaves head information and pictures."""
+    labels = {"train": train.labels, "test": test.labels}
+    if all((values < 0).all() for values in labels.values()):
+        log.warning("no image has a label (.cls): only what needs none is evaluated")
+        return 0
+    for name, values in labels.items():
+        unlabelled = int((values < 0).sum())
         if unlabelled:
             raise UserError(
-                f"evaluation.{name}_shards: expected labelled images, got {unlabelled} of {len(features.labels)} "
+                f"evaluation.{name}_shards: expected labelled images, got {unlabelled} of {len(values)} "
                 "without a label (.cls)"
             )
-    return int(max(train.labels.max(), test.labels.max())) + 1
+    return int(max(values.max() for values in labels.values())) + 1
 
 
 def _data(config: Config, train: Split, test: Split, num_classes: int) -> dict[str, Any]:

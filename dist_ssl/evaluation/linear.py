@@ -22,6 +22,7 @@ from dist_ssl.distributed import rank, world_size
 from dist_ssl.evaluation.lbfgs import lbfgs
 
 WEIGHT_DECAYS = tuple(10.0**exponent for exponent in range(-6, 1))
+HISTORY_BYTES = 2 * 2**30
 BLOCK_BYTES = 16 * 2**20  # of a block's features and of its logits: bounds the memory, whatever n, D, C and P are
 
 
@@ -112,7 +113,9 @@ def fit(
     problem = _Problem(rows, standardizer, num_classes, weight_decays, row_weights)
     shape = (len(weight_decays), rows.features.shape[1] + 1, num_classes)
     start = torch.zeros(shape, device=rows.device) if initial is None else initial.clone()
-    return lbfgs(problem, start.flatten(1), max_iterations, tolerance, progress).view(shape)
+    # 10 pairs of steps as a rule, fewer where so many large problems would fill the memory with them.
+    memory = int(min(max(HISTORY_BYTES // (2 * start.numel() * start.element_size()), 3), 10))
+    return lbfgs(problem, start.flatten(1), max_iterations, tolerance, progress, memory).view(shape)
 
 
 class _Problem:

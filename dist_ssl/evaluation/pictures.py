@@ -113,7 +113,9 @@ def thumbnails(images: Tensor) -> np.ndarray:
 
 
 def _queries(labels: np.ndarray) -> np.ndarray:
-    """The first image of each of the first classes."""
+    """The first image of each of the first classes; the first images where there are no labels."""
+    if (labels < 0).all():
+        return np.arange(min(QUERIES, len(labels)))
     first = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)]
     return np.array(sorted(first)[:QUERIES])
 

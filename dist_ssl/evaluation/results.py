@@ -60,6 +60,9 @@ def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
     from rich.table import Table
 
     data = results["data"]
+    if not results["probes"]:
+        print_(f"{results['checkpoint']}: the images have no labels, so no accuracy; see the report")
+        return
     chance = 1 / data["num_classes"]
     table = Table(
         title=f"{results['encoder']}, {results['checkpoint']}",

@@ -58,6 +58,8 @@ def _pairs(found: dict[str, Any]) -> str:
 
 
 def _class(number: int, names: list[str]) -> str:
+    if number < 0:
+        return "no label"
     return names[number] if number < len(names) else f"class {number}"
 
 
@@ -80,12 +82,14 @@ def _maps(found: dict[str, Any], class_names: list[str]) -> list[tuple[str, str,
             points = found.get(f"{method}_{layer}")
             if points is None:
                 continue
-            labels = found["map_labels"].tolist()
+            labels = found["map_labels"].clip(min=0).tolist()
             names = [_class(number, class_names) for number in range(max(labels) + 1)]
             title = f"{method.upper()} of {layer}"
             if method == "pca":
                 share = float(found[f"pca_share_{layer}"])
                 title += f" ({100 * share:.0f}% of its variance)"
+            if found["map_labels"].max() < 0:
+                names = ["images without labels"]
             chart = scatter(points[:, 0].tolist(), points[:, 1].tolist(), labels, names, label=title)
             shown = [(name, number) for number, name in enumerate(names)][:MAX_LEGEND]
             maps.append((title, chart, legend(shown)))

@@ -111,6 +111,8 @@ def _headline(results: dict[str, Any]) -> str:
 
 
 def _probes(title: str, results: dict[str, Any]) -> str:
+    if not results["probes"]:
+        return ""
     chance = 1 / results["data"]["num_classes"]
     figures, rows = [], []
     for probe, layers in results["probes"].items():
