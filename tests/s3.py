@@ -45,7 +45,8 @@ class S3Server:
         self._process = subprocess.Popen(
             [
                 str(binary), "serve", "s3", "--auth-key", f"{self._key},{self._secret}",
-                "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null", "--vfs-cache-mode", "off", "--dir-cache-time", "0s",
+                "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null", "--vfs-cache-mode", "off",
+                "--dir-cache-time", "0s",
                 str(self.directory),
             ],
             stdout=subprocess.DEVNULL,
