@@ -210,7 +210,7 @@ def _linear(
         num_classes,
         num_seeds=config.evaluation.num_seeds,
     )
-    if result.at_edge:
+    if result.at_edge and distributed.rank() == 0:
         log.info("linear on %s: the best weight decay is at the edge of the sweep, %s", layer, result.weight_decays)
     return result.correct_sn, {"weight_decays": result.weight_decays, "at_edge": result.at_edge}
 
