@@ -24,8 +24,9 @@ def mlp_log_probabilities(
 ) -> np.ndarray:
     """(K, m, C) log-probabilities of K probes, each with its own held-out tenth, initial weights and order of rows.
 
-    Features are standardised by the training rows. AdamW; the epoch with the best held-out log-loss is taken, so that
-    a probe that overfits does not understate what the features hold. Not collective.
+    Features are standardised by the training rows. AdamW; the epoch with the best held-out log-loss is taken, or the
+    classes' shares where no epoch beats them, so that overfitting does not understate what the features hold. Not
+    collective.
     """
     device = device or torch.device("cpu")
     x, y = torch.from_numpy(np.array(x_train, dtype=np.float32)).to(device), torch.from_numpy(y_train).long().to(device)
@@ -41,8 +42,12 @@ def mlp_log_probabilities(
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     total = EPOCHS * -(-rows.shape[1] // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    best_loss = torch.full((num_seeds,), float("inf"), device=device)
-    best = [weight.detach().clone() for weight in weights]
+    # The classes' shares alone are a candidate too: what a probe learned but does not generalise is no information.
+    shares = torch.bincount(y, minlength=num_classes).add(1).float()
+    best = [torch.zeros_like(weight) for weight in weights]
+    best[-1] += (shares / shares.sum()).log()
+    with torch.no_grad():
+        best_loss = _losses(best, x[held_out], y[held_out]).mean(1)
     worse = 0
     for _ in range(EPOCHS):
         shuffled = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in rows]).to(device)
