@@ -20,7 +20,7 @@ make_environment() {
             exit 2
         }
     fi
-    "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+    "$python" -m pip install --quiet --disable-pip-version-check --use-pep517 -e ".${extra:+[$extra]}"
     # The test extra holds all that the bare one does: either stamp then saves the next install.
     { echo "$stamp"; [ -z "$extra" ] || echo " $(cksum < pyproject.toml)"; } >> .venv/installed
 }
