@@ -91,7 +91,8 @@ def pretrain_requeue_evaluate(scene: Scene) -> None:
     assert len([event for event in scene.starts(run) if event["event"] == "start"]) == 2
     assert_same_run(run, undisturbed)
     results = run / "evaluation" / f"step-{max(losses(run))}" / "results.json"
-    wait_until(results.exists, 120, f"the evaluation\n{scene.log(run)[-3000:]}")
+    wait_until(lambda: not cluster.run("squeue", "--noheader").strip(), 180, "the evaluation")
+    assert results.exists(), scene.log(run)[-3000:]
     status = scene.call("launch.slurm", "status", str(run))
     assert "complete" in status
     assert "supervisor: srun" in scene.call("launch.slurm", "logs", str(run), "--follow")
