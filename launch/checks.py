@@ -1,0 +1,56 @@
+"""What can be wrong with a run before it is submitted, looked for where it can be mended at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from dist_ssl import config as configuration
+from dist_ssl import storage
+from dist_ssl.config import Config, UserError
+from launch import queue
+
+
+def absolute(config: Config) -> Config:
+    """Local paths made absolute: the job starts in another directory, and so may the next submission."""
+    keys = {
+        "run.dir": config.run.dir,
+        "data.shards": config.data.shards,
+        "checkpoint.url": config.checkpoint.url,
+        "evaluation.train_shards": config.evaluation.train_shards,
+        "evaluation.test_shards": config.evaluation.test_shards,
+    }
+    local = {key: os.path.abspath(path) for key, path in keys.items() if path and "://" not in path}
+    return configuration.with_overrides(config, [f"{key}={json.dumps(path)}" for key, path in local.items()])
+
+
+def check_run(config: Config, num_ranks: int) -> None:
+    """Raises UserError for what would stop the run on the cluster and can be seen here."""
+    if not config.data.shards:
+        raise UserError("data.shards: expected where the training shards are, got nothing; --set data.shards=URL")
+    storage.check_url(config.data.shards)
+    if config.train.global_batch_size < num_ranks:
+        raise UserError(
+            f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks; "
+            "take fewer nodes or a larger batch"
+        )
+    directory = Path(config.run.dir)
+    existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK) or not _can_write(existing):
+        raise UserError(f"run.dir {directory}: {existing} is not a folder that can be written to; --set run.dir=PATH")
+    if (directory / "slurm" / "jobs.jsonl").exists():
+        for entry in queue.recorded(directory):
+            if entry["kind"] == "pretrain" and not queue.is_over(queue.state(entry["job"])[0]):
+                raise UserError(f"{directory}: job {entry['job']} already trains this run; cancel it first, or wait")
+
+
+def _can_write(folder: Path) -> bool:
+    """Tried, because permissions don't tell: root, read-only file systems, quotas."""
+    probe = folder / f".dist_ssl-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
