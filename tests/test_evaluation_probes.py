@@ -108,8 +108,9 @@ def test_knn_agrees_with_a_naive_loop(blocks, monkeypatch):
     monkeypatch.setattr(knn, "BANK_BYTES", blocks[1])
     ours = knn.knn_predict(queries, bank, labels, 5, k=20, temperature=0.07).numpy()
     assert (ours == naive_knn(queries, bank, labels, 5, 20, 0.07)).all()
-    _, rows = knn.nearest(bank, bank, 3, exclude_self=True)
-    assert not (rows == torch.arange(300)[:, None]).any()
+    similarity, rows = knn.nearest(bank, bank, 3)
+    assert (rows[:, 0] == torch.arange(300)).all()
+    assert (similarity[:, :-1] >= similarity[:, 1:]).all()
 
 
 def test_bootstrap_interval_covers_and_is_that_of_resampled_indices():

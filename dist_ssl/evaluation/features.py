@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,6 @@ class Features:
     layers: dict[str, np.ndarray]
     labels: np.ndarray
     sample_ids: np.ndarray
-
-    def only(self, rows: np.ndarray) -> Features:
-        """A copy in memory of some rows."""
-        return replace(
-            self,
-            layers={name: np.asarray(values[rows]) for name, values in self.layers.items()},
-            labels=self.labels[rows],
-            sample_ids=self.sample_ids[rows],
-        )
 
 
 def extract(split: Split, readables: list[Readable], digests: list[str], folder: Path) -> Features:

@@ -15,19 +15,17 @@ from torch.nn import functional as F
 
 from dist_ssl.distributed import gather_rows, rank, world_size
 
-QUERY_ROWS = 1024
+QUERY_ROWS = 4096  # the bank is read once for as many queries
 BANK_BYTES = 64 * 2**20
 
 
-def nearest(
-    queries: np.ndarray, bank: np.ndarray, k: int, device: torch.device | None = None, *, exclude_self: bool = False
-) -> tuple[Tensor, Tensor]:
+def nearest(queries: np.ndarray, bank: np.ndarray, k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Similarities and rows, both (q, k), of the k rows of `bank` nearest to each query by cosine, best first.
 
-    Not collective. `exclude_self` leaves out row i for query i, for a bank searched with its own rows.
+    Not collective.
     """
     device = device or torch.device("cpu")
-    k = min(k, len(bank) - int(exclude_self))
+    k = min(k, len(bank))
     bank_rows = max(BANK_BYTES // (4 * max(bank.shape[1], QUERY_ROWS)), k)
     found_similarity, found_rows = [], []
     for start in range(0, len(queries), QUERY_ROWS):
@@ -37,9 +35,6 @@ def nearest(
         for first in range(0, len(bank), bank_rows):
             block = F.normalize(_read(bank, first, first + bank_rows, device), dim=1)
             similarity = query @ block.T
-            if exclude_self:
-                own = torch.arange(start, start + len(query), device=device)[:, None]
-                similarity.masked_fill_(torch.arange(first, first + len(block), device=device) == own, -2.0)
             top, where = similarity.topk(min(k, len(block)), dim=1)
             best, rows = torch.cat([best, top], dim=1), torch.cat([rows, where + first], dim=1)
             if best.shape[1] > k:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from dist_ssl.distributed import rank, world_size
 from dist_ssl.evaluation.lbfgs import lbfgs
@@ -263,13 +262,3 @@ def linear_probe(
         weight_decays=[weight_decays[pick] for pick in picks],
         at_edge=len(weight_decays) > 1 and bool({0, len(weight_decays) - 1} & set(picks)),
     )
-
-
-def cross_entropy(rows: Rows, standardizer: Standardizer, weights_dc: Tensor) -> float:
-    """Mean negative log-likelihood in nats of (D + 1, C) weights on all rows. Collective."""
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for a, b in rows.blocks(weights_dc.shape[1]):
-        logits = torch.addmm(weights_dc[-1], standardizer(rows.x(a, b)), weights_dc[:-1])
-        total += F.cross_entropy(logits, rows.y(a, b), reduction="sum").double()
-    all_reduce(total)
-    return float(total) / len(rows.labels)
