@@ -7,6 +7,7 @@ incarnation that still lives goes on writing to a file that is no longer there.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,9 @@ from rich.text import Text
 
 from dist_ssl.config import Config
 from dist_ssl.distributed import rank
+
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 30.0  # where the progress line would go to a file
 
 
 def trim_jsonl(path: Path, last_step: int) -> None:
@@ -67,7 +71,7 @@ class Observer:
         self._boards = _boards(config) if rank() == 0 else []
         self._progress = _progress_line(rank() == 0)
         self._task = self._progress.add_task("pretrain", total=total_steps, completed=step, loss="", rate="")
-        self._batch = config.train.global_batch_size
+        self._batch, self._total_steps, self._said = config.train.global_batch_size, total_steps, 0.0
         self._mark, self._mark_step, self._waited = time.monotonic(), step, 0.0
 
     def __enter__(self) -> Observer:
@@ -103,6 +107,9 @@ class Observer:
         for board in self._boards:
             board.log(step, values)
         self._progress.update(self._task, loss=f"{values['loss']:.4f}", rate=f"{rate:,.0f}")
+        if self._progress.disable and (now - self._said > SECONDS_BETWEEN_LINES or step == self._total_steps):
+            self._said = now
+            log.info("step %d of %d: loss %.4f, %.0f images/s", step, self._total_steps, values["loss"], rate)
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
