@@ -54,6 +54,7 @@ def pretrain(
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Evaluate at the end, and what is exported.")] = False,
     sweep_keys: Annotated[list[str], typer.Option("--sweep", metavar="KEY=V1,V2", help="Every combination.")] = [],  # noqa: B006
     max_parallel: Annotated[int, typer.Option(min=1, help="Runs of a sweep at the same time.")] = 8,
+    extend: Annotated[bool, typer.Option("--extend", help="Allow the run to become longer than it was.")] = False,
     dry_run: DryRun = False,
     overrides: Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE")] = [],  # noqa: B006
 ) -> None:
@@ -92,8 +93,10 @@ def pretrain(
     executor = _executor(folder, chosen, root, sizes, len(runs) > 1)
     snapshot.take(folder / "code")
     evaluation = _evaluation_command(profile, partition) if evaluate else None
+    options = ["--extend"] if extend else []
     job_files = [
-        _write_job(run, folder, index, chosen, tasks, max_requeues, evaluation) for index, run in enumerate(runs)
+        _write_job(run, folder, index, chosen, tasks, max_requeues, evaluation, options)
+        for index, run in enumerate(runs)
     ]
     jobs = executor.map_array(supervisor.supervise, job_files)
     for run, job in zip(runs, jobs, strict=True):
@@ -268,7 +271,14 @@ def _python(profile: Profile) -> list[str]:
 
 
 def _write_job(
-    run: Config, folder: Path, index: int, profile: Profile, tasks: int, max_requeues: int, evaluation: list[str] | None
+    run: Config,
+    folder: Path,
+    index: int,
+    profile: Profile,
+    tasks: int,
+    max_requeues: int,
+    evaluation: list[str] | None,
+    options: list[str],
 ) -> str:
     """Writes a run's resolved config and job description into the submission; returns the description's path."""
     own = Path(run.run.dir) / "slurm"
@@ -278,6 +288,7 @@ def _write_job(
     config_file.write_text(configuration.dumps(run))
     job = supervisor.Job(
         config=str(config_file),
+        options=options,
         folder=str(own),
         python=_python(profile),
         srun=_step_options(profile.cpus_per_task, profile),

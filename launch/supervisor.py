@@ -40,6 +40,7 @@ class Job(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: str  # the resolved config's file
+    options: list[str]  # of `dist-ssl pretrain`
     folder: str  # RUN/slurm: logs, history
     python: list[str]  # the interpreter, behind a container's command where there is one
     srun: list[str]
@@ -56,7 +57,7 @@ def supervise(job_file: str) -> None:
     logging.basicConfig(level="INFO", format="supervisor: %(message)s", force=True)
     job = Job.model_validate_json(Path(job_file).read_text())
     config = configuration.load(job.config)
-    history = History(Path(job.folder) / "starts.jsonl", os.environ["SLURM_JOB_ID"])
+    history = History(Path(job.folder) / "starts.jsonl", own_job_id())
     restart, step = int(os.environ.get("SLURM_RESTART_COUNT", "0")), newest_commit(config)
     earlier = history.steps_at_start()
     history.write(event="start", restart=restart, step=step, nodes=os.environ["SLURM_JOB_NODELIST"])
@@ -121,6 +122,14 @@ def newest_commit(config: Config) -> int:
     )
 
 
+def own_job_id() -> str:
+    """The id that means this job alone: an array's last element has the number of the whole array as SLURM_JOB_ID."""
+    environment = os.environ
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
 class History:
     """`starts.jsonl`: one line for each start and end of a run's jobs, which counts survive a requeue."""
 
@@ -145,7 +154,7 @@ def _run_ranks(job: Job, config: Config) -> int:
     environment["MASTER_PORT"] = str(_free_port())
     num_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     size = [f"--nodes={num_nodes}", f"--ntasks={num_nodes * job.tasks_per_node}"]
-    command = ["srun", *size, *job.srun, *job.python, "-m", "dist_ssl.cli", "pretrain", job.config]
+    command = ["srun", *size, *job.srun, *job.python, "-m", "dist_ssl.cli", "pretrain", job.config, *job.options]
     log.info("%s", " ".join(command))
     process = subprocess.Popen(command, env=environment)
 
@@ -203,7 +212,7 @@ def _free_port() -> int:
 
 def _ended_from_outside(restart: int, code: int) -> str | None:
     """What Slurm or the user did to this job while the ranks ran, or None where it still is this start's to decide."""
-    command = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+    command = ["scontrol", "--oneliner", "show", "job", own_job_id()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
     fields = dict(field.split("=", 1) for field in shown.stdout.split() if "=" in field)
     if int(fields.get("Restarts", restart)) != restart:
@@ -221,7 +230,7 @@ def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: i
     history.write(event="requeue", restart=restart, step=now, exit_code=code)
     # Slurm ends this process as soon as it has requeued the job.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RUN_ME_AGAIN))
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
+    subprocess.run(["scontrol", "requeue", own_job_id()], check=True, timeout=60)
     time.sleep(20)
     raise SystemExit(RUN_ME_AGAIN)
 

@@ -65,6 +65,15 @@ def test_requeues_are_limited_and_need_a_commit_between_them():
     assert "the limit" in str(supervisor.stop_reason(0, -1, 5, 0))
 
 
+def test_an_element_of_an_array_means_itself(monkeypatch):
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert supervisor.own_job_id() == "12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert supervisor.own_job_id() == "12_3"
+
+
 def test_history_counts_the_starts_of_its_own_job(tmp_path):
     first = supervisor.History(tmp_path / "starts.jsonl", "7")
     assert first.steps_at_start() == {}

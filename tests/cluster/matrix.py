@@ -173,11 +173,17 @@ def sweep_of_four(scene: Scene) -> str:
     cluster = scene.cluster
     assert cluster is not None
     grid = ("--sweep", "objective.temperature=0.1,0.5", "--sweep", "model.head.kind=linear,mlp")
-    scene.submit(scene.config("sweep", 20), 1, *grid, "--evaluate", "--max-parallel", "2")
+    job = scene.submit(scene.config("sweep", STEPS), 1, *grid, "--evaluate", "--max-parallel", "2")
+    last = scene.directory / "sweep" / "temperature=0.5_kind=mlp"
+    scene.wait_for_step(last, 5, 300)
+    # Its number is the whole array's: the requeue must be of this run alone.
+    cluster.run("scancel", "--signal=USR1", job.replace("_0", "_3"))
     table = scene.directory / "sweep" / "table.md"
     wait_until(table.exists, 400, "the table")
     text = table.read_text()
-    assert text.count("complete") == 4, text
+    assert text.count(f"| complete | {STEPS} |") == 4, text
+    starts = [sum(event["event"] == "start" for event in scene.starts(run)) for run in sorted(last.parent.glob("t*=*"))]
+    assert starts == [1, 1, 1, 2], starts
     assert "knn h" in text
     return "\n" + text
 
