@@ -33,7 +33,9 @@ def lbfgs(
         active = everyone[(gradient.abs().amax(1) > tolerance * scale) & loss.isfinite()]
         if len(active) == 0:
             break
-        direction = _two_loop(gradient[active], [(s[active], y[active], r[active]) for s, y, r in pairs])
+        # Copies of the memory only once some problem rests: they cost as much as an evaluation.
+        held = pairs if len(active) == len(everyone) else [(s[active], y[active], r[active]) for s, y, r in pairs]
+        direction = _two_loop(gradient[active], held)
         slope = (direction * gradient[active]).sum(1)
         step = torch.ones_like(slope)
         if not pairs:
