@@ -1,2 +1,3 @@
 """Contrastive pretraining of image encoders."""
+
 __version__ = "0.1.0"

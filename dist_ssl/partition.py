@@ -25,7 +25,7 @@ from dist_ssl.optim import Segment
 class Fragment:
     """Elements [offset, offset + length) of parameter `name` stand at `flat[flat_offset:]` on this rank.
 
-    `flat` is the fp32 tensor that the optimizer steps, the key of its state. `replicated` where every rank holds it all.
+    `flat` is the fp32 tensor that the optimizer steps, the key of its state; `replicated`: every rank holds it all.
     """
 
     name: str

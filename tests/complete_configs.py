@@ -1,4 +1,4 @@
-"""Write every key that a file in configs/ leaves out into it, keeping its header: `python -m tests.complete_configs`."""
+"""Write every key that a file in configs/ leaves out into it, header kept: `python -m tests.complete_configs`."""
 
 from pathlib import Path
 

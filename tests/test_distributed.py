@@ -49,7 +49,8 @@ def test_frozen_statistics():
     layer = GlobalBatchNorm(3)
     with distributed.frozen_running_statistics():
         layer(torch.randn(4, 3))
-    assert layer.num_batches_tracked == 0 and torch.equal(layer.running_mean, torch.zeros(3))
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.running_mean, torch.zeros(3))
     layer(torch.randn(4, 3))
     assert layer.num_batches_tracked == 1
 
