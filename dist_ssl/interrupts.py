@@ -49,6 +49,9 @@ class StopRequest:
 
     def __exit__(self, *exception: Any) -> None:
         self.agreed()
+        if self._before:
+            # Too late to matter: the run is over, and must not end as one that was killed.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
