@@ -145,6 +145,7 @@ def main(arguments: Any = None) -> int:
     chaos = Chaos(folder, folder / "shards", options.seed, options.steps, options.fixed_ranks)
     problems = chaos.run(options.kills)
     chaos.say("; ".join(problems) if problems else f"equal to the undisturbed run; log in {folder / 'chaos.log'}")
+    chaos.log.close()
     return 1 if problems else 0
 
 
