@@ -102,11 +102,6 @@ def pretrain_requeue_evaluate(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_outlive_their_node_do_not_damage_the_requeued_run(scene):
-    matrix.orphans(scene, steps=200)
-
-
-@pytest.mark.slow
 def test_a_sweep_ends_in_a_table(scene):
     scene.submit(scene.config("sweep", 10), 1, "--sweep", "model.head.kind=none,mlp", "--max-parallel", "2")
     table = scene.directory / "sweep" / "table.md"
