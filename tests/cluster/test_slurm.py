@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import matrix
 from tests.cluster.scenes import Scene, assert_same_run, losses
 from tests.cluster.slurm import MARKER, Cluster, marked_processes, missing, wait_until
 from tests.s3 import s3_server
