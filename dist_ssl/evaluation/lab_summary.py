@@ -14,6 +14,7 @@ from dist_ssl.evaluation.intervals import mean_interval
 from dist_ssl.evaluation.lab import Cell
 
 LAYERS = ("h", "z", "h_untrained")
+MIN_SEEDS = 3  # two differences that happen to be equal would have an interval of no width
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def paragraph(rows: list[Row], cells: int, done: int) -> str:
         for task, layers in row.bits.items():
             if row.head != "none" and {"h", "z"} <= set(layers):
                 change = paired(layers["h"], layers["z"])
-                if change is not None and change.low > 0 and len(change.values) > 1:
+                if change is not None and change.low > 0 and len(change.values) >= MIN_SEEDS:
                     lost.append((change.mean, f"{task} ({change.mean:.2f} bits under {row.name})"))
     if lost:
         shown = ", ".join(name for _, name in sorted(lost, reverse=True)[:6])
@@ -163,8 +164,8 @@ def _claim(what: str, change: Estimate | None) -> str:
     if change is None:
         return f"{what}: no seed in common yet."
     points = f"{100 * change.mean:+.1f} points"
-    if len(change.values) < 2:
-        return f"{what}: {points} in one seed, which supports nothing yet."
+    if len(change.values) < MIN_SEEDS:
+        return f"{what}: {points} over {len(change.values)} of at least {MIN_SEEDS} seeds, which supports nothing yet."
     interval = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}], {len(change.values)} seeds"
     if change.low > 0:
         return f"{what}: better by {points} {interval}."
