@@ -16,8 +16,8 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on every rank that it had to guess
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# DeepSpeed 0.19 still calls a collective by the name that torch 2.14 warns of.
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+# DeepSpeed 0.19 still calls collectives by the names that torch 2.14 warns of.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
