@@ -67,7 +67,9 @@ def pretrain(
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     from dist_ssl import distributed, train
 
+    _end_with_the_launcher()
     code = train.pretrain(checked, restart=restart, extend=extend)
+    _tell_the_launcher(code)
     distributed.shutdown()
     raise typer.Exit(code)
 
@@ -271,6 +273,21 @@ def lab(
         raise typer.Exit(1)
 
 
+def _end_with_the_launcher() -> None:
+    """Where the local launcher is killed with -9, its ranks get SIGTERM: they commit and end, not train on unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _tell_the_launcher(code: int) -> None:
+    """A launcher that was signalled does not see its ranks' exit codes: rank 0 writes its own."""
+    path = os.environ.get("DIST_SSL_EXIT_CODE_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(str(code))
+
+
 def _set_up_logging() -> None:
     """On a terminal, rich; in a log file a line a message, whole, so that it can be searched."""
     if not sys.stderr.isatty():
@@ -364,6 +381,7 @@ def main() -> None:
         if type(error).__name__ != "Fenced":
             raise
         print(f"error: {error}", file=sys.stderr)
+        _tell_the_launcher(EXIT_FENCED)
         sys.exit(EXIT_FENCED)
 
 

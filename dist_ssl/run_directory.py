@@ -15,7 +15,7 @@ from dist_ssl import config as config_module
 from dist_ssl.checkpoint import Checkpoint, RunState
 from dist_ssl.checkpoint_writer import take_incarnation
 from dist_ssl.config import Config, UserError
-from dist_ssl.distributed import broadcast_object, raise_together, rank
+from dist_ssl.distributed import broadcast_object, raise_together, rank, together
 from dist_ssl.observability import trim_run
 from dist_ssl.optim import learning_rate
 
@@ -30,17 +30,14 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
     """
     run_dir = Path(config.run.dir)
     error: UserError | None = None
-    incarnation = 0
     if rank() == 0:
         try:
             if restart:
                 _set_aside(config, run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
-            incarnation = take_incarnation(run_dir)
         except OSError as cause:
             error = UserError(f"run.dir = {run_dir}: expected a directory that can be written: {cause}")
     raise_together(error)
-    incarnation = broadcast_object(incarnation)
     found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
     if found is None and (run_dir / "metrics.jsonl").exists():
         raise UserError(
@@ -50,6 +47,10 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
     state = found.state() if found is not None else None
     if state is not None:
         _check_goes_on(config, manifest, state, extend)
+    # Only now, when nothing refuses this start any more: taking the number stops whoever runs here.
+    with together():
+        incarnation = take_incarnation(run_dir) if rank() == 0 else 0
+    incarnation = broadcast_object(incarnation)
     if rank() == 0:
         storage.write_bytes(str(run_dir / "config.toml"), config_module.dumps(config).encode(), config.storage)
         if state is not None:

@@ -51,9 +51,9 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     plan = plan_of(config, manifest)
     total_steps = config_module.total_steps(config, plan.num_samples)
     rows_per_chunk = plan.rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
-    incarnation, found = open_run(config, manifest, restart=restart, extend=extend)
     with distributed.together():
         untrained = build_model(config)
+    incarnation, found = open_run(config, manifest, restart=restart, extend=extend)
     model = engine.initialize(untrained, config, world)
     probe = None
     if config.diagnostics.online_probe and manifest.classes:
@@ -77,6 +77,9 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         state.cursor,
         state.skipped_steps,
     )
+    if run.step >= total_steps:
+        log.info("already complete at step %d of %d; --extend makes it longer", run.step, total_steps)
+        return 0
     if found is None:
         run.save()
         checkpointer.wait()  # from here on the run directory can be resumed

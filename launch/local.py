@@ -6,10 +6,13 @@ Ranks are started again, all of them, when one dies, up to `--max-restarts` time
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -79,13 +82,19 @@ def run_ranks(arguments: list[str], ranks: int | None, max_restarts: int, grace_
         ),
         sys.executable,
     )
+    exit_code = Path(tempfile.mkdtemp(prefix="dist_ssl-")) / "exit_code"
+    os.environ["DIST_SSL_EXIT_CODE_FILE"] = str(exit_code)
+    atexit.register(shutil.rmtree, exit_code.parent, ignore_errors=True)
     for attempt in range(max_restarts + 1):
+        exit_code.unlink(missing_ok=True)
         try:
             launch("-m", "dist_ssl.cli", *arguments)
             sys.exit(0)
         except SignalException as stopped:
-            print(f"stopped by {stopped.sigval.name}; run the same command again to go on", file=sys.stderr)
-            sys.exit(75)
+            code = int(exit_code.read_text()) if exit_code.exists() and exit_code.read_text() else 128 + stopped.sigval
+            said = "committed" if code == 75 else f"exit code {code}"
+            print(f"stopped by {stopped.sigval.name}, {said}; run the same command again to go on", file=sys.stderr)
+            sys.exit(code)
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
             code = failure.exitcode
