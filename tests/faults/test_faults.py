@@ -6,10 +6,12 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 
 from dist_ssl import checkpoint
+from dist_ssl.config import StorageConfig
 from tests import trajectory
 from tests.faults import inject
 from tests.faults.harness import Launch, last_step, send
@@ -104,6 +106,18 @@ def test_a_dead_rank_takes_the_others_down_and_the_launcher_starts_again(tmp_pat
     same_bits(outcome(config), undisturbed)
 
 
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, small_shards):
+    launch = Launch(settings(tmp_path, small_shards, "checkpoint.every_steps=1000", "train.steps=2000"), 2)
+    launch.wait_for_step(5)
+    left = launch.ranks()
+    launch.process.kill()
+    launch.process.wait()
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive
+    steps = checkpoint.committed_steps(str(tmp_path / "run" / "checkpoints"), StorageConfig())
+    assert steps[-1] >= 5  # they committed before they ended
+
+
 def test_a_hanging_rank_is_found_and_its_stack_shown(tmp_path, small_shards):
     config = settings(tmp_path, small_shards, "engine.hang_minutes=0.1", "engine.grace_seconds=2")
     launch = Launch(config, 2)
@@ -162,6 +176,8 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
         assert len(lines) == 1, launch.said()
         for override in overrides:
             assert f"{override.split('=')[0]}: " in lines[0]
+    # A start that is refused takes no number: it would stop a run that is alive.
+    assert [path.name for path in (tmp_path / "run" / "incarnations").iterdir()] == ["0001"]
     longer = Launch(small_config(tmp_path / "run", small_shards, "train.steps=6"), 2, "--extend")
     assert longer.wait() == 0, longer.said()
     assert "the schedule is stretched" in longer.said()
