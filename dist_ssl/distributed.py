@@ -162,6 +162,7 @@ def together() -> Iterator[None]:
 
 # --- global batch norm -----------------------------------------------------------------------------------------
 
+MOMENTS_BLOCK = 2**18  # elements
 _statistics_frozen = False
 
 
@@ -183,8 +184,10 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of all ranks' rows, for (B, C) and (B, C, H, W), on any device.
 
     torch's SyncBatchNorm refuses CPU tensors. Statistics are merged as counts, means and centred sums (Chan et al.
-    1979), never as E[x^2] - E[x]^2. Collective in training mode: one all-gather of 2C + 1 numbers forward, one
-    all-reduce of 2C numbers backward.
+    1979), never as E[x^2] - E[x]^2. They are merged in fp64, and on a CPU taken in fp64 too: rounded to fp32 they then
+    are the same bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a
+    last bit turns a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. Collective in training
+    mode: one all-gather of 2C + 1 fp64 numbers forward, one all-reduce of 2C numbers backward.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -215,20 +218,37 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, sum of squared differences from it) of each channel of this rank's x, fp64 (C,) each.
+
+    On a CPU in two passes over blocks that stay in its cache: 3 to 5 times faster than torch.var_mean, whose running
+    updates do not vectorise. On a GPU by one fp32 kernel, which reads x once.
+    """
+    if x.is_cuda:
+        variance, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
+        return mean.double(), variance.double() * (x.numel() / x.shape[1])
+    rows_rc = x.movedim(1, -1).reshape(-1, x.shape[1])  # no copy where x is in channels-last format
+    blocks = rows_rc.split(max(1, MOMENTS_BLOCK // x.shape[1]))
+    total = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0)
+    mean = total / len(rows_rc)
+    centred = torch.stack([(block - mean).square_().sum(dim=0) for block in blocks]).sum(dim=0)
+    return mean, centred
+
+
 class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dims = [d for d in range(x.dim()) if d != 1]
-        variance, mean = torch.var_mean(x, dim=dims, correction=0)
-        count = x.new_tensor([x.numel() / x.shape[1]]) if not x.is_cuda else x.new_full((1,), x.numel() / x.shape[1])
+        mean, centred = _moments(x)
+        count = mean.new_full((1,), x.numel() / x.shape[1])
         if world_size() > 1:
-            sent = torch.cat([mean, variance * count, count])
+            sent = torch.cat([mean, centred, count])
             received = sent.new_empty(world_size() * sent.numel())
             all_gather_single(received, sent)
             means_wc, centred_wc, counts_w1 = received.view(world_size(), -1).split([x.shape[1], x.shape[1], 1], dim=1)
             count = counts_w1.sum(dim=0)
             mean = (means_wc * counts_w1).sum(dim=0) / count
-            variance = (centred_wc + counts_w1 * (means_wc - mean).square()).sum(dim=0) / count
+            centred = (centred_wc + counts_w1 * (means_wc - mean).square()).sum(dim=0)
+        mean, variance, count = mean.to(x.dtype), (centred / count).to(x.dtype), count.to(x.dtype)
         inverse_std = torch.rsqrt(variance + eps)
         # In evaluation mode torch's kernel normalises by what it is given: one fused pass over x.
         y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)

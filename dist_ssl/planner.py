@@ -22,7 +22,7 @@ from dist_ssl.models import ContrastiveModel, build_model
 
 BUCKET = 50_000_000  # elements; the largest that engine.py gives to DeepSpeed's reductions
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
-FP32 = 4
+FP32, FP64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def wire(config: Config, sizes: Sizes) -> list[Prediction]:
         3: (2, "all-gather of weights, reduce-scatter of gradients: 2 * 4 P (W-1)/W"),
     }[stage]
     channels, layers = sum(sizes.batch_norm_channels), len(sizes.batch_norm_channels)
-    gathered = (2 * channels + layers) * FP32 * (w - 1)
+    gathered = (2 * channels + layers) * FP64 * (w - 1)
     # GradCache runs the encoder twice forward and once backward for every chunk.
     passes, forwards = config.objective.chunks, 2 if config.objective.chunks > 1 else 1
     norms = passes * (forwards * gathered + 2 * 2 * channels * FP32 * share)
@@ -157,7 +157,7 @@ def wire(config: Config, sizes: Sizes) -> list[Prediction]:
         Prediction("z and its log-sum-exps", FP32 * views * (width + 1) * share, "bytes", "4 M (d + 1) (W-1)/W"),
         Prediction(
             "batch norm", norms, "bytes",
-            "4 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers",
+            "8 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers",
         ),
     ]  # fmt: skip
     return [*parts, Prediction("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]

@@ -45,6 +45,18 @@ def test_batch_norm_equals_one_process(size, shape):
         torch.testing.assert_close(answer[4], oracle.running_var, rtol=1e-9, atol=0)
 
 
+def fp32_batch_norm(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return GlobalBatchNorm(x.shape[1])(x.split(rows)[distributed.rank()]).detach()
+
+
+def test_outputs_are_the_same_bits_on_any_ranks():
+    x = torch.randn(60, 8, 12, 12, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    x = x.contiguous(memory_format=torch.channels_last)
+    (expected,) = ranks(1).run(fp32_batch_norm, x, [60])
+    for rows in ([30, 30], [41, 19], [7, 33, 20]):
+        assert torch.equal(torch.cat(ranks(len(rows)).run(fp32_batch_norm, x, rows)), expected)
+
+
 def test_frozen_statistics():
     layer = GlobalBatchNorm(3)
     with distributed.frozen_running_statistics():

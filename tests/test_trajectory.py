@@ -43,9 +43,8 @@ def relative_error(gradient, expected):
 @pytest.mark.parametrize(("size", "stage"), CASES)
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_same_loss_and_gradient_from_equal_weights(tmp_path, small_shards, size, stage, chunks):
-    # Seed 3: in five of the seeds 0 to 6 a ReLU stands so near zero that in one of these places rounding turns it over,
-    # which moves the gradient by 1e-4 to 3e-3 at once; all other differences, of all seeds, are 2e-6 to 4e-6.
-    shared = [f"objective.chunks={chunks}", "run.seed=3"]
+    # Seed 7: with batch-norm statistics in fp32 a ReLU is turned over there, which moves the gradient by 5e-4.
+    shared = [f"objective.chunks={chunks}", "run.seed=7"]
     one = small_config(tmp_path, small_shards, "engine.zero_stage=0", *shared)
     ((loss, gradient),) = ranks(1).run(trajectory.loss_and_gradient, one)
     many = small_config(tmp_path, small_shards, f"engine.zero_stage={stage}", *shared)
