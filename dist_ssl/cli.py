@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -362,21 +362,28 @@ def plan(
     rich.print(table)
 
 
-def main() -> None:
-    """The entry point: runs the command; UserError becomes `error: ...` on stderr and exit code 2."""
-    _set_up_logging()
-    # Errors are raised on all ranks alike: one of them says it.
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+def run(app: typer.Typer, is_first: bool = True) -> None:
+    """Run a command line and exit with its code; a user's mistake is one line on stderr, of one rank, and code 2."""
+    usage_error: Any = typer.BadParameter.__base__  # typer exports no name for it
     try:
-        app()
-    except UserError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (FileNotFoundError, PermissionError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(app(standalone_mode=False) or 0)
+    except usage_error as error:
+        if error.ctx is None or not error.format_message().strip():
+            sys.exit(2)  # called without arguments: its help is on the screen
+        problem = f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help"
+    except (UserError, FileNotFoundError, PermissionError) as error:
+        problem = str(error)
+    if is_first:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """The entry point `dist-ssl`."""
+    _set_up_logging()
+    try:
+        # Errors are raised on all ranks alike: one of them says it.
+        run(app, is_first=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0")
     except RuntimeError as error:
         if type(error).__name__ != "Fenced":
             raise

@@ -19,8 +19,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from dist_ssl import cli
 from dist_ssl import config as configuration
-from dist_ssl.config import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 FINAL_EXIT_CODES = (2, 75, 76)  # a user's mistake, run me again, fenced by a newer incarnation
@@ -108,13 +108,5 @@ def run_ranks(arguments: list[str], ranks: int | None, max_restarts: int, grace_
     sys.exit(code if code > 0 else 128 - code)
 
 
-def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    cli.run(app)

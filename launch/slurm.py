@@ -18,8 +18,9 @@ import typer
 from rich import print as rich_print
 from rich.table import Table
 
+from dist_ssl import cli
 from dist_ssl import config as configuration
-from dist_ssl.config import Config, UserError
+from dist_ssl.config import Config
 from launch import checks, queue, snapshot, supervisor, sweep
 from launch import profile as profiles
 from launch.profile import Profile
@@ -346,14 +347,5 @@ def _submit_table(root: Path, after: str, partition: str | None, profile: str | 
     queue.record(root, job=job.job_id, kind="table", log=str(root / "slurm" / f"{job.job_id}.log"))
 
 
-def main() -> None:
-    """The entry point: a user's mistake becomes one line on stderr and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    cli.run(app)

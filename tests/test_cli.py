@@ -1,0 +1,32 @@
+"""The command line as a user meets it: help with examples, and mistakes in one line."""
+
+import sys
+
+import pytest
+
+from dist_ssl.cli import app, shards_app
+from tests.terminal import run
+
+MISTAKES = [
+    ("dist_ssl.cli", "evaluat", "Did you mean 'evaluate'"),
+    ("dist_ssl.cli", "pretrain", "Missing argument 'config'"),
+    ("dist_ssl.cli", "pretrain none.toml", "none.toml: no such config file"),
+    ("dist_ssl.cli", "shards write shapes:9 x --seed one", "'--seed'"),
+    ("dist_ssl.cli", "export none encoder.safetensors", "not a run directory"),
+    ("launch.local", "pretrain configs/debug_cpu.toml --ranks 0", "'--ranks'"),
+    ("launch.slurm", "pretrain", "Missing argument 'config'"),
+]
+
+
+@pytest.mark.parametrize(("module", "arguments", "expected"), MISTAKES, ids=[f"{m} {a}" for m, a, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(module, arguments, expected):
+    done = run([sys.executable, "-m", module, *arguments.split()])
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize("command", [*app.registered_commands, *shards_app.registered_commands])
+def test_every_command_has_an_example(command):
+    assert "Example: dist-ssl " in command.callback.__doc__
