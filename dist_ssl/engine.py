@@ -22,6 +22,14 @@ warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprec
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 
+# DeepSpeed asks whether the optimizer is Muon, and Muon's decorators would start torch's compiler: 2 s a rank.
+_before = os.environ.get("TORCHDYNAMO_DISABLE")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
+if _before is None:
+    del os.environ["TORCHDYNAMO_DISABLE"]
+
 from dist_ssl import partition  # noqa: E402
 from dist_ssl.config import Config, UserError  # noqa: E402
 from dist_ssl.distributed import World, world_size  # noqa: E402
