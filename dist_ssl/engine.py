@@ -27,8 +27,9 @@ _before = os.environ.get("TORCHDYNAMO_DISABLE")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
 
-if _before is None:
-    del os.environ["TORCHDYNAMO_DISABLE"]
+del os.environ["TORCHDYNAMO_DISABLE"]
+if _before is not None:
+    os.environ["TORCHDYNAMO_DISABLE"] = _before
 
 from dist_ssl import partition  # noqa: E402
 from dist_ssl.config import Config, UserError  # noqa: E402
