@@ -1,8 +1,15 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and one thread a process: tests start as many processes as there are cores.
+
+With more, OpenMP's threads wait for each other by spinning, and a test takes three times as long, or thirty.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
