@@ -10,6 +10,15 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+MANY_TESTS = 100
+
+
+def pytest_collection_finish(session):
+    """In a long session two pools that many tests use start at once: the first tests need one core only."""
+    if len(session.items) > MANY_TESTS and not session.config.option.collectonly:
+        from tests.pool import start_early
+
+        start_early((2, 3))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Pools of real gloo ranks that tests reuse, since a process that imports torch and DeepSpeed takes seconds to start.
 
 `ranks(W).run(function, *arguments)` calls an importable function on W processes that share a process group and
-returns what each of them returned, in rank order. A pool whose function raised or hung is thrown away.
+returns what each of them returned, in rank order. A pool is thrown away where a rank hung or died, or some raised and
+others did not: their next collectives would not match.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -67,7 +68,7 @@ class Pool:
         for connection in self.connections:
             connection.send((function, arguments))
         answers: list[tuple[bool, Any] | None] = [None] * self.size
-        pending = dict(zip(self.connections, range(self.size), strict=True))
+        pending, died = dict(zip(self.connections, range(self.size), strict=True)), False
         while pending:
             ready = wait(list(pending), timeout)
             if not ready:
@@ -78,11 +79,12 @@ class Pool:
                 try:
                     answers[rank] = connection.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    answers[rank] = (False, "the process died")
+                    answers[rank], died = (False, "the process died"), True
                 if not answers[rank][0]:  # type: ignore[index]
                     timeout = min(timeout, 20.0)  # its peers raise too, or are stuck waiting for it
         if not all(ok for ok, _ in answers):  # type: ignore[misc]
-            self.close()
+            if died or any(ok for ok, _ in answers):  # type: ignore[misc]
+                self.close()
             raise RankFailed([None if ok else text for ok, text in answers])  # type: ignore[misc]
         return [value for _, value in answers]  # type: ignore[misc]
 
@@ -101,6 +103,12 @@ def ranks(size: int) -> Pool:
     if size not in _pools:
         _pools[size] = Pool(size)
     return _pools[size]
+
+
+def start_early(sizes: Iterable[int]) -> None:
+    """Start pools and don't wait for them: they import torch while other tests run."""
+    for size in sizes:
+        ranks(size)
 
 
 @atexit.register
