@@ -129,7 +129,8 @@ class Run:
             rate = optim.learning_rate(self.config, self.step, self.total_steps, self.samples_per_epoch)
             if not math.isfinite(loss):
                 statistics.restore()
-            self.model.step(rate, skip=not math.isfinite(loss))
+            measured = self._is_due(self.step + 1, self.config.diagnostics.every_steps)
+            self.model.step(rate, skip=not math.isfinite(loss), measure=measured)
             self._complete(batch, loss, observer)
             self._report(result, batch, loss, rate, observer)
             watchdog.beat(self.step)
@@ -205,11 +206,15 @@ class Run:
                 f"checkpoint, of step {self.checkpointer.last_step}, is intact: try a lower learning rate, or fp32"
             )
 
+    def _is_due(self, step: int, every: int = 1) -> bool:
+        """Whether a step is logged; with `every`, whether it is the first that is logged of so many steps."""
+        logged = self.config.log.every_steps
+        return step == self.total_steps or (step % logged == 0 and step % every < logged)
+
     def _report(self, result: StepResult, batch: Batch, loss: float, rate: float, observer: Observer) -> None:
-        last = self.step == self.total_steps
         if self.probe is not None and math.isfinite(loss):
             self.probe.update({"h": result.h[0::2], "z": result.z[0::2]}, batch.labels.to(self.world.device))
-        if not last and self.step % self.config.log.every_steps:
+        if not self._is_due(self.step):
             return
         values = {
             "epoch": self.cursor / self.samples_per_epoch,
@@ -218,7 +223,7 @@ class Run:
             "learning_rate": rate,
             "skipped_steps": self.skipped,
         }
-        if last or self.step % self.config.diagnostics.every_steps < self.config.log.every_steps:
+        if self._is_due(self.step, self.config.diagnostics.every_steps):
             values |= diagnostics.diagnose(
                 result.h,
                 result.z[0::2],
@@ -227,6 +232,7 @@ class Run:
                 temperature=self.config.objective.temperature,
                 num_views=2 * self.config.train.global_batch_size,
                 sample=self.config.diagnostics.sample,
+                gradient_norm=self.model.gradient_norm,
             )
             if self.world.rank == 0:
                 for alarm in diagnostics.alarms(values | {"step": self.step}):

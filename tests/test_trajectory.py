@@ -20,18 +20,20 @@ def reference(tmp_path_factory, small_shards):
     run_dir = tmp_path_factory.mktemp("reference")
     config = small_config(run_dir, small_shards, "engine.zero_stage=0")
     assert ranks(1).run(trajectory.pretrain, config) == [0]
-    return trajectory.losses(run_dir), trajectory.ledger(run_dir)
+    return trajectory.losses(run_dir), trajectory.ledger(run_dir), run_dir
 
 
 @pytest.mark.parametrize(("size", "stage"), CASES)
 def test_same_samples_and_losses(tmp_path, small_shards, reference, size, stage):
     config = small_config(tmp_path, small_shards, f"engine.zero_stage={stage}")
     assert ranks(size).run(trajectory.pretrain, config) == [0] * size
-    losses, ledger = reference
+    losses, ledger, one = reference
     assert trajectory.ledger(tmp_path) == ledger
     assert len(losses) == 20
     assert trajectory.losses(tmp_path) == pytest.approx(losses, rel=1e-4)
     assert losses[0] != losses[-1]
+    # The last step is measured; its gradient is that of weights that rounding has moved a little by then.
+    assert trajectory.gradient_norm(tmp_path) == pytest.approx(trajectory.gradient_norm(one), rel=1e-3)
 
 
 def relative_error(gradient, expected):

@@ -48,6 +48,11 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def gradient_norm(run_dir: Path) -> float:
+    """Of the run's last step."""
+    return float(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["gradient_norm"])
+
+
 def ledger(run_dir: Path) -> dict[int, list[tuple[int, str]]]:
     """step -> what all ranks consumed, sorted. Each line of each rank must be a step of its own."""
     steps: dict[int, list[tuple[int, str]]] = {}
@@ -77,7 +82,8 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
     rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
     batch = next(_batches(config, manifest, 1))
     result = Step(config, model, rows)(batch, seed=0)
-    model.step(0.0)
+    model.step(0.0, measure=True)
+    assert model.gradient_norm is not None
     loss = result.loss.double() / world.size
     if world.size > 1:
         dist.all_reduce(loss)
@@ -85,6 +91,8 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
             whole = gradients.setdefault(name, torch.zeros(p.numel()))
             if not model.fragments[0].replicated:
                 dist.all_reduce(whole)
+    measured = torch.cat(list(gradients.values())).norm()
+    assert abs(model.gradient_norm - measured) <= 1e-5 * measured
     return float(loss), gradients
 
 
