@@ -59,7 +59,9 @@ def test_digits_are_learned(tmp_path):
     }
     launch = Launch(config_module.validate(values, "test"), 2)
     assert launch.wait(500) == 0, launch.said()
-    evaluated = dist_ssl("evaluate", f"{tmp_path}/run", "--probes", "linear,knn")
+    (tmp_path / "without").mkdir()  # an evaluation never needs DeepSpeed
+    (tmp_path / "without" / "deepspeed.py").write_text("raise ImportError('not installed here')")
+    evaluated = dist_ssl("evaluate", f"{tmp_path}/run", "--probes", "linear,knn", PYTHONPATH=f"{tmp_path}/without")
     assert evaluated.returncode == 0, evaluated.stderr
     (path,) = (tmp_path / "run" / "evaluation").glob("step-*/results.json")
     results = json.loads(path.read_text())
