@@ -191,8 +191,12 @@ def read_ranges(url: str, config: StorageConfig, size: int, concurrency: int = 4
     with ThreadPoolExecutor(concurrency) as pool:
         waiting: deque[Future[bytes]] = deque()
         try:
-            for offset in range(0, size, RANGE_BYTES):
-                waiting.append(pool.submit(read_bytes, url, config, offset, min(offset + RANGE_BYTES, size)))
+            start = 0
+            while start < size:
+                # Doubling, so that the first are at work while the next are under way; equal ones arrive together.
+                stop = min(start + min(max(start, RANGE_BYTES // 4), RANGE_BYTES), size)
+                waiting.append(pool.submit(read_bytes, url, config, start, stop))
+                start = stop
                 if len(waiting) == concurrency:
                     yield waiting.popleft().result()
             while waiting:

@@ -22,8 +22,12 @@ from tests.pool import free_port
 
 
 class S3Server:
-    def __init__(self, directory: Path):
-        self.directory = Path(directory)
+    """With `listing_seconds` at 0, files that are changed behind its back are seen at once, and every request reads and
+    hashes its whole object for the ETag; above, a listing and its hashes are kept so long: what a measurement wants.
+    """
+
+    def __init__(self, directory: Path, listing_seconds: int = 0):
+        self.directory, self._listing_seconds = Path(directory), listing_seconds
         self.port = free_port()
         self.endpoint_url = f"http://127.0.0.1:{self.port}"
         self._key, self._secret = secrets.token_hex(10), secrets.token_hex(20)
@@ -46,7 +50,7 @@ class S3Server:
             [
                 str(binary), "serve", "s3", "--auth-key", f"{self._key},{self._secret}",
                 "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null", "--vfs-cache-mode", "off",
-                "--dir-cache-time", "0s",
+                "--dir-cache-time", f"{self._listing_seconds}s",
                 str(self.directory),
             ],
             stdout=subprocess.DEVNULL,
@@ -72,8 +76,8 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(directory: Path) -> Iterator[S3Server]:
-    server = S3Server(directory)
+def s3_server(directory: Path, listing_seconds: int = 0) -> Iterator[S3Server]:
+    server = S3Server(directory, listing_seconds)
     server.start()
     try:
         yield server

@@ -177,7 +177,7 @@ class FetchAhead:
                 aim = self._aim
             fetched = any(self._fetch(shard) for shard in aim if shard.url not in self._refused)
             with self._changed:
-                if not fetched and not self._closed:
+                if not fetched and not self._closed and self._aim is aim:
                     self._changed.wait(WAIT_SECONDS)
 
     def _fetch(self, shard: Shard) -> bool:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import io
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from dist_ssl import config as configuration
 from dist_ssl import storage
 from dist_ssl.config import AugmentConfig, Config, StorageConfig
 from dist_ssl.data.augment import augment, crop_box, draw
+from dist_ssl.data.cache import ShardCache
 from dist_ssl.data.index import load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards
 from dist_ssl.data.plan import Plan
@@ -199,7 +201,7 @@ def store(n: int, shard_mb: float) -> Iterator[tuple[str, Config, Path]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photo_shards(folder / "store" / "bucket", n, shard_mb)
-        with s3_server(folder / "store") as server:
+        with s3_server(folder / "store", listing_seconds=300) as server:
             os.environ.update(server.environment)
             config = stream_config(
                 256,
@@ -209,7 +211,7 @@ def store(n: int, shard_mb: float) -> Iterator[tuple[str, Config, Path]]:
             yield "s3://bucket/shards", config, folder
 
 
-def s3(n: int = 2000, shard_mb: float = 32) -> None:
+def s3(n: int = 6000, shard_mb: float = 32) -> None:
     """The bytes of every image of a set, in the plan's order, from `rclone serve s3` on this machine."""
     with store(n, shard_mb) as (url, config, folder):
         manifest = load_manifest(url, config.storage)
@@ -237,29 +239,37 @@ def s3(n: int = 2000, shard_mb: float = 32) -> None:
                 total += len(system.cat_file(manifest.shards[shard].url, start=start, end=start + size))
             return total / 1e6 / (time.perf_counter() - started)
 
-        def streamed(cache: Path) -> None:
-            data = config.data.model_copy(update={"cache_dir": str(cache)})
-            reader = Reader(manifest, config.storage, data)
+        def streamed() -> None:
+            reader = Reader(manifest, config.storage, config.data)
             for start in range(0, len(shards), 256):
                 ahead = plan.upcoming_shards(start, range(config.data.streams), 2)
                 reader.aim([shard for block in ahead for shard in block])
                 reader.images(shards[start : start + 256], members[start : start + 256])
             reader.close()
 
+        def fetched() -> None:
+            cache = ShardCache(config.data, config.storage)
+            for shard in manifest.shards:
+                cache.fetch(shard)
+
+        def indexed(at_once: int) -> None:
+            index_shards(url, config.storage, output=str(folder / "index"), num_workers=at_once)
+
         rates: dict[str, float] = {}
-        for number in range(2):
+        for _ in range(ROUNDS):
             for name, run in (
                 ("plain s3fs, whole objects", plain_whole),
                 ("plain s3fs, ranges of 8 MiB", plain),
-                ("dist_ssl: every sample in the plan's order, empty cache", lambda: streamed(folder / f"c{number}")),  # noqa: B023
-                ("dist_ssl: shards index, 4 at a time",
-                 lambda: index_shards(url, config.storage, output=str(folder / f"i{number}"), num_workers=4)),  # noqa: B023
-                ("dist_ssl: shards index, one at a time",
-                 lambda: index_shards(url, config.storage, output=str(folder / f"j{number}"), num_workers=0)),  # noqa: B023
-            ):  # fmt: skip
+                ("dist_ssl: the shards to an empty cache, summed", fetched),
+                ("dist_ssl: every sample in the plan's order, empty cache", streamed),
+                ("dist_ssl: shards index, 4 at a time", lambda: indexed(4)),
+                ("dist_ssl: shards index, one at a time", lambda: indexed(0)),
+            ):
                 started = time.perf_counter()
                 run()
                 rates[name] = max(rates.get(name, 0.0), megabytes / (time.perf_counter() - started))
+                for made in ("cache", "index"):
+                    shutil.rmtree(folder / made, ignore_errors=True)
             name = "one GET a sample"
             rates[name] = max(rates.get(name, 0.0), one_get_a_sample())
         show(f"{megabytes:.0f} MB in {len(manifest.shards)} shards from rclone serve s3", rates, "MB/s")
