@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ssl.config import UserError
-from dist_ssl.data.random import key_of, permutation
+from dist_ssl.data.random import key_of, permutation, permuted, philox
 
 Positions = NDArray[np.int64]
 
+ROUNDS = 8  # of the permutation inside a block
 _SHARDS, _SAMPLES = 0, 1  # what a random stream is for: the last word of its counter
 
 
 class Plan:
-    """The order of samples. Instances keep a few permutations of late, which changes no answer."""
+    """The order of samples. Instances keep the shards' order of two epochs, which changes no answer."""
 
     def __init__(
         self, counts: Sequence[int] | Positions, seed: int, manifest_hash: str, num_streams: int, block_shards: int
@@ -40,7 +41,6 @@ class Plan:
         quotient, remainder = divmod(self.num_samples, num_streams)
         self._stream_starts = streams * quotient + np.minimum(streams, remainder)
         self._epochs: OrderedDict[int, tuple[Positions, Positions]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], Positions] = OrderedDict()
 
     def batch(self, cursor: int, batch_size: int) -> Positions:
         """Positions [cursor, cursor + batch_size), sorted by (stream, position)."""
@@ -74,15 +74,7 @@ class Plan:
             order, ends = self._epoch(epoch)
             of_epoch = np.flatnonzero(epochs == epoch)
             lines = self._stream_starts[streams[of_epoch]] + rows[of_epoch]
-            # Blocks are told by stream and by how many shards the line is past the stream's first.
-            first = np.searchsorted(ends, self._stream_starts[streams[of_epoch]], side="right")
-            blocks = (np.searchsorted(ends, lines, side="right") - first) // self.block_shards
-            groups, group_of = np.unique(streams[of_epoch] * len(ends) + blocks, return_inverse=True)
-            by_group = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
-            for group, mine in zip(groups.tolist(), by_group, strict=True):
-                stream, block = divmod(group, len(ends))
-                start, stop = self._block_range(epoch, stream, block)
-                lines[mine] = start + self._permutation(epoch, stream, block, stop - start)[lines[mine] - start]
+            lines = self._shuffled(epoch, streams[of_epoch], lines)
             slots = np.searchsorted(ends, lines, side="right")
             shards[of_epoch] = order[slots]
             members[of_epoch] = lines - (ends[slots] - self.counts[order[slots]])
@@ -103,20 +95,17 @@ class Plan:
         return [[shard for shard in shards if not (shard in seen or seen.add(shard))] for shards in ahead]  # type: ignore[func-returns-value]
 
     def _blocks_from(self, epoch: int, stream: int, row: int) -> Iterator[list[int]]:
-        length = int(self._stream_starts[stream + 1] - self._stream_starts[stream])
-        if length == 0:
+        of_stream, line = np.array([stream]), self._stream_starts[[stream]] + row
+        if self._stream_starts[stream] == self._stream_starts[stream + 1]:
             return
         while True:
             order, ends = self._epoch(epoch)
-            line, stop = self._stream_starts[stream] + row, self._stream_starts[stream + 1]
-            first = np.searchsorted(ends, self._stream_starts[stream], side="right")
-            while line < stop:
-                block = int((np.searchsorted(ends, line, side="right") - first) // self.block_shards)
-                block_start, block_stop = self._block_range(epoch, stream, block)
-                slots = np.searchsorted(ends, [block_start, block_stop - 1], side="right")
+            while line < self._stream_starts[stream + 1]:
+                _, start, stop = self._blocks(ends, of_stream, line)
+                slots = np.searchsorted(ends, [start[0], stop[0] - 1], side="right")
                 yield order[slots[0] : slots[1] + 1].tolist()
-                line = block_stop
-            epoch, row = epoch + 1, 0
+                line = stop
+            epoch, line = epoch + 1, self._stream_starts[[stream]]
 
     def _epoch(self, epoch: int) -> tuple[Positions, Positions]:
         """Shards in the epoch's order, and where each ends in the line."""
@@ -127,23 +116,28 @@ class Plan:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
-    def _block_range(self, epoch: int, stream: int, block: int) -> tuple[int, int]:
-        """Where the block starts and ends in the line."""
+    def _shuffled(self, epoch: int, streams: Positions, lines: Positions) -> Positions:
+        """Which places of the line come at places of the line, once streams permute their samples inside blocks."""
         _, ends = self._epoch(epoch)
-        start, stop = int(self._stream_starts[stream]), int(self._stream_starts[stream + 1])
-        first = int(np.searchsorted(ends, start, side="right")) + block * self.block_shards
-        last = min(first + self.block_shards, len(ends)) - 1
-        return max(start, int(ends[first - 1]) if block else start), min(stop, int(ends[last]))
+        blocks, starts, stops = self._blocks(ends, streams, lines)
+        groups, group_of = np.unique(streams * len(ends) + blocks, return_inverse=True)
+        counters = np.empty((len(groups), ROUNDS // 4, 4), dtype=np.uint64)
+        counters[..., 0] = np.arange(ROUNDS // 4)
+        counters[..., 1] = (groups % len(ends))[:, None]
+        counters[..., 2] = epoch
+        counters[..., 3] = (_SAMPLES + groups // len(ends))[:, None]
+        round_keys = philox(self._key, counters.reshape(-1, 4)).reshape(len(groups), ROUNDS)
+        return starts + permuted(round_keys[group_of], lines - starts, stops - starts)
 
-    def _permutation(self, epoch: int, stream: int, block: int, size: int) -> Positions:
-        key = (epoch, stream, block)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-        else:
-            self._blocks[key] = permutation(self._key, size, block, epoch, _SAMPLES + stream)
-            while len(self._blocks) > 2 * self.num_streams + 2:
-                self._blocks.popitem(last=False)
-        return self._blocks[key]
+    def _blocks(self, ends: Positions, streams: Positions, lines: Positions) -> tuple[Positions, Positions, Positions]:
+        """For places of the line in these streams: the block's number in its stream, and where it starts and stops."""
+        start, stop = self._stream_starts[streams], self._stream_starts[streams + 1]
+        first = np.searchsorted(ends, start, side="right")
+        blocks = (np.searchsorted(ends, lines, side="right") - first) // self.block_shards
+        head = first + blocks * self.block_shards
+        last = np.minimum(head + self.block_shards, len(ends)) - 1
+        # A stream may start and stop in the middle of a shard.
+        return blocks, np.where(blocks > 0, ends[head - 1], start), np.minimum(stop, ends[last])
 
 
 def _slice(rows: Positions, rank: int, world_size: int) -> Positions:

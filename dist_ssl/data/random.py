@@ -2,7 +2,8 @@
 
 numpy's Philox gives one stream an object; an augmentation needs a short stream for each of thousands of views. The
 words equal those of `Philox(key=key, counter=counter - 1).random_raw(4)` of numpy, which is tested. Permutations are
-sorts of random words: numpy promises the words for ever, but not what Generator.permutation makes of them.
+sorts of random words, or Feistel networks where only a few places of a large one are wanted: numpy promises the words
+for ever, but not what Generator.permutation makes of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ Words = NDArray[np.uint64]
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
+_SPLITMIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
 
 
@@ -66,3 +68,34 @@ def permutation(key: tuple[int, int], count: int, *counter: int) -> NDArray[np.i
     keyed = (words(key, count, *counter) & ~mask) | np.arange(count, dtype=np.uint64)
     keyed.sort()
     return (keyed & mask).astype(np.int64)
+
+
+def permuted(round_keys: Words, places: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where a random permutation of range(sizes[i]), made of the row round_keys[i], takes places[i]: O(1) each.
+
+    A Feistel network over a grid of a x b places, the smallest that holds the size (Black and Rogaway, CT-RSA 2002):
+    rounds add a hash of one coordinate to the other, in turn; what lands beyond the size goes through again. The keys
+    are random words, (n, an even number of rounds); the hash is splitmix64's (Steele et al., OOPSLA 2014).
+    """
+    places = places.copy()
+    walking = np.flatnonzero(sizes > 1)
+    while len(walking):
+        keys, a = round_keys[walking], np.ceil(np.sqrt(sizes[walking])).astype(np.int64)
+        b = -(-sizes[walking] // a)
+        row, column = np.divmod(places[walking], b)
+        for i in range(0, keys.shape[1], 2):
+            row = (row + _below(keys[:, i], column, a)) % a
+            column = (column + _below(keys[:, i + 1], row, b)) % b
+        places[walking] = row * b + column
+        walking = walking[places[walking] >= sizes[walking]]
+    return places
+
+
+def _below(keys: Words, values: NDArray[np.int64], limits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A hash of key and value in [0, limit), for limits up to 2^31."""
+    with np.errstate(over="ignore"):
+        x = keys + values.astype(np.uint64) * _WEYL[0]
+        x = (x ^ (x >> np.uint64(30))) * _SPLITMIX[0]
+        x = (x ^ (x >> np.uint64(27))) * _SPLITMIX[1]
+        x ^= x >> np.uint64(31)
+    return ((x >> _HALF) * limits.astype(np.uint64) >> _HALF).astype(np.int64)
