@@ -82,8 +82,8 @@ def interpreted() -> dict[str, list[float]]:
     return fresh_process("in_the_interpreter", TRITON_INTERPRET="1")
 
 
-def fresh_process(function: str, **environment: str):
-    code = f"import json; from tests.test_nt_xent_triton import {function} as f; print(json.dumps(f()))"
+def fresh_process(function: str, module: str = "tests.test_nt_xent_triton", **environment: str):
+    code = f"import json; from {module} import {function} as f; print(json.dumps(f()))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -5,14 +5,15 @@
 normalise, in torchvision's definitions for float tensors. A row's pixels are the same bits in whatever batch it
 stands and however many threads compute it: operations are elementwise, or sums whose order does not matter.
 
-Rows that share flip and order of jitter go through together, in place: all of them on a GPU, as many as stay in a
-core's cache on a CPU.
+On CUDA all rows go through two kernels at once (`augment_triton`). Elsewhere rows that share flip and order of jitter
+go through together, in place, as many as stay in a core's cache.
 
 Legend: n samples, 2 views each, R rows (n times 2), S pixels a side, P parameters.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -31,6 +32,7 @@ FLIP, JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA = 
 NUM_PARAMETERS = 10
 ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 ATTEMPTS = 10  # of torchvision's RandomResizedCrop to find a crop that fits
 RATIOS = (3 / 4, 4 / 3)
 SIGMAS = (0.1, 2.0)
@@ -88,12 +90,18 @@ def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tens
     """
     rows_u8, drawn = crops_u8.flatten(0, 1), parameters.flatten(0, 1).cpu()
     device, size = crops_u8.device, crops_u8.shape[-1]
-    largest = len(rows_u8) if crops_u8.is_cuda else max(1, CACHED_PIXELS // size**2)
+    if _has_kernels(crops_u8):
+        from dist_ssl.data import augment_triton  # torch's builds without CUDA bring no triton
+
+        views = augment_triton.colours(rows_u8, drawn, config)
+        _blur_rows(views, drawn, None)  # after the normalisation, with which it commutes
+        return views.view(crops_u8.shape)
+    largest = max(1, CACHED_PIXELS // size**2)
     std = torch.tensor(config.std, device=device).view(3, 1, 1)
     scale, shift = 1 / std, torch.tensor(config.mean, device=device).view(3, 1, 1) / -std
     views = torch.empty(rows_u8.shape, dtype=torch.float32, device=device)
     scratch = torch.empty((3, min(largest, len(rows_u8)), 3, size, size), dtype=torch.float32, device=device)
-    padded = torch.empty((2, 3 * size * (size + blur_size(size)))) if not crops_u8.is_cuda else None
+    padded = torch.empty((2, 3 * size * (size + blur_size(size)))) if device.type == "cpu" else None
     for rows in _blocks(drawn, largest):
         of_rows = drawn[rows]
         x, spare, other = scratch[:, : len(rows)].unbind()
@@ -115,6 +123,10 @@ def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tens
         if alone is None:
             views[rows.to(device)] = x
     return views.view(crops_u8.shape)
+
+
+def _has_kernels(crops_u8: Tensor) -> bool:
+    return crops_u8.is_cuda and HAS_TRITON
 
 
 def normalize(images_u8: Tensor, config: AugmentConfig) -> Tensor:

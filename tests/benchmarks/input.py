@@ -1,4 +1,4 @@
-"""The input side, measured: python -m tests.benchmarks.input [views] [workers] [s3] [plan] [shapes]
+"""The input side, measured: python -m tests.benchmarks.input [views] [gpu] [workers] [s3] [plan] [shapes]
 
 Photographs-like JPEGs of 500x375 and about 80 KB, made here. Contestants of a section take turns in one process, one
 thread each, and the best of their rounds counts, since other programs only ever slow them down. `views` and `floor`
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from PIL import Image
 from dist_ssl import config as configuration
 from dist_ssl import storage
 from dist_ssl.config import AugmentConfig, Config, StorageConfig
+from dist_ssl.data import augment as augment_module
 from dist_ssl.data.augment import augment, crop_box, draw
 from dist_ssl.data.cache import ShardCache
 from dist_ssl.data.index import load_manifest, read_member_index
@@ -295,6 +297,26 @@ def plan() -> None:
         show(f"{len(counts)} shards of {counts[0]} samples, G=4", rates, "ms")
 
 
+def gpu(n: int = 256) -> None:
+    """The part of two views that the training device does, on CUDA: crops in its memory -> normalised views."""
+    if not torch.cuda.is_available():
+        print("\ngpu: no CUDA device")
+        return
+    config = AugmentConfig()
+    crops = torch.randint(0, 256, (n, 2, 3, 224, 224), dtype=torch.uint8, device="cuda")
+    drawn, _ = draw(0, np.zeros(n, np.int64), np.arange(n), config)
+
+    def run(kernels: bool) -> None:
+        with mock.patch.object(augment_module, "_has_kernels", return_value=kernels):
+            augment(crops, drawn, config)
+        torch.cuda.synchronize()
+
+    contestants = {"Triton kernels": lambda: run(True), "torch, grouped by flip and order": lambda: run(False)}
+    for contestant in contestants.values():
+        contestant()
+    show(f"{n} images on {torch.cuda.get_device_name()}", best(contestants, n, time.perf_counter), "images/s")
+
+
 def shapes(n: int = 20_000) -> None:
     """`shards write shapes:N` of 64x64 images with a process a core, scaled to 100,000."""
     with tempfile.TemporaryDirectory() as folder:
@@ -304,7 +326,7 @@ def shapes(n: int = 20_000) -> None:
     print(f"\nshapes: {n} images in {seconds:.1f} s; 100,000 would take {seconds * 100_000 / n:.0f} s")
 
 
-SECTIONS = {"views": views, "workers": workers, "s3": s3, "plan": plan, "shapes": shapes}
+SECTIONS = {"views": views, "gpu": gpu, "workers": workers, "s3": s3, "plan": plan, "shapes": shapes}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
