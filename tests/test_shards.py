@@ -120,6 +120,27 @@ def test_resize_scales_the_shorter_side_down_only(tmp_path: Path) -> None:
     assert len(sizes) > 3
 
 
+def test_files_that_are_no_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = photo_folder(tmp_path / "photos", 1)
+    (root / "class0" / "page.jpg").write_bytes(b"<html>404</html>")
+    (root / "class0" / "empty.png").write_bytes(b"")
+    source = open_source(f"folder:{root}")
+    (manifest,) = write_shards(source, str(tmp_path / "out"), LOCAL, shard_mb=0.02, num_workers=0)
+    assert manifest.num_samples == 20
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 22 files are left out" in told
+    assert f"{root}/class0/page.jpg (not a JPEG, PNG, WEBP image" in told
+    assert f"{root}/class0/empty.png (empty)" in told
+    (again,) = write_shards(source, str(tmp_path / "out"), LOCAL, shard_mb=0.02, num_workers=2)
+    assert again == manifest, "going on with a whole write changes nothing"
+    (resized,) = write_shards(source, str(tmp_path / "small"), LOCAL, resize=20, num_workers=0)
+    assert [sample["__key__"] for sample in read_back(resized)] == [s["__key__"] for s in read_back(manifest)]
+    for path in (root / "class0").glob("[0-9]*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of 22 files is an image: .*\(not a JPEG"):
+        write_shards(source, str(tmp_path / "none"), LOCAL, num_workers=0)
+
+
 @pytest.mark.slow
 def test_a_write_that_was_killed_goes_on(tmp_path: Path) -> None:
     """kill -9 in the middle, the same command again: the same shards, and whole ones are not written again."""

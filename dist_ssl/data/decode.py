@@ -21,6 +21,15 @@ class BadSample(Exception):
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """An RGB image, upright by its EXIF orientation, whatever mode the file has. Raises BadSample."""
+    return _read(data, max_pixels, header_only=False)
+
+
+def check_header(data: bytes, max_pixels: int) -> None:
+    """Raise BadSample where the header shows that `decode` would: in a hundredth of its time, and damage may follow."""
+    _read(data, max_pixels, header_only=True)
+
+
+def _read(data: bytes, max_pixels: int, header_only: bool) -> Image.Image:
     if not data:
         raise BadSample("empty")
     try:
@@ -30,6 +39,8 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadSample(f"{width}x{height} pixels, more than data.max_pixels = {max_pixels}")
+            if header_only:
+                return image
             image.load()
             return _upright_rgb(image)
     except BadSample:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
-from dist_ssl.data.decode import BadSample, decode
+from dist_ssl.data.decode import BadSample, check_header, decode
 from dist_ssl.data.index import MANIFEST, Manifest, MemberIndex, Shard
 from dist_ssl.data.processes import in_processes, track
 from dist_ssl.data.random import key_of, permutation
@@ -30,6 +31,11 @@ from dist_ssl.data.tar import index_tar
 
 PROGRESS = "writing.json"
 SAMPLES_SIZED = 256  # how many samples tell the mean size of one
+MAX_PIXELS = 2**28  # above what a training run allows (data.max_pixels), which may be raised later
+NUM_TOLD = 10  # how many of the files that are left out are named
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,9 @@ def write_shards(
     """Write shards of all samples of `source` under the URL `destination`, and return the manifest.
 
     With `test_fraction`, two sets, DEST/train and DEST/test, which share no image (equal bytes count as one image).
-    `resize` scales the shorter side to that many pixels; else the bytes of images stay as they are. Raises UserError
-    where the destination holds other shards.
+    `resize` scales the shorter side to that many pixels; else the bytes of images stay as they are. A file that is no
+    image by its header (with `resize`: that can't be decoded) is left out, and a warning names the first of them.
+    Raises UserError where the destination holds other shards.
     """
     storage.check_url(destination)
     if not 0 <= test_fraction < 1:
@@ -73,7 +80,8 @@ def write_shards(
             storage.join(destination, "test"): order[np.isin(order, test)],
         }
     first = source.read(order[:SAMPLES_SIZED].tolist())
-    mean_bytes = sum(len(_resized(sample, resize).image) + 2048 for sample in first) / len(first)
+    good = [sample for sample in (_prepared(one, resize) for one in first) if not isinstance(sample, BadSample)]
+    mean_bytes = sum(len(sample.image) + 2048 for sample in good) / max(len(good), 1) or 2048
     samples_per_shard = max(1, round(shard_mb * 2**20 / mean_bytes))
     details = {"source": source.name, "seed": seed, "resize": resize, "samples_per_shard": samples_per_shard}
     details |= {"test_fraction": test_fraction}
@@ -82,8 +90,11 @@ def write_shards(
         jobs = _jobs(url, indices, samples_per_shard)
         _claim(url, details, config)
         write = partial(_write_one, source, config, resize)
-        shards = list(track(in_processes(write, jobs, workers), len(jobs), f"writing {url}", progress))
-        manifest = Manifest(_manifest_url(url), tuple(shards), source.classes, details)
+        shards, bad = zip(
+            *track(in_processes(write, jobs, workers), len(jobs), f"writing {url}", progress), strict=True
+        )
+        manifest = Manifest(_manifest_url(url), shards, source.classes, details)
+        _tell(manifest, len(indices), [line for of_shard in bad for line in of_shard])
         storage.write_bytes(manifest.url, manifest.to_json().encode(), config)
         storage.remove(storage.join(url, PROGRESS), config)
         manifests.append(manifest)
@@ -128,20 +139,38 @@ def _claim(url: str, details: dict[str, Any], config: StorageConfig) -> None:
     storage.write_bytes(storage.join(url, PROGRESS), json.dumps(details).encode(), config)
 
 
-def _write_one(source: Source, config: StorageConfig, resize: int | None, job: _Job) -> Shard:
+def _tell(manifest: Manifest, num_samples: int, bad: list[str]) -> None:
+    """Warn of what was left out; `bad` lacks what an interrupted write before this one had told."""
+    left_out = num_samples - manifest.num_samples
+    if left_out == num_samples:
+        raise UserError(f"{manifest.url}: none of {num_samples} files is an image: {'; '.join(bad[:NUM_TOLD])}")
+    if left_out:
+        named = "; ".join(bad[:NUM_TOLD]) + (" ..." if len(bad) > NUM_TOLD else "")
+        log.warning("%s: %d of %d files are left out, being no images: %s", manifest.url, left_out, num_samples, named)
+
+
+def _write_one(source: Source, config: StorageConfig, resize: int | None, job: _Job) -> tuple[Shard, list[str]]:
+    """The shard, written where it isn't there yet, and the files that were left out of it, with reasons."""
     index_url = job.url + ".idx"
     try:
         index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
-        if len(index) == len(job.indices) and storage.size(job.url, config) == index.shard_bytes:
-            return Shard(job.url, index_url, index.shard_bytes, len(index), index.shard_crc32)
+        if storage.size(job.url, config) == index.shard_bytes:
+            return Shard(job.url, index_url, index.shard_bytes, len(index), index.shard_crc32), []
     except (FileNotFoundError, UserError):
         pass
-    data = tar_bytes(_resized(sample, resize) for sample in source.read(job.indices))
+    good, bad = [], []
+    for sample in source.read(job.indices):
+        prepared = _prepared(sample, resize)
+        if isinstance(prepared, BadSample):
+            bad.append(f"{sample.path or sample.key} ({prepared})")
+        else:
+            good.append(prepared)
+    data = tar_bytes(good)
     crc32 = zlib.crc32(data)
     index, _ = index_tar(io.BytesIO(data), job.url, len(data), crc32)
     storage.write_bytes(job.url, data, config)
     storage.write_bytes(index_url, index.to_bytes(), config)
-    return Shard(job.url, index_url, len(data), len(index), crc32)
+    return Shard(job.url, index_url, len(data), len(index), crc32), bad
 
 
 def tar_bytes(samples: Iterable[SourceSample]) -> bytes:
@@ -160,13 +189,15 @@ def tar_bytes(samples: Iterable[SourceSample]) -> bytes:
     return buffer.getvalue()
 
 
-def _resized(sample: SourceSample, resize: int | None) -> SourceSample:
-    if resize is None:
-        return sample
+def _prepared(sample: SourceSample, resize: int | None) -> SourceSample | BadSample:
+    """The sample as it is written; why it can't be."""
     try:
-        image = decode(sample.image, max_pixels=2**28)
-    except BadSample:
-        return sample  # training will quarantine it, under its own key
+        if resize is None:
+            check_header(sample.image, MAX_PIXELS)
+            return sample
+        image = decode(sample.image, MAX_PIXELS)
+    except BadSample as bad:
+        return bad
     scale = resize / min(image.size)
     if scale >= 1:
         return sample

@@ -26,6 +26,7 @@ class SourceSample:
     extension: str
     label: int | None = None
     factors: bytes | None = None  # JSON
+    path: str = ""  # of the file that it came from, for messages
 
 
 class Source(Protocol):
@@ -128,6 +129,7 @@ class FolderSource:
                 Path(self.paths[index]).read_bytes(),
                 _extension(self.paths[index]),
                 self.labels[index] if self.classes else None,
+                path=self.paths[index],
             )
             for index in indices
         ]
@@ -163,11 +165,12 @@ class TorchvisionSource:
                 path, label = files[index][:2]
                 image, extension = Path(path).read_bytes(), _extension(path)
             else:
-                picture, label = self._dataset[index][:2]
+                path, (picture, label) = "", self._dataset[index][:2]
                 buffer = io.BytesIO()
                 picture.convert("RGB").save(buffer, "PNG")
                 image, extension = buffer.getvalue(), "png"
-            found.append(SourceSample(f"{index:08d}", image, extension, int(label) if int(label) >= 0 else None))
+            label = int(label) if int(label) >= 0 else None
+            found.append(SourceSample(f"{index:08d}", image, extension, label, path=path))
         return found
 
     def digests(self, indices: Sequence[int]) -> list[bytes]:
