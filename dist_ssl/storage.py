@@ -8,6 +8,7 @@ end up in configs, logs and reports. s3fs is not fork-safe: call `filesystem` in
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -144,6 +145,8 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
         attempts += 1
         try:
             return operation()
+        except StorageError:
+            raise
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise type(error)(f"{redact(url)}: {redact(str(error))}") from None
         except Exception as error:
@@ -169,12 +172,25 @@ def _is_transient(error: Exception) -> bool:
 
 
 def read_bytes(url: str, config: StorageConfig, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes [start, stop) of a file, in one request. Retried; a body that is cut short counts as a fault."""
+    """Bytes [start, stop) of a file, in one request. Retried; a body that is cut short counts as a fault.
+
+    Raises StorageError at once where the file is too short for that.
+    """
 
     def once() -> bytes:
         system, path = filesystem(url, config)
-        data = system.cat_file(path, start=start or None, end=stop)
+        try:
+            data = system.cat_file(path, start=start or None, end=stop)
+        except OSError as error:
+            if error.errno != errno.EINVAL or stop is None:  # what s3fs makes of a range beyond the end
+                raise
+            data = b""
         if stop is not None and len(data) != stop - start:
+            if (found := int(system.info(path)["size"])) < stop:
+                raise StorageError(
+                    f"{redact(url)}: expected at least {stop} bytes, the file holds {found}: it is not the one that "
+                    "was indexed or written; run `dist-ssl shards verify` on shards"
+                )
             raise EOFError(f"expected bytes {start} to {stop}, got {len(data)} bytes")
         return bytes(data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import struct
 import time
@@ -91,6 +92,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/tmp/owned) (w) file
         (b"", "empty"),
         (EPS, "not a JPEG, PNG, WEBP image"),
         (b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.", "not a JPEG, PNG, WEBP image"),
+        (gzip.compress(bytes(250_000_000), 1), "not a JPEG, PNG, WEBP image"),
         (encoded(PICTURE, "BMP"), "not a JPEG, PNG, WEBP image"),
         (encoded(PICTURE, "TIFF"), "not a JPEG, PNG, WEBP image"),
         (encoded(PICTURE, "GIF"), "not a JPEG, PNG, WEBP image"),
@@ -103,7 +105,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/tmp/owned) (w) file
         (png_header(2**31 - 1, 2**31 - 1), "."),
         (png_header(0, 5), "."),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_hostile_bytes_give_a_reason(data: bytes, reason: str) -> None:
     before, started = psutil.Process().memory_info().rss, time.monotonic()

@@ -84,7 +84,7 @@ def test_local_files(tmp_path: Path) -> None:
     storage.write_file(url, storage.join(str(tmp_path), "copy"), LOCAL)
     assert storage.list_files(str(tmp_path), LOCAL) == [url, str(tmp_path / "copy")]
     assert os.stat(url).st_mode & 0o044 == 0o044 & ~_umask()
-    with pytest.raises(storage.StorageError, match=r"got 2 bytes"):
+    with pytest.raises(storage.StorageError, match=r"expected at least 20 bytes, the file holds 10"):
         storage.read_bytes(url, LOCAL, 8, 20)
     storage.remove(url, LOCAL)
     storage.remove(url, LOCAL)
@@ -133,6 +133,9 @@ def test_s3(server: S3Server, tmp_path: Path) -> None:
     assert storage.read_bytes("s3://bucket/dir/b", config) == data
     assert storage.read_bytes("s3://bucket/dir/a", config, 1000, 2_000_000) == data[1000:2_000_000]
     assert b"".join(storage.read_ranges("s3://bucket/dir/a", config, len(data))) == data
+    for start in (2_999_999, 3_000_000, 4_000_000):
+        with pytest.raises(storage.StorageError, match="expected at least 5000000 bytes, the file holds 3000000"):
+            storage.read_bytes("s3://bucket/dir/a", config, start, 5_000_000)
     assert storage.list_files("s3://bucket/dir", config) == ["s3://bucket/dir/a", "s3://bucket/dir/b"]
     assert storage.list_files("s3://bucket/none", config) == []
     assert storage.size("s3://bucket/dir/a", config) == 3_000_000
