@@ -179,7 +179,7 @@ class _Training(Dataset[Any]):
         sample_ids = self.starts[shards] + members
         parameters, uniforms = draw(config.run.seed, epochs, sample_ids, config.augment)
         size = config.augment.crop_size
-        crops = torch.empty((len(positions), 2, 3, size, size), dtype=torch.uint8)
+        crops = torch.from_numpy(np.empty((len(positions), 2, 3, size, size), np.uint8))
         labels, replaced, quarantined = np.empty(len(positions), np.int64), {}, []
         data = self.reader.images(shards, members)
         for row, (shard, member) in enumerate(zip(shards.tolist(), members.tolist(), strict=True)):

@@ -134,7 +134,7 @@ def decode_and_crop(data: list[bytes], config: AugmentConfig) -> tuple[torch.Ten
     from dist_ssl.data.stream import crop_and_resize
 
     parameters, uniforms = draw(0, np.zeros(len(data), np.int64), np.arange(len(data)), config)
-    crops = torch.empty((len(data), 2, 3, config.crop_size, config.crop_size), dtype=torch.uint8)
+    crops = torch.from_numpy(np.empty((len(data), 2, 3, config.crop_size, config.crop_size), np.uint8))
     for row, one in enumerate(data):
         image = decode(one, 10**8)
         for view in range(2):
