@@ -16,6 +16,7 @@ import typer
 
 from dist_ssl import __version__
 from dist_ssl.config import UserError
+from dist_ssl.storage import StorageError
 
 EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
 
@@ -365,6 +366,7 @@ def plan(
 def run(app: typer.Typer, is_first: bool = True) -> None:
     """Run a command line and exit with its code; a user's mistake is one line on stderr, of one rank, and code 2."""
     usage_error: Any = typer.BadParameter.__base__  # typer exports no name for it
+    code = 2
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except usage_error as error:
@@ -373,9 +375,11 @@ def run(app: typer.Typer, is_first: bool = True) -> None:
         problem = f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help"
     except (UserError, FileNotFoundError, PermissionError) as error:
         problem = str(error)
+    except StorageError as error:
+        problem, code = str(error), 1  # unlike a mistake of the user's, this may pass: launchers start again
     if is_first:
         print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,8 +38,10 @@ from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
 from dist_ssl.data.stream import evaluation_batches, training_batches
 from dist_ssl.storage import StorageError
+from tests.faults.harness import Launch
 from tests.proxy import faulty_proxy
 from tests.s3 import S3Server, s3_server
+from tests.trajectory import small_config
 
 SAMPLES, BATCH = 300, 47
 
@@ -204,6 +207,28 @@ def test_a_server_that_is_away_for_good_is_an_error_within_the_budget(
         assert time.monotonic() - started < 20
     finally:
         server.start()
+
+
+@pytest.mark.slow
+def test_a_store_that_is_gone_ends_every_rank(server: S3Server, tmp_path: Path) -> None:
+    """A real run of two ranks whose manifest is here and whose shards are in a store that has gone."""
+    index_shards("s3://bucket/shapes", StorageConfig(endpoint_url=server.endpoint_url), output=str(tmp_path / "index"))
+    config = small_config(
+        tmp_path / "run", tmp_path / "index", f"storage.endpoint_url={server.endpoint_url}", "storage.retry_seconds=3",
+        f"data.cache_dir={tmp_path}",
+    )  # fmt: skip
+    server.stop()
+    try:
+        launch = Launch(config, 2)
+        assert launch.wait(120) not in (0, 75)
+    finally:
+        server.start()
+    said = launch.said()
+    assert re.search(
+        r"error: (rank 1: )?s3://bucket/shapes/\d+.tar: gave up after \d+ attempts in .*last cause: ", said
+    )
+    assert "Traceback" not in said, "an error that is told, on both ranks"
+    assert not launch.ranks()
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
