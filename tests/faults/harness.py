@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -64,11 +63,16 @@ class Launch:
             self.kill()
             raise AssertionError(f"still running after {timeout} s:\n{said}") from None
 
+    def processes(self) -> list[psutil.Process]:
+        """Everything under the launcher, and itself."""
+        return [*_children(self.process.pid), psutil.Process(self.process.pid)]
+
     def kill(self) -> None:
         """kill -9 of the launcher and everything under it."""
-        for process in [*_children(self.process.pid), psutil.Process(self.process.pid)]:
-            with_no_error(process.kill)
+        processes = self.processes()
+        send(processes, signal.SIGKILL)
         self.process.wait()
+        psutil.wait_procs(processes, timeout=30)
 
     def said(self) -> str:
         return self.output.read_text(errors="replace")
@@ -90,7 +94,12 @@ def with_no_error(call: Any) -> None:
 
 def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().splitlines()
+    except OSError:
+        return -1
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
@@ -101,7 +110,4 @@ def last_step(run_dir: Path) -> int:
 
 def send(processes: list[psutil.Process], number: int) -> None:
     for process in processes:
-        with_no_error(lambda process=process: os.kill(process.pid, number))
-
-
-SIGNALS = {"-9": signal.SIGKILL, "-15": signal.SIGTERM, "stop": signal.SIGSTOP, "continue": signal.SIGCONT}
+        with_no_error(lambda process=process: process.send_signal(number))
