@@ -27,6 +27,7 @@ from dist_ssl.checkpoint_writer import newest_incarnation
 from dist_ssl.config import Config, StorageConfig
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
+from tests.faults.forked import ForkedLaunch
 from tests.faults.harness import Launch, last_step, send
 from tests.trajectory import ledger, losses, small_config
 
@@ -53,6 +54,10 @@ class Chaos:
     def size(self) -> int:
         return 2 if self.fixed_ranks else self.random.randint(1, 4)
 
+    def launch(self, config: Config, size: int) -> Launch:
+        """One start in eight by the real launcher, the others without its minute of imports."""
+        return Launch(config, size) if self.random.random() < 1 / 8 else ForkedLaunch(config, size)
+
     def draw(self, weights: dict[str, int]) -> str:
         return self.random.choices(list(weights), list(weights.values()))[0]
 
@@ -60,7 +65,7 @@ class Chaos:
         """Start, wait for a random moment, do one random harm, wait until every process has ended."""
         moment, action, size = self.draw(MOMENTS), self.draw(ACTIONS), self.size()
         before, started = last_step(Path(config.run.dir)), time.monotonic()
-        launch = Launch(config, size)
+        launch = self.launch(config, size)
         met, ranks = self.wait_for(moment, launch, size)
         waited = time.monotonic() - started
         if launch.process.poll() is not None:
@@ -69,16 +74,17 @@ class Chaos:
         torn = uncommitted(launch.run_dir)
         self.done.update([action, f"at {moment}" if met else f"missed {moment}", f"{size} ranks"])
         self.done["in the middle of a commit"] += torn
+        by = "" if isinstance(launch, ForkedLaunch) else " by launch.local"
         self.say(
-            f"{number}: {size} ranks, {action} at {moment}{'' if met else ' (missed)'} after {waited:.1f} s; steps "
-            f"{before} -> {last_step(launch.run_dir)}; {'a commit was torn; ' if torn else ''}"
+            f"{number}: {size} ranks{by}, {action} at {moment}{'' if met else ' (missed)'} after {waited:.1f} s; "
+            f"steps {before} -> {last_step(launch.run_dir)}; {'a commit was torn; ' if torn else ''}"
             f"exit code {launch.process.returncode}"
         )
 
     def wait_for(self, moment: str, launch: Launch, size: int) -> tuple[bool, list[psutil.Process]]:
         """Whether the moment came, and the ranks: listed before it, since listing takes longer than a commit."""
         if moment == "start-up":
-            time.sleep(self.random.uniform(0, self.longest_start))
+            wait_for_progress(launch, 1, timeout=self.random.uniform(0, self.longest_start))
             return True, launch.ranks()
         steps, pause = self.random.randint(1, 4), self.random.uniform(0, 0.1)
         started = time.monotonic()
@@ -131,7 +137,7 @@ class Chaos:
         assert launch.wait(PATIENCE_SECONDS) == 0, launch.said()
         for number in range(1, kills + 1):
             self.disturb(number, chaotic)
-        launch = Launch(chaotic, self.size())
+        launch = self.launch(chaotic, self.size())
         code = launch.wait(PATIENCE_SECONDS)
         self.say(f"undisturbed from here: exit code {code}")
         self.say("; ".join(f"{count} {what}" for what, count in sorted(self.done.items())))
@@ -156,11 +162,14 @@ class Chaos:
         return problems
 
 
-def wait_for_progress(launch: Launch, steps: int, since: int | None = None) -> int:
+def wait_for_progress(launch: Launch, steps: int, since: int | None = None, timeout: float = PATIENCE_SECONDS) -> int:
     """Until this launch has done `steps` steps, or ended; returns the last. A resume first trims what it will redo."""
+    deadline = time.monotonic() + timeout
     seen = last_step(launch.run_dir) if since is None else since
     target = seen + steps
-    while launch.process.poll() is None and (step := last_step(launch.run_dir)) < target:
+    while (
+        launch.process.poll() is None and time.monotonic() < deadline and (step := last_step(launch.run_dir)) < target
+    ):
         if step < seen and since is None:
             seen, target = step, step + steps
         time.sleep(0.01)
@@ -189,7 +198,7 @@ def main(arguments: Any = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--fixed-ranks", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args(arguments)

@@ -22,12 +22,9 @@ class Launch:
     """A launcher process and the ranks under it. `output` is the file that all of them write to."""
 
     def __init__(self, config: Config, size: int, *arguments: str, restarts: int = 0):
-        folder = Path(config.run.dir).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "given.toml"
-        path.write_text(config_module.dumps(config))
+        path = write_config(config)
         self.run_dir = Path(config.run.dir)
-        self.output = folder / f"launch-{time.monotonic_ns()}.log"
+        self.output = path.parent / f"launch-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "launch.local", "pretrain", str(path), "--ranks", str(size)]
         command += ["--max-restarts", str(restarts), *arguments]
         with open(self.output, "wb") as file:
@@ -38,7 +35,7 @@ class Launch:
     def ranks(self) -> list[psutil.Process]:
         """The rank processes, in rank order."""
         found = {}
-        for child in _children(self.process.pid):
+        for child in children(self.process.pid):
             try:
                 environment, command = child.environ(), child.cmdline()
             except psutil.Error:
@@ -65,7 +62,7 @@ class Launch:
 
     def processes(self) -> list[psutil.Process]:
         """Everything under the launcher, and itself."""
-        return [*_children(self.process.pid), psutil.Process(self.process.pid)]
+        return [*children(self.process.pid), psutil.Process(self.process.pid)]
 
     def kill(self) -> None:
         """kill -9 of the launcher and everything under it."""
@@ -78,7 +75,15 @@ class Launch:
         return self.output.read_text(errors="replace")
 
 
-def _children(pid: int) -> list[psutil.Process]:
+def write_config(config: Config) -> Path:
+    folder = Path(config.run.dir).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "given.toml"
+    path.write_text(config_module.dumps(config))
+    return path
+
+
+def children(pid: int) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:

@@ -1,0 +1,104 @@
+"""A launcher that forks its ranks from this process, which has imported all they need.
+
+A start takes two seconds of a core then, where `launch.local` imports torch and DeepSpeed once a rank and needs twenty;
+the ranks run the same command, `dist-ssl pretrain`. For chaos runs, whose hundred starts are about what comes after.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import dist_ssl.train  # noqa: F401  imported here, so that no rank has to
+from dist_ssl import cli
+from dist_ssl.config import Config
+from tests.faults.harness import Launch, children, write_config
+from tests.pool import free_port
+
+GRACE_SECONDS = 30.0  # between SIGTERM to the survivors of a dead rank and SIGKILL, as torch's elastic agent has it
+_context = multiprocessing.get_context("fork")
+
+
+class ForkedLaunch(Launch):
+    """As `Launch`, without the imports, and without restarts."""
+
+    def __init__(self, config: Config, size: int):
+        path = write_config(config)
+        self.run_dir = Path(config.run.dir)
+        self.output = path.parent / f"launch-{time.monotonic_ns()}.log"
+        self.process = _Process(_context.Process(target=_launch, args=(path, size, self.output)))
+
+    def ranks(self) -> list[psutil.Process]:
+        return sorted(children(self.process.pid), key=lambda process: process.pid)
+
+
+class _Process:
+    """What is used of a `subprocess.Popen`, of a forked process."""
+
+    def __init__(self, process: ForkProcess):
+        self._process = process
+        process.start()
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("dist-ssl pretrain", timeout or 0.0)
+        return self._process.exitcode
+
+
+def _launch(path: Path, size: int, output: Path) -> None:
+    """Run the ranks; take the others down with one that fails; exit as the first of them did."""
+    os.setsid()
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    port = free_port()
+    ranks = [_context.Process(target=_rank, args=(path, rank, size, port)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in ranks:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, pass_on)
+    first, deadline = 0, None
+    while running := [process for process in ranks if process.exitcode is None]:
+        wait(
+            [process.sentinel for process in running], None if deadline is None else max(0, deadline - time.monotonic())
+        )
+        failed = [process.exitcode for process in ranks if process.exitcode]
+        if failed and deadline is None:
+            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+            pass_on(signal.SIGTERM, None)
+        elif deadline is not None and time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+    sys.exit(first if first >= 0 else 128 - first)
+
+
+def _rank(path: Path, rank: int, size: int, port: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_RUN_ID"] = "forked"  # the ranks end with their launcher
+    sys.argv = ["dist-ssl", "pretrain", str(path)]
+    cli.main()
