@@ -23,11 +23,13 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
+import fsspec.asyn
 
 from dist_ssl.config import StorageConfig, UserError
 
 SCHEMES = ("file", "s3", "gs", "https", "memory")
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 8.0
+SLOWEST_BYTES_PER_SECOND = 2**20  # an upload that is slower than this counts as a fault
 RANGE_BYTES = 8 * 2**20  # one request of a large read: what a broken body costs to read again
 
 # Variables whose values never reach a message, whatever a library puts into its errors.
@@ -117,12 +119,26 @@ def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
 
 def _open_system(scheme: str, options: dict[str, Any]) -> Any:
     try:
+        if scheme == "s3":
+            options["session"] = _s3_session(options["profile"])
         system = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError as error:
         raise UserError(f"{scheme}://: {error}; install the package it names") from None
     if scheme == "s3":
         system.retries = 1
     return system
+
+
+def _s3_session(profile: str | None) -> Any:
+    """botocore's session, which awaits no `100 Continue` before a body: aiohttp waits for it without a time-out, and
+    some stores never send it.
+    """
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
+
+    session = AioSession(profile=profile)
+    session.unregister("before-call.s3", add_expect_header)
+    return session
 
 
 def is_local(url: str) -> bool:
@@ -225,7 +241,7 @@ def write_bytes(url: str, data: bytes, config: StorageConfig) -> None:
     """Write a whole file, atomically: under another name, fsync, rename (local), or one put (store). Retried."""
     system, path = filesystem(url, config)
     if not is_local(url):
-        retry(url, config, lambda: system.pipe_file(path, data))
+        retry(url, config, lambda: _upload(system, "pipe_file", len(data), config, path, data))
         return
     with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -237,13 +253,26 @@ def write_file(local_path: str | Path, url: str, config: StorageConfig) -> None:
     """Copy a local file to `url`, atomically, as `write_bytes` does. Retried."""
     system, path = filesystem(url, config)
     if not is_local(url):
-        retry(url, config, lambda: system.put_file(str(local_path), path))
+        num_bytes = os.path.getsize(local_path)
+        retry(url, config, lambda: _upload(system, "put_file", num_bytes, config, str(local_path), path))
         return
     with _replacing(Path(path)) as temporary, open(local_path, "rb") as source, open(temporary, "wb") as file:
         while block := source.read(2**22):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _upload(system: Any, method: str, num_bytes: int, config: StorageConfig, *arguments: Any) -> None:
+    """One upload, given up after a time that grows with its size; aiohttp's time-out begins when the body is sent."""
+    if not system.async_impl:
+        getattr(system, method)(*arguments)
+        return
+    seconds = 2 * config.timeout_seconds + num_bytes / SLOWEST_BYTES_PER_SECOND
+    try:
+        fsspec.asyn.sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=seconds)
+    except TimeoutError:
+        raise TimeoutError(f"{num_bytes} bytes were not taken in within {seconds:.0f} s") from None
 
 
 @contextlib.contextmanager

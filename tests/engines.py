@@ -94,6 +94,15 @@ def save_after(config: Config, steps: int) -> dict[tuple[str, str, int], Tensor]
     return held(model)
 
 
+def save_error(config: Config, steps: int) -> str:
+    """What `save_after` raised on this rank, as all must."""
+    try:
+        save_after(config, steps)
+    except OSError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 def load_and_step(config: Config, start: int, more: int) -> tuple[Any, Any]:
     """Load the newest checkpoint; return what is held right after, and after some more steps."""
     model = build(config)

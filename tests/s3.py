@@ -22,11 +22,14 @@ from tests.pool import free_port
 
 
 class S3Server:
-    """With `listing_seconds` at 0, files that are changed behind its back are seen at once, and every request reads and
-    hashes its whole object for the ETag; above, a listing and its hashes are kept so long: what a measurement wants.
+    """It keeps a listing, and the hashes of its objects (their ETags), for `listing_seconds`.
+
+    Files that are changed behind its back are seen after that; a measurement wants it long, since each request hashes
+    its whole object anew. With 0 rclone's timers of expiry, one a directory it has seen, spin: requests then hang for
+    minutes.
     """
 
-    def __init__(self, directory: Path, listing_seconds: int = 0):
+    def __init__(self, directory: Path, listing_seconds: float = 0.1):
         self.directory, self._listing_seconds = Path(directory), listing_seconds
         self.port = free_port()
         self.endpoint_url = f"http://127.0.0.1:{self.port}"
@@ -43,14 +46,15 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
+        """Serve, with further options of `rclone serve s3`, such as --read-only."""
         self.directory.mkdir(parents=True, exist_ok=True)
         binary = Path(sys.executable).parent / "rclone"
         self._process = subprocess.Popen(
             [
                 str(binary), "serve", "s3", "--auth-key", f"{self._key},{self._secret}",
                 "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null", "--vfs-cache-mode", "off",
-                "--dir-cache-time", f"{self._listing_seconds}s",
+                "--dir-cache-time", f"{self._listing_seconds}s", *options,
                 str(self.directory),
             ],
             stdout=subprocess.DEVNULL,
@@ -76,7 +80,7 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(directory: Path, listing_seconds: int = 0) -> Iterator[S3Server]:
+def s3_server(directory: Path, listing_seconds: float = 0.1) -> Iterator[S3Server]:
     server = S3Server(directory, listing_seconds)
     server.start()
     try:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from dist_ssl import checkpoint, config
 from dist_ssl.config import UserError
 from tests import engines
-from tests.pool import RankFailed, ranks
+from tests.pool import ranks
+from tests.s3 import s3_server
 from tests.trajectory import small_config
 
 ELASTIC = [((2, 1), (3, 3)), ((3, 3), (2, 2)), ((1, 0), (2, 1)), ((2, 2), (1, 0))]
@@ -172,8 +174,8 @@ def test_retention_keeps_the_last_every_nth_and_step_zero(tmp_path):
 def test_a_refused_write_is_an_error_and_leaves_the_one_before(run):
     """A file stands where the directory of the next checkpoint must be made."""
     Path(run.run.dir, "checkpoints", "step-00000007").write_text("in the way")
-    with pytest.raises(RankFailed, match="checkpoint of step 7 not written: rank"):
-        ranks(2).run(engines.save_after, run, 7)
+    for error in ranks(2).run(engines.save_error, run, 7):
+        assert re.match(r"checkpoint of step 7 not written: rank 0: .*step-00000007", error)
     assert [step for step, _ in ranks(2).run(engines.newest_step, run)] == [5, 5]
 
 
@@ -189,6 +191,42 @@ def test_evaluation_reads_what_was_saved(run):
         checkpoint.load_run(run.run.dir)
 
 
+def in_store(function, environment, *arguments):
+    os.environ.update(environment)
+    return function(*arguments)
+
+
+def test_in_an_object_store_and_a_store_that_refuses(tmp_path):
+    """The manifest, put last, is the commit; when writes fail the run stops, and goes on from the one before."""
+    (tmp_path / "store" / "bucket").mkdir(parents=True)
+    with s3_server(tmp_path / "store") as server:
+        settings = small_config(
+            tmp_path / "run",
+            "",
+            "checkpoint.url=s3://bucket/run",
+            f"storage.endpoint_url={server.endpoint_url}",
+            "storage.retry_seconds=3.0",
+            "storage.timeout_seconds=4.0",
+        )
+
+        def run(size, function, *arguments):
+            return ranks(size).run(in_store, function, server.environment, settings, *arguments)
+
+        for steps in (0, 3):
+            before = engines.assembled(run(2, engines.save_after, steps))
+        loaded = engines.assembled([answer[0] for answer in run(3, engines.load_and_step, 3, 1)])
+        assert all(torch.equal(values, loaded[key]) for key, values in before.items())
+        refused = r"checkpoint of step 5 not written: rank \d: s3://bucket/run/step-00000005/\S+: gave up after .*"
+        server.stop()
+        assert all(re.match(refused + "Connect", error) for error in run(2, engines.save_error, 5))
+        server.start("--read-only")
+        assert all(re.match(refused + "Internal Error", error) for error in run(2, engines.save_error, 5))
+        assert [step for step, _ in run(2, engines.newest_step)] == [3, 3]
+        secret = server.environment["AWS_SECRET_ACCESS_KEY"]
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not any(secret.encode() in path.read_bytes() for path in written)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
 def test_a_full_disk_is_an_error_and_the_one_before_stays(tmp_path):
     small = tmp_path / "small"
@@ -197,8 +235,8 @@ def test_a_full_disk_is_an_error_and_the_one_before_stays(tmp_path):
     try:
         settings = small_config(tmp_path / "run", "", f"checkpoint.url={small}/checkpoints", "checkpoint.keep_last=9")
         ranks(2).run(engines.save_after, settings, 3)
-        with pytest.raises(RankFailed, match=r"checkpoint of step 5 not written: rank .*No space left on device"):
-            ranks(2).run(engines.save_after, settings, 5)
+        for error in ranks(2).run(engines.save_error, settings, 5):
+            assert re.match(r"checkpoint of step 5 not written: rank .*No space left on device", error)
         assert [step for step, _ in ranks(2).run(engines.newest_step, settings)] == [3, 3]
     finally:
         subprocess.run(["umount", small], check=True)

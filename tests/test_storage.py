@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,6 +172,26 @@ def test_the_budget_ends_retries_with_an_error_that_says_all(server: S3Server) -
     assert "last cause: " in message
     for secret in server.environment.values():
         assert secret in ("us-east-1", "true") or secret not in message
+
+
+def test_a_store_that_goes_silent_is_given_up(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the connection and never says a word; it takes in small bodies, and of large ones what buffers hold."""
+    monkeypatch.setattr(storage, "SLOWEST_BYTES_PER_SECOND", 2**26)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        config = StorageConfig(endpoint_url=endpoint, retry_seconds=0.5, timeout_seconds=0.5)
+        for body, cause in ((b"x", "ReadTimeoutError"), (bytes(2**25), "33554432 bytes were not taken in within 2 s")):
+            (tmp_path / "x").write_bytes(body)
+            for write, arguments in (
+                (storage.write_bytes, ("s3://bucket/x", body)),
+                (storage.write_file, (tmp_path / "x", "s3://bucket/x")),
+            ):
+                started = time.monotonic()
+                with pytest.raises(storage.StorageError, match=f"s3://bucket/x: gave up after 1 attempts.*{cause}"):
+                    write(*arguments, config)
+                assert time.monotonic() - started < 5
 
 
 def test_wrong_keys_and_no_keys_fail_at_once(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
