@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -80,19 +79,18 @@ def _launch(path: Path, size: int, output: Path) -> None:
             process.terminate()
 
     signal.signal(signal.SIGTERM, pass_on)
-    first, deadline = 0, None
-    while running := [process for process in ranks if process.exitcode is None]:
-        wait(
-            [process.sentinel for process in running], None if deadline is None else max(0, deadline - time.monotonic())
-        )
-        failed = [process.exitcode for process in ranks if process.exitcode]
-        if failed and deadline is None:
-            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+    first, kill_at = 0, float("inf")
+    while True:
+        running = any(process.exitcode is None for process in ranks)
+        if not first and (first := next((process.exitcode for process in ranks if process.exitcode), 0)):
+            kill_at = time.monotonic() + GRACE_SECONDS
             pass_on(signal.SIGTERM, None)
-        elif deadline is not None and time.monotonic() > deadline:
+        if not running:
+            sys.exit(first if first >= 0 else 128 - first)
+        if time.monotonic() > kill_at:
             for process in ranks:
                 process.kill()
-    sys.exit(first if first >= 0 else 128 - first)
+        time.sleep(0.05)
 
 
 def _rank(path: Path, rank: int, size: int, port: int) -> None:
