@@ -76,22 +76,20 @@ class Checkpoint:
     url: str
     storage: StorageConfig
     manifest: dict[str, Any]
+    _readers: dict[str, FileReader] = field(default_factory=dict)
 
-    def verify(self, name: str) -> str | None:
-        """What is wrong with one of its files, or None."""
+    def verify(self, name: str, keep: bool = False) -> str | None:
+        """What is wrong with one of its files, or None. With `keep` what was fetched is there for `read`."""
         described = self.manifest["files"][name]
-        crc = 0
         try:
             size = storage.size(storage.join(self.url, name), self.storage)
             if size != described["bytes"]:
                 return f"{name}: expected {described['bytes']} bytes, found {size}"
-            for start in range(0, described["bytes"], 2**24):
-                stop = min(start + 2**24, described["bytes"])
-                crc = zlib.crc32(storage.read_bytes(storage.join(self.url, name), self.storage, start, stop), crc)
-            if crc != described["crc32"]:
+            reader = self._reader(name)
+            if reader.checksum(size, keep) != described["crc32"]:
                 return f"{name}: its checksum does not match: damaged"
             if name.endswith(".safetensors"):
-                FileReader(storage.join(self.url, name), self.storage)
+                _ = reader.header
         except (OSError, ValueError) as error:
             return f"{name}: {error}"
         return None
@@ -103,37 +101,40 @@ class Checkpoint:
     def kinds(self) -> set[str]:
         return {entry["kind"] for entry in self.manifest["fragments"]} - {"replicated"}
 
-    def read(self, name: str, kind: str, offset: int, length: int, into: Tensor, readers: dict[str, FileReader]) -> int:
+    def read(self, name: str, kind: str, offset: int, length: int, into: Tensor) -> int:
         """Elements [offset, offset + length) of a parameter's flat `kind`, copied to `into`; returns how many were."""
         copied = 0
         for entry in self._index.get((name, kind), ()):
             start, stop = max(offset, entry["offset"]), min(offset + length, entry["offset"] + entry["length"])
             if stop <= start:
                 continue
-            reader = self._reader(entry["file"], readers)
+            reader = self._reader(entry["file"])
             into[start - offset : stop - offset].copy_(reader.read(entry["key"], start - entry["offset"], stop - start))
             copied += stop - start
         return copied
 
-    def _reader(self, file: str, readers: dict[str, FileReader]) -> FileReader:
-        if file not in readers:
-            readers[file] = FileReader(storage.join(self.url, file), self.storage)
-        return readers[file]
+    def close(self) -> None:
+        """Let go of files and memory: a file that retention removes would stay on the disk while it is mapped."""
+        self._readers.clear()
+
+    def _reader(self, file: str) -> FileReader:
+        if file not in self._readers:
+            self._readers[file] = FileReader(storage.join(self.url, file), self.storage)
+        return self._readers[file]
 
     def tensors(self, kind: str, prefix: str = "") -> dict[str, Tensor]:
         """Whole tensors of a kind ("master" or "replicated") whose name starts with `prefix`, on the CPU."""
-        readers: dict[str, FileReader] = {}
         found: dict[str, Tensor] = {}
         for (name, entry_kind), entries in self._index.items():
             if entry_kind != kind or not name.startswith(prefix):
                 continue
             shape = entries[0]["shape"]
             if kind == "replicated":
-                reader = self._reader(entries[0]["file"], readers)
+                reader = self._reader(entries[0]["file"])
                 found[name] = reader.read(entries[0]["key"], 0, entries[0]["length"]).view(shape).clone()
                 continue
             flat = torch.empty(int(torch.Size(shape).numel()))
-            if self.read(name, kind, 0, flat.numel(), flat, readers) != flat.numel():
+            if self.read(name, kind, 0, flat.numel(), flat) != flat.numel():
                 raise DamagedCheckpoint(f"{self.url}: the fragments of {name} don't cover it")
             found[name] = flat.view(shape)
         return found
@@ -175,7 +176,7 @@ def newest_valid(url: str, config: StorageConfig) -> Checkpoint | None:
         try:
             found = open_checkpoint(url, step, config)
             names = sorted(found.manifest["files"])[rank() :: world_size()]
-            problems = [problem for name in names if (problem := found.verify(name))]
+            problems = [problem for name in names if (problem := found.verify(name, keep=True))]
         except (OSError, DamagedCheckpoint) as error:
             problems = [str(error)]
         problems = [problem for mine in gather_objects(problems) for problem in mine]
@@ -189,9 +190,11 @@ def newest_valid(url: str, config: StorageConfig) -> Checkpoint | None:
 
 
 def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = None) -> RunState:
-    """Bring an engine, and the probe where it was saved, to a checkpoint's state. Collective; any W and ZeRO stage."""
+    """Bring an engine, and the probe where it was saved, to a checkpoint's state; closes it.
+
+    Collective; any W and ZeRO stage.
+    """
     state = checkpoint.state()
-    readers: dict[str, FileReader] = {}
     kinds = checkpoint.kinds() - {"master"}
     engine.before_load()
     flats = {f.flat for f in engine.fragments}
@@ -206,7 +209,7 @@ def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = No
         for f in engine.fragments:
             for kind in ("master", *kinds):
                 target = f.flat if kind == "master" else engine.optimizer.state[f.flat][kind]
-                if checkpoint.read(f.name, kind, f.offset, f.length, f.of(target), readers) != f.length:
+                if checkpoint.read(f.name, kind, f.offset, f.length, f.of(target)) != f.length:
                     raise DamagedCheckpoint(f"{checkpoint.url}: {kind} of {f.name} is not there in full")
     engine.after_load()
     with torch.no_grad(), together():
@@ -217,6 +220,7 @@ def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = No
             held = {name.removeprefix("probe."): t for name, t in saved.items() if name.startswith("probe.")}
             if held:
                 probe.load_state_dict(held)
+    checkpoint.close()
     return state
 
 

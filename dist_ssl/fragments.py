@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import zlib
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ _NAMES = {
 }
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 _LONGEST_HEADER = 2**27
+_BLOCK_BYTES = 2**22
 
 
 class HostBuffer:
@@ -71,29 +74,56 @@ class HostBuffer:
 
 
 class FileReader:
-    """Ranges of the tensors in a safetensors file, local or in an object store; the header is read once."""
+    """Ranges of the tensors in a safetensors file: of a local one mapped, of one in an object store requested."""
 
     def __init__(self, url: str, config: StorageConfig):
         self._url, self._config = url, config
-        self._map: mmap.mmap | None = None
+        self._data: mmap.mmap | bytearray | None = None
         if storage.is_local(url):
             with open(storage.filesystem(url, config)[1], "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        length = int.from_bytes(self._read(0, 8), "little")
+                # Private, since torch wants memory that could be written; nobody writes to it.
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def checksum(self, size: int, keep: bool) -> int:
+        """crc32 of the file's `size` bytes. With `keep` an object stays in memory, so that it is not fetched twice."""
+        crc = 0
+        if storage.is_local(self._url):
+            block = memoryview(bytearray(_BLOCK_BYTES))  # one: touching fresh memory costs more than reading into it
+            with open(storage.filesystem(self._url, self._config)[1], "rb", buffering=0) as file:
+                while length := file.readinto(block):
+                    crc = zlib.crc32(block[:length], crc)
+            return crc
+        whole = bytearray()
+        for part in storage.read_ranges(self._url, self._config, size):
+            crc = zlib.crc32(part, crc)
+            if keep:
+                whole += part
+        self._data = whole if keep else None
+        return crc
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """The tensors' types and places, which count from the end of the header. Raises ValueError where it is none."""
+        length = int.from_bytes(self._range(0, 8), "little")
         if length > _LONGEST_HEADER:
-            raise ValueError(f"{url}: not a safetensors file: a header of {length} bytes")
-        self._header: dict[str, Any] = json.loads(self._read(8, 8 + length))
-        self._first = 8 + length
+            raise ValueError(f"{self._url}: not a safetensors file: a header of {length} bytes")
+        described: dict[str, Any] = json.loads(bytes(self._range(8, 8 + length)))
+        for place in described.values():
+            place["data_offsets"] = [8 + length + offset for offset in place["data_offsets"]]
+        return described
 
     def read(self, key: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of a tensor, 1-D, in memory of its own. Raises KeyError."""
-        described = self._header[key]
+        """Elements [start, start + length) of a tensor, 1-D, to copy from: of a mapped file a view. Raises KeyError."""
+        described = self.header[key]
         dtype = _TYPES[described["dtype"]]
-        first = self._first + described["data_offsets"][0] + start * dtype.itemsize
-        data = self._read(first, first + length * dtype.itemsize)
-        return torch.frombuffer(bytearray(data), dtype=dtype) if length else torch.empty(0, dtype=dtype)
+        first = described["data_offsets"][0] + start * dtype.itemsize
+        data = self._range(first, first + length * dtype.itemsize)
+        return torch.frombuffer(data, dtype=dtype) if length else torch.empty(0, dtype=dtype)
 
-    def _read(self, start: int, stop: int) -> bytes:
-        if self._map is not None:
-            return self._map[start:stop]
-        return storage.read_bytes(self._url, self._config, start, stop)
+    def _range(self, start: int, stop: int) -> memoryview:
+        data = self._data
+        if data is None:
+            return memoryview(bytearray(storage.read_bytes(self._url, self._config, start, stop)))
+        if stop > len(data):
+            raise ValueError(f"{self._url}: expected bytes {start} to {stop}, but there are {len(data)}")
+        return memoryview(data)[start:stop]
