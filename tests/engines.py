@@ -83,15 +83,17 @@ def step_and_return(config: Config, steps: int) -> dict[tuple[str, str, int], Te
     return held(model)
 
 
-def save_after(config: Config, steps: int) -> dict[tuple[str, str, int], Tensor]:
-    """Take steps, save as the next incarnation, return what this rank held."""
-    model = build(config)
-    take_steps(model, build_model(config), range(steps))
+def save_after(config: Config, steps: int, more: int = 0) -> tuple[Any, Any]:
+    """Take steps, save as the next incarnation; return what this rank held then, and after some more steps."""
+    model, shapes = build(config), build_model(config)
+    take_steps(model, shapes, range(steps))
     incarnation = distributed.broadcast_object(take_incarnation(config.run.dir) if distributed.rank() == 0 else None)
     checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
     checkpointer.save(RunState(steps, steps * 4, "", "data"), dict(model.model.named_buffers()))
     checkpointer.wait()
-    return held(model)
+    saved = held(model)
+    take_steps(model, shapes, range(steps, steps + more))
+    return saved, held(model)
 
 
 def save_error(config: Config, steps: int) -> str:

@@ -24,26 +24,38 @@ ELASTIC = [((2, 1), (3, 3)), ((3, 3), (2, 2)), ((1, 0), (2, 1)), ((2, 2), (1, 0)
 PLACES = list(itertools.product((1, 2, 3), (0, 1, 2, 3)))
 
 
-def places(optimizer, saved, loaded, path):
-    """Save at one (W, stage), load at another; right after the load all is equal bit by bit."""
-    size, stage = saved
-    base = ["optimizer.name=" + optimizer, "optimizer.weight_decay=1e-4"]
-    written = small_config(path, "", f"engine.zero_stage={stage}", *base)
-    before = engines.assembled(ranks(size).run(engines.save_after, written, 3))
-    new_size, new_stage = loaded
-    read = small_config(path, "", f"engine.zero_stage={new_stage}", *base)
-    answers = ranks(new_size).run(engines.load_and_step, read, 3, 2)
-    after = engines.assembled([answer[0] for answer in answers])
+def saved_at(optimizer, place, path):
+    """Whole tensors as they were when a checkpoint of step 3 was saved at one (W, stage), and two steps later."""
+    settings = at(optimizer, place, path)
+    return whole(ranks(place[0]).run(engines.save_after, settings, 3, 2))
+
+
+def loaded_equals(optimizer, place, path, saved, exactly):
+    """Right after a load at another (W, stage) all is equal bit by bit, and so it stays at the same one."""
+    before, continued = saved
+    after, resumed = whole(ranks(place[0]).run(engines.load_and_step, at(optimizer, place, path), 3, 2))
     assert after.keys() == before.keys()
     for key, values in before.items():
         assert torch.equal(values, after[key]), key
-    continued = engines.assembled(ranks(size).run(engines.step_and_return, written, 5))
-    resumed = engines.assembled([answer[1] for answer in answers])
     for key, values in continued.items():
-        if saved == loaded:
+        if exactly:
             assert torch.equal(values, resumed[key]), key
         else:
             torch.testing.assert_close(values, resumed[key], rtol=1e-5, atol=1e-6)
+
+
+def at(optimizer, place, path):
+    return small_config(
+        path, "", f"engine.zero_stage={place[1]}", f"optimizer.name={optimizer}", "optimizer.weight_decay=1e-4"
+    )
+
+
+def whole(answers):
+    return tuple(engines.assembled(list(parts)) for parts in zip(*answers, strict=True))
+
+
+def places(optimizer, saved, loaded, path):
+    loaded_equals(optimizer, loaded, path, saved_at(optimizer, saved, path), exactly=saved == loaded)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
@@ -213,8 +225,8 @@ def test_in_an_object_store_and_a_store_that_refuses(tmp_path):
             return ranks(size).run(in_store, function, server.environment, settings, *arguments)
 
         for steps in (0, 3):
-            before = engines.assembled(run(2, engines.save_after, steps))
-        loaded = engines.assembled([answer[0] for answer in run(3, engines.load_and_step, 3, 1)])
+            before, _ = whole(run(2, engines.save_after, steps))
+        loaded, _ = whole(run(3, engines.load_and_step, 3, 1))
         assert all(torch.equal(values, loaded[key]) for key, values in before.items())
         refused = r"checkpoint of step 5 not written: rank \d: s3://bucket/run/step-00000005/\S+: gave up after .*"
         server.stop()
