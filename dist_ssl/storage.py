@@ -277,6 +277,7 @@ def _upload(system: Any, method: str, num_bytes: int, config: StorageConfig, *ar
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Any:
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -288,11 +289,13 @@ def _replacing(path: Path) -> Any:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    # The entry of the file, and those of the directories that were made for it.
+    for parent in (path.parent, *(folder.parent for folder in made)):
+        directory = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,29 @@ def save_after(config: Config, steps: int, more: int = 0) -> tuple[Any, Any]:
     saved = held(model)
     take_steps(model, shapes, range(steps, steps + more))
     return saved, held(model)
+
+
+def synced_and_renamed(config: Config, steps: int) -> list[tuple[str, str]]:
+    """What was asked of the kernel during a save: ("fsync", path) and ("rename", the new path), in order."""
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        temporary = path.with_name(path.name[1:].rpartition(".")[0]) if path.name.startswith(".") else None
+        calls.append(("fsync", f"temporary of {temporary}" if temporary else str(path)))
+        fsync(descriptor)
+
+    def recorded_replace(source: str, target: str | Path) -> None:
+        calls.append(("rename", os.path.realpath(target)))
+        replace(source, target)
+
+    os.fsync, os.replace = recorded_fsync, recorded_replace
+    try:
+        save_after(config, steps)
+    finally:
+        os.fsync, os.replace = fsync, replace
+    return calls
 
 
 def save_error(config: Config, steps: int) -> str:

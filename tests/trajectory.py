@@ -44,6 +44,15 @@ def pretrain(config: Config, **options: Any) -> int:
     return train.pretrain(config, **options)
 
 
+def pretrain_error(config: Config) -> str:
+    """What `pretrain` raised on this rank."""
+    try:
+        pretrain(config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
 def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from dist_ssl import distributed, train
 from dist_ssl.config import Config
 from dist_ssl.data.augment import BRIGHTNESS, JITTER
 from dist_ssl.data.stream import Batch, Batches
+from tests.faults.harness import last_step
 
 
-class Poisoned(Batches):
-    """Batches of which rank 1's first image has a brightness of NaN in the given steps."""
+class Disturbed(Batches):
+    """Batches of which rank 1 has a `disturb(step, batch)` called before each is handed out."""
 
-    def __init__(self, batches: Batches, steps: list[int]):
-        self._batches, self._steps, self._step = batches, steps, 0
+    def __init__(self, batches: Batches, disturb: Callable[[int, Batch], None]):
+        self._batches, self._disturb, self._step = batches, disturb, 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -23,23 +28,52 @@ class Poisoned(Batches):
     def __next__(self) -> Batch:
         batch = next(self._batches)
         self._step += 1
-        if distributed.rank() == 1 and self._step in self._steps:
-            batch.parameters[0, :, JITTER] = 1.0
-            batch.parameters[0, :, BRIGHTNESS] = float("nan")
+        if distributed.rank() == 1:
+            self._disturb(self._step, batch)
         return batch
 
     def close(self) -> None:
         self._batches.close()
 
 
-def pretrain_with_poison(config: Config, steps: list[int]) -> int:
+def _pretrain(config: Config, disturb: Callable[[int, Batch], None]) -> int:
     real = train.training_batches
-
-    def poisoned(*arguments: Any, **keywords: Any) -> Batches:
-        return Poisoned(real(*arguments, **keywords), steps)
-
-    train.training_batches = poisoned
+    train.training_batches = lambda *arguments, **keywords: Disturbed(real(*arguments, **keywords), disturb)
     try:
         return train.pretrain(config)
     finally:
         train.training_batches = real
+
+
+def pretrain_with_poison(config: Config, steps: list[int]) -> int:
+    """Rank 1's first image has a brightness of NaN in the given steps."""
+
+    def poison(step: int, batch: Batch) -> None:
+        if step in steps:
+            batch.parameters[0, :, JITTER] = 1.0
+            batch.parameters[0, :, BRIGHTNESS] = float("nan")
+
+    return _pretrain(config, poison)
+
+
+def pretrain_with_signal(config: Config, at_step: int, number: int) -> int:
+    """Rank 1 is sent a signal while it fetches a step's batch."""
+    return _pretrain(config, lambda step, batch: os.kill(os.getpid(), number) if step == at_step else None)
+
+
+def pretrain_with_a_signal_and_a_lost_peer(config: Config, at_step: int) -> int:
+    """Rank 1 makes no further step, and rank 0 is sent SIGTERM."""
+
+    def stay_away(step: int, batch: Batch) -> None:
+        if step == at_step:
+            time.sleep(5)
+
+    if distributed.rank() == 0:
+        threading.Thread(target=_signal_at, args=(config, at_step - 1), daemon=True).start()
+    return _pretrain(config, stay_away)
+
+
+def _signal_at(config: Config, step: int) -> None:
+    while last_step(Path(config.run.dir)) < step - 1:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,102 @@
+"""When a run saves, and what it does where it can't: on a pool of ranks, without launchers."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from dist_ssl import checkpoint
+from tests import engines, trajectory
+from tests.faults import inject
+from tests.faults.harness import last_step
+from tests.pool import RankFailed, ranks
+from tests.trajectory import small_config
+
+
+def committed(config):
+    return checkpoint.committed_steps(checkpoint.checkpoint_url(config), config.storage)
+
+
+def test_by_the_clock(tmp_path, small_shards):
+    config = small_config(
+        tmp_path / "run",
+        small_shards,
+        "train.steps=4",
+        "checkpoint.every_steps=1000",
+        "checkpoint.every_minutes=1e-6",
+        "checkpoint.keep_last=9",
+    )
+    assert ranks(2).run(trajectory.pretrain, config) == [0, 0]
+    assert committed(config) == [0, 1, 2, 3, 4]
+
+
+def test_before_the_time_limit(tmp_path, small_shards):
+    config = small_config(
+        tmp_path / "run",
+        small_shards,
+        "train.steps=100000",
+        "checkpoint.every_steps=100000",
+        "checkpoint.wall_time_minutes=0.02",
+    )
+    assert ranks(2).run(trajectory.pretrain, config) == [75, 75]
+    assert committed(config) == [0, last_step(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_on_each_signal(tmp_path, small_shards, number):
+    """One rank hears it; all finish the same step and commit it."""
+    config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=1000")
+    assert ranks(2).run(inject.pretrain_with_signal, config, 3, number) == [75, 75]
+    assert committed(config) == [0, last_step(tmp_path / "run")]
+    assert last_step(tmp_path / "run") in (2, 3)  # it came while step 2 was under way
+
+
+def test_a_failed_write_in_the_background_stops_the_next_step(tmp_path, small_shards):
+    config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=10", "train.steps=200")
+    Path(config.run.dir, "checkpoints").mkdir(parents=True)
+    Path(config.run.dir, "checkpoints", "step-00000010").write_text("in the way")
+    for error in ranks(2).run(trajectory.pretrain_error, config):
+        assert re.match(r"(OSError|StorageError): checkpoint of step 10 not written: rank 0", error)
+    assert 10 <= last_step(tmp_path / "run") < 20  # long before the next save would have found out
+    assert committed(config) == [0]
+
+
+def test_nothing_is_removed_before_a_newer_one_is_committed(tmp_path):
+    """All ranks' files are written, and the manifest can't be."""
+    config = small_config(tmp_path / "run", "", "checkpoint.keep_last=1")
+    for steps in (0, 2):
+        ranks(2).run(engines.save_after, config, steps)
+    Path(config.run.dir, "checkpoints", "step-00000004", "manifest.json", "in the way").mkdir(parents=True)
+    assert all("manifest.json" in error for error in ranks(2).run(engines.save_error, config, 4))
+    assert committed(config) == [0, 2]
+    assert [step for step, _ in ranks(2).run(engines.newest_step, config)] == [2, 2]
+
+
+def test_all_is_on_the_disk_before_the_manifest(tmp_path):
+    """The kernel is asked, in this order: each file, its rename, its directories; then the manifest the same way."""
+    config = small_config(tmp_path / "run", "")
+    calls = ranks(1).run(engines.synced_and_renamed, config, 2)[0]
+    folder = os.path.realpath(tmp_path / "run" / "checkpoints")
+    step = f"{folder}/step-00000002"
+    renamed = [path for call, path in calls if call == "rename"]
+    assert renamed == [f"{step}/i0001/rank-00000.safetensors", f"{step}/i0001/state.json", f"{step}/manifest.json"]
+    position = 0
+    for path in renamed:
+        rename = calls.index(("rename", path))
+        assert ("fsync", "temporary of " + path) in calls[position:rename]
+        position = rename
+        end = calls.index(("rename", f"{step}/manifest.json")) if not path.endswith("manifest.json") else len(calls)
+        assert ("fsync", os.path.dirname(path)) in calls[rename:end]
+    last = calls.index(("rename", f"{step}/manifest.json"))
+    # The run directory, the checkpoints and the step are new: their entries must be durable too.
+    assert {("fsync", str(tmp_path / "run")), ("fsync", folder), ("fsync", step)} <= set(calls[:last])
+
+
+def test_a_lost_peer_means_an_end_without_saving(tmp_path, small_shards):
+    config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=1000", "engine.grace_seconds=1")
+    with pytest.raises(RankFailed) as failure:
+        ranks(2).run(inject.pretrain_with_a_signal_and_a_lost_peer, config, 4)
+    assert failure.value.tracebacks[0] == "the process died"
+    assert committed(config) == [0]
