@@ -215,6 +215,8 @@ def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = No
     with torch.no_grad(), together():
         saved = checkpoint.tensors("replicated")
         for name, buffer in engine.model.named_buffers():
+            if name not in saved:
+                raise DamagedCheckpoint(f"{checkpoint.url}: the buffer {name} is not there")
             buffer.copy_(saved[name])
         if probe is not None:
             held = {name.removeprefix("probe."): t for name, t in saved.items() if name.startswith("probe.")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dist_ssl.checkpoint import RunState
 from dist_ssl.checkpoint_writer import Checkpointer, take_incarnation
 from dist_ssl.config import Config
 from dist_ssl.models import build_model
+from tests.trajectory import messages
 
 
 def build(config: Config) -> engine.Engine:
@@ -162,16 +162,11 @@ def naive_lars(config: Config, steps: int) -> dict[str, Tensor]:
 
 def newest_step(config: Config) -> tuple[int | str, list[str]]:
     """The step of the newest valid checkpoint, or the error; and what was warned of."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dist_ssl").addHandler(handler)
-    try:
-        found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
-    except ValueError as error:
-        return str(error), said
-    finally:
-        logging.getLogger("dist_ssl").removeHandler(handler)
+    with messages() as said:
+        try:
+            found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+        except ValueError as error:
+            return str(error), said
     return -1 if found is None else int(found.manifest["step"]), said
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,31 @@ def pretrain(config: Config, **options: Any) -> int:
 
     logging.getLogger().setLevel("ERROR")
     return train.pretrain(config, **options)
+
+
+def pretrain_warnings(config: Config, **options: Any) -> list[str]:
+    """What `pretrain` warned of on this rank."""
+    from dist_ssl import train
+
+    with messages() as said:
+        train.pretrain(config, **options)
+    return said
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[list[str]]:
+    """The warnings that dist_ssl logs meanwhile."""
+    said: list[str] = []
+    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("dist_ssl")
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def pretrain_error(config: Config) -> str:

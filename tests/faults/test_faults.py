@@ -1,10 +1,13 @@
 """Runs that are killed, signalled, poisoned and outlived: real processes, one case of each class."""
 
-import itertools
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -14,7 +17,7 @@ from dist_ssl import checkpoint
 from dist_ssl.config import StorageConfig
 from tests import trajectory
 from tests.faults import inject
-from tests.faults.harness import Launch, last_step, send
+from tests.faults.harness import ROOT, Launch, last_step, send
 from tests.pool import RankFailed, ranks
 from tests.trajectory import ledger, losses, small_config
 
@@ -26,9 +29,13 @@ STEPS = 24
 def undisturbed(tmp_path_factory, small_shards):
     """What a run of 24 steps on two ranks gives that nobody disturbs: losses, ledger, final weights."""
     config = settings(tmp_path_factory.mktemp("undisturbed"), small_shards)
-    launch = Launch(config, 2)
-    assert launch.wait() == 0, launch.said()
+    goes_on(config)
     return outcome(config)
+
+
+def goes_on(config, size=2, code=0, **options):
+    """The same run once more, to its end, on ranks that are there already: a launch takes ten seconds to import."""
+    assert ranks(size).run(partial(trajectory.pretrain, config, **options)) == [code] * size
 
 
 def settings(folder, shards, *overrides):
@@ -54,22 +61,19 @@ def test_kill_9_and_the_same_command_again_is_bit_identical(tmp_path, small_shar
         launch = Launch(config, 2)
         launch.wait_for_step(step)
         launch.kill()
-    launch = Launch(config, 2)
-    assert launch.wait() == 0, launch.said()
+    goes_on(config)
     same_bits(outcome(config), undisturbed)
-    again = Launch(config, 2)  # complete: says so, does nothing
-    assert again.wait() == 0
+    goes_on(config)  # complete: does nothing
     same_bits(outcome(config), undisturbed)
 
 
 def test_other_ranks_and_stage_after_a_kill(tmp_path, small_shards, undisturbed):
-    for number, (size, stage) in enumerate(((3, 2), (1, 0), (2, 3))):
-        config = settings(tmp_path, small_shards, f"engine.zero_stage={stage}")
-        launch = Launch(config, size)
-        if number < 2:
-            launch.wait_for_step(8 * (number + 1))
-            launch.kill()
-    assert launch.wait() == 0, launch.said()
+    for step, size, stage in ((8, 3, 2), (16, 1, 0)):
+        launch = Launch(settings(tmp_path, small_shards, f"engine.zero_stage={stage}"), size)
+        launch.wait_for_step(step)
+        launch.kill()
+    config = settings(tmp_path, small_shards, "engine.zero_stage=3")
+    goes_on(config)
     found = outcome(config)
     assert found[1] == undisturbed[1]
     assert found[0] == pytest.approx(undisturbed[0], rel=1e-3)
@@ -87,8 +91,7 @@ def test_sigterm_commits_and_exits_75(tmp_path, small_shards, undisturbed, to_la
     assert launch.wait(60) == 75, launch.said()
     steps = checkpoint.committed_steps(checkpoint.checkpoint_url(config), config.storage)
     assert steps[-1] == last_step(launch.run_dir) >= 5
-    launch = Launch(config, 2)
-    assert launch.wait() == 0, launch.said()
+    goes_on(config)
     same_bits(outcome(config), undisturbed)
 
 
@@ -133,8 +136,7 @@ def test_an_older_incarnation_that_lives_on_does_not_write(tmp_path, small_shard
     old = Launch(config, 2)
     old.wait_for_step(7)
     send(old.ranks(), signal.SIGSTOP)
-    new = Launch(config, 2)
-    assert new.wait() == 0, new.said()
+    goes_on(config)
     same_bits(outcome(config), undisturbed)
     send(old.ranks(), signal.SIGCONT)
     assert old.wait(60) == 76, old.said()
@@ -166,28 +168,33 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, small_shards):
 
 
 def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp_path, small_shards):
-    config = small_config(tmp_path / "run", small_shards, "train.steps=4")
-    assert Launch(config, 2).wait() == 0
-    cases = itertools.product((["objective.temperature=0.3", "run.seed=1"], ["train.steps=6"]), ([], ["--restart"]))
-    for overrides, arguments in list(cases)[:1] + list(cases)[2:3]:
-        launch = Launch(small_config(tmp_path / "run", small_shards, "train.steps=4", *overrides), 2, *arguments)
-        assert launch.wait() == 2
-        lines = [line for line in launch.said().splitlines() if line]
-        assert len(lines) == 1, launch.said()
-        for override in overrides:
-            assert f"{override.split('=')[0]}: " in lines[0]
+    def config(*overrides):
+        return small_config(tmp_path / "run", small_shards, "train.steps=4", *overrides)
+
+    goes_on(config())
+    refused = Launch(config("objective.temperature=0.3", "run.seed=1"), 2)
+    assert refused.wait() == 2
+    lines = [line for line in refused.said().splitlines() if line]
+    assert len(lines) == 1, refused.said()
+    assert re.search(
+        r"differs in what may not change.*run\.seed: 0 -> 1; objective\.temperature: 0\.1 -> 0\.3", lines[0]
+    )
+    for error in ranks(2).run(trajectory.pretrain_error, config("train.steps=6")):
+        assert "train.steps: 4 -> 6" in error
+        assert "--extend makes a run longer" in error
     # A start that is refused takes no number: it would stop a run that is alive.
     assert [path.name for path in (tmp_path / "run" / "incarnations").iterdir()] == ["0001"]
-    longer = Launch(small_config(tmp_path / "run", small_shards, "train.steps=6"), 2, "--extend")
-    assert longer.wait() == 0, longer.said()
-    assert "the schedule is stretched" in longer.said()
+    warned, _ = ranks(2).run(partial(trajectory.pretrain_warnings, config("train.steps=6"), extend=True))
+    assert any("extended from 4 to 6 steps: the schedule is stretched" in line for line in warned), warned
     assert last_step(tmp_path / "run") == 6
-    fresh = Launch(small_config(tmp_path / "run", small_shards, "train.steps=4", "run.seed=1"), 2, "--restart")
-    assert fresh.wait() == 0, fresh.said()
+    goes_on(config("run.seed=1"), restart=True)
     assert len(list(tmp_path.glob("run.before-*"))) == 1
 
 
 def test_a_short_chaos_run(tmp_path):
-    from tests.faults import chaos
-
-    assert chaos.main(["--kills", "4", "--steps", "40", "--seed", "3", "--folder", str(tmp_path)]) == 0
+    """In a process of its own, since it forks ranks."""
+    options = ["--kills", "4", "--steps", "40", "--seed", "3", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.chaos", *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
