@@ -158,6 +158,9 @@ def open_checkpoint(url: str, step: int, config: StorageConfig) -> Checkpoint:
         manifest = json.loads(signed["manifest"])
         if manifest["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {manifest['format']}")
+        files = {name for name, described in manifest["files"].items() if described["bytes"] + described["crc32"] >= 0}
+        if missing := {manifest["state"], *(entry["file"] for entry in manifest["fragments"])} - files:
+            raise ValueError(f"it tells neither size nor checksum of {sorted(missing)[0]}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{directory}/manifest.json: {error}") from None
     return Checkpoint(directory, config, manifest)

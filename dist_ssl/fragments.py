@@ -107,9 +107,12 @@ class FileReader:
         length = int.from_bytes(self._range(0, 8), "little")
         if length > _LONGEST_HEADER:
             raise ValueError(f"{self._url}: not a safetensors file: a header of {length} bytes")
-        described: dict[str, Any] = json.loads(bytes(self._range(8, 8 + length)))
-        for place in described.values():
-            place["data_offsets"] = [8 + length + offset for offset in place["data_offsets"]]
+        try:
+            described: dict[str, Any] = json.loads(bytes(self._range(8, 8 + length)))
+            for place in described.values():
+                place["data_offsets"] = [8 + length + offset for offset in place["data_offsets"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self._url}: not a safetensors file: {error!r} in its header") from None
         return described
 
     def read(self, key: str, start: int, length: int) -> Tensor:

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -135,19 +136,26 @@ def test_all_damaged_is_an_error_on_all_ranks(run):
         assert "all 3 checkpoints are damaged" in answer
 
 
-def test_a_forged_manifest_does_not_make_a_pickle_load(run):
-    """Even with its checksum put right, a pickle where safetensors is expected is refused, and nothing runs."""
-    file, manifest = files_of(run, 5)[0], files_of(run, 5)[-1]
-    poison(file)
-    import zlib
-
-    body = json.loads(json.loads(manifest.read_text())["manifest"])
-    body["files"]["/".join(file.parts[-2:])] = {
-        "bytes": file.stat().st_size,
-        "crc32": zlib.crc32(file.read_bytes()),
-    }
+def sign(manifest, body):
+    """Write a manifest whose own checksum holds, whatever is in it."""
     text = json.dumps(body)
     manifest.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "manifest": text}))
+
+
+def without_places(path):
+    header = b'{"a": [1, 2]}   '
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize("harm", [poison, without_places])
+def test_a_forged_manifest_does_not_make_a_pickle_load(run, harm):
+    """Even with its checksum put right, what is no safetensors file is refused, and nothing runs."""
+    file, manifest = files_of(run, 5)[0], files_of(run, 5)[-1]
+    harm(file)
+    body = json.loads(json.loads(manifest.read_text())["manifest"])
+    data = file.read_bytes()
+    body["files"]["/".join(file.parts[-2:])] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+    sign(manifest, body)
     (step, said), _ = ranks(2).run(engines.newest_step, run)
     assert step == 3
     assert "not a safetensors file" in said[0]
@@ -155,6 +163,22 @@ def test_a_forged_manifest_does_not_make_a_pickle_load(run):
     with pytest.raises(ValueError, match="not a safetensors file"):
         forged.tensors("master")
     assert not list(Path(run.run.dir).rglob("ran"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {}}, "tells neither size nor checksum of i0003/rank-00000.safetensors"),
+        ({"files": [1]}, "no attribute 'items'"),
+        ({"fragments": [{}]}, "'file'"),
+        ({"format": 99}, "expected format 1, got 99"),
+    ],
+)
+def test_a_manifest_of_another_form_is_named(run, change, said):
+    manifest = files_of(run, 5)[-1]
+    sign(manifest, json.loads(json.loads(manifest.read_text())["manifest"]) | change)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=rf"step-00000005/manifest\.json: .*{said}"):
+        checkpoint.open_checkpoint(checkpoint.checkpoint_url(run), 5, run.storage)
 
 
 def test_export_is_loaded_by_plain_torchvision(tmp_path):
