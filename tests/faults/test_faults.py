@@ -177,7 +177,7 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
     lines = [line for line in refused.said().splitlines() if line]
     assert len(lines) == 1, refused.said()
     assert re.search(
-        r"differs in what may not change.*run\.seed: 0 -> 1; objective\.temperature: 0\.1 -> 0\.3", lines[0]
+        r"differs in what may not change.*objective\.temperature: 0\.1 -> 0\.3; run\.seed: 0 -> 1", lines[0]
     )
     for error in ranks(2).run(trajectory.pretrain_error, config("train.steps=6")):
         assert "train.steps: 4 -> 6" in error
