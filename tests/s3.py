@@ -24,12 +24,12 @@ from tests.pool import free_port
 class S3Server:
     """It keeps a listing, and the hashes of its objects (their ETags), for `listing_seconds`.
 
-    Files that are changed behind its back are seen after that; a measurement wants it long, since each request hashes
+    Files that are changed behind its back are seen after that (`forget` waits so long); a measurement wants it long, since each request hashes
     its whole object anew. With 0 rclone's timers of expiry, one a directory it has seen, spin: requests then hang for
     minutes.
     """
 
-    def __init__(self, directory: Path, listing_seconds: float = 0.1):
+    def __init__(self, directory: Path, listing_seconds: float = 0.02):
         self.directory, self._listing_seconds = Path(directory), listing_seconds
         self.port = free_port()
         self.endpoint_url = f"http://127.0.0.1:{self.port}"
@@ -71,6 +71,10 @@ class S3Server:
                 raise TimeoutError("rclone does not listen")
             time.sleep(0.05)
 
+    def forget(self) -> None:
+        """Call after changing files behind its back."""
+        time.sleep(2 * self._listing_seconds)
+
     def stop(self) -> None:
         """Kill it; `start` brings it back on the same port with the same keys and files."""
         if self._process is not None:
@@ -80,7 +84,7 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(directory: Path, listing_seconds: float = 0.1) -> Iterator[S3Server]:
+def s3_server(directory: Path, listing_seconds: float = 0.02) -> Iterator[S3Server]:
     server = S3Server(directory, listing_seconds)
     server.start()
     try:

@@ -304,25 +304,30 @@ def test_a_shard_that_changed_since_it_was_indexed_never_gets_in(
 
     try:
         path.write_bytes(before[:2000] + b"?" + before[2001:])
+        server.forget()
         with pytest.raises(UserError, match="not those that were indexed"):
             cache.fetch(remote.shards[1])
         assert not cache.path(remote.shards[1]).exists()
         path.write_bytes(os.urandom(len(before)))
+        server.forget()
         with pytest.raises(UserError, match=r"000001.tar: none of its .* samples .*not those that were indexed"):
             first_batches()
         path.write_bytes(before[:5000])
+        server.forget()
         started = time.monotonic()
         with pytest.raises(StorageError, match=r"expected at least \d+ bytes, the file holds 5000: it is not the one"):
             first_batches()
         assert time.monotonic() - started < 3, "a retry would not mend it"
     finally:
         path.write_bytes(before)
+        server.forget()
 
 
 def test_two_buckets_with_the_same_names_do_not_collide(server: S3Server, shapes: Path, tmp_path: Path) -> None:
     write_shards(
         open_source("shapes:60:32", 9), str(shapes / "second" / "shapes"), StorageConfig(), shard_mb=0.1, num_workers=0
     )
+    server.forget()
     _, one, cache = cached(server, tmp_path)
     other = load_manifest("s3://second/shapes", StorageConfig(endpoint_url=server.endpoint_url))
     assert cache.path(one.shards[0]) != cache.path(other.shards[0])

@@ -96,10 +96,12 @@ class Reader:
             wanted.append((shard, start, start + int(index.sizes[member]), int(index.crcs[member])))
         found: list[bytes | BadSample] = []
         for (shard, start, stop, crc32), data in zip(wanted, self._read(wanted), strict=True):
-            if zlib.crc32(data) != crc32 and self._forget(shard):
+            whole = zlib.crc32(data) == crc32
+            if not whole and self._forget(shard):
                 data = storage.read_bytes(self.manifest.shards[shard].url, self._storage, start, stop)
-            bad = len(data) != stop - start or zlib.crc32(data) != crc32
-            found.append(BadSample("its bytes are not those that were indexed (crc32)") if bad else data)
+                whole = zlib.crc32(data) == crc32
+            whole = whole and len(data) == stop - start
+            found.append(data if whole else BadSample("its bytes are not those that were indexed (crc32)"))
         return found
 
     def factors(self, shards: NDArray[np.int64], members: NDArray[np.int64]) -> list[dict[str, Any]] | None:
