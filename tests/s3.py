@@ -24,9 +24,9 @@ from tests.pool import free_port
 class S3Server:
     """It keeps a listing, and the hashes of its objects (their ETags), for `listing_seconds`.
 
-    Files that are changed behind its back are seen after that (`forget` waits so long); a measurement wants it long, since each request hashes
-    its whole object anew. With 0 rclone's timers of expiry, one a directory it has seen, spin: requests then hang for
-    minutes.
+    Files that are changed behind its back are seen after that (`forget` waits so long). A measurement wants it long,
+    since each request hashes its whole object anew. With 0 rclone's timers of expiry, one a directory it has seen,
+    spin: requests then hang for minutes.
     """
 
     def __init__(self, directory: Path, listing_seconds: float = 0.02):
