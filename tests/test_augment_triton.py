@@ -76,6 +76,7 @@ def test_colours_in_the_interpreter() -> None:
     assert from_alone == 0
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_spills() -> None:
     facts = fresh_process("compiled", "tests.test_augment_triton", TRITON_INTERPRET="0")
     assert [fact["spilled"] for fact in facts] == [0, 0, 0, 0]

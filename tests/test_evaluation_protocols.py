@@ -88,6 +88,7 @@ def test_the_augmented_linear_protocol_learns_and_leaves_the_encoder(colours):
     assert np.mean(correct["h"]) > 0.9
 
 
+@pytest.mark.slow
 def test_fine_tuning_works_on_a_copy(colours):
     correct, unchanged = _trained(colours, ["g1"], 60, True)
     assert unchanged

@@ -145,6 +145,7 @@ def compiled() -> list[dict]:
     return facts
 
 
+@pytest.mark.slow
 def test_kernels_compile_to_tensor_core_code():
     for fact in fresh_process("compiled", TRITON_INTERPRET="0"):
         hopper = fact["capability"] == 90

@@ -13,7 +13,7 @@ from tests.pool import ranks
 from tests.trajectory import small_config
 
 CASES = [
-    case if case in ((2, 1), (3, 3)) else pytest.param(*case, marks=pytest.mark.slow)
+    case if case == (2, 1) else pytest.param(*case, marks=pytest.mark.slow)
     for case in itertools.product((1, 2, 3), (0, 1, 2, 3))
 ]
 

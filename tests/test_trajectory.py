@@ -55,6 +55,7 @@ def test_same_loss_and_gradient_from_equal_weights(tmp_path, small_shards, size,
         assert relative_error(other_gradient, gradient) < 1e-5
 
 
+@pytest.mark.slow
 def test_whole_computation_in_fp64(tmp_path, small_shards):
     config = small_config(tmp_path, small_shards)
     (expected,) = ranks(1).run(trajectory.fp64_losses, config)

@@ -13,7 +13,7 @@ from tests.cluster.scenes import Scene, assert_same_run, losses
 from tests.cluster.slurm import MARKER, Cluster, marked_processes, missing, wait_until
 from tests.s3 import s3_server
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,6 @@ def test_doctor_sees_the_cluster_and_measures_between_nodes(cluster):
     assert said.count("Python: ") == 1
 
 
-@pytest.mark.slow
 def test_from_the_store_to_an_evaluated_encoder_through_a_requeue(scene):
     """One command: shards in S3, 2 nodes, requeued in the middle, evaluated by a job that waited for it."""
     with s3_server(scene.directory) as store:
@@ -100,7 +99,6 @@ def pretrain_requeue_evaluate(scene: Scene) -> None:
     assert accounted.split() == ["REQUEUED", "COMPLETED"]
 
 
-@pytest.mark.slow
 def test_a_sweep_ends_in_a_table(scene):
     scene.submit(scene.config("sweep", 10), 1, "--sweep", "model.head.kind=none,mlp", "--max-parallel", "2")
     table = scene.directory / "sweep" / "table.md"
