@@ -182,7 +182,11 @@ def test_a_store_that_goes_silent_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         config = StorageConfig(endpoint_url=endpoint, retry_seconds=0.5, timeout_seconds=0.5)
-        for body, cause in ((b"x", "ReadTimeoutError"), (bytes(2**25), "33554432 bytes were not taken in within 2 s")):
+        # On a busy machine the client's own start may take the second that one byte is given.
+        for body, cause in (
+            (b"x", "(ReadTimeoutError|1 bytes were not taken in within 1 s)"),
+            (bytes(2**25), "33554432 bytes were not taken in within 2 s"),
+        ):
             (tmp_path / "x").write_bytes(body)
             for write, arguments in (
                 (storage.write_bytes, ("s3://bucket/x", body)),
