@@ -150,26 +150,31 @@ def _own_directory() -> Path:
 
 
 class FetchAhead:
-    """A thread that brings shards into the cache, in the order last aimed at."""
+    """Threads that bring shards into the cache, in the order last aimed at.
+
+    Two: one shard's last ranges are on their way while the next one's first are asked for and another is summed.
+    """
 
     def __init__(self, cache: ShardCache):
         self._cache, self._aim, self._closed = cache, [], False  # type: ignore[var-annotated]
         self._changed = threading.Condition()
         self._refused: set[str] = set()
-        self._thread = threading.Thread(target=self._run, name="fetch ahead", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name="fetch ahead", daemon=True) for _ in range(2)]
+        for thread in self._threads:
+            thread.start()
 
     def aim(self, shards: Sequence[Shard]) -> None:
         """What to fetch from now on, the most urgent first."""
         with self._changed:
             self._aim = list(shards)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         while not self._closed:
