@@ -201,12 +201,13 @@ def _shift_hue(x: Tensor, shift: Tensor, spare: Tensor, other: Tensor) -> None:
     is_largest.copy_(red).eq_(value)
     hue.add_(b.mul_(is_largest))
     # Where C is 0 so is the numerator: any divisor gives no hue, and the chroma takes away what is made of it.
-    hue.div_(torch.clamp(chroma, min=1e-12, out=a)).add_(6 * shift[:, 0])
-    hue.sub_(torch.mul(hue, 1 / 6, out=a).floor_().mul_(6.0))
     torch.add(value, chroma, out=b)
-    for channel, centre in ((green, 2.0), (blue, 4.0)):
-        torch.sub(b, torch.sub(hue, centre, out=a).abs_().clamp_(1, 2).mul_(chroma), out=channel)
-    a = torch.sub(hue, 3.0, out=a).abs_().sub_(2.0).clamp_(-1, 0).mul_(chroma)
+    chroma.mul_(6.0)
+    # From here on the hue is in turns, made positive first so that its fraction is all that a rotation leaves.
+    hue.div_(torch.clamp(chroma, min=1e-12, out=a)).add_(1 + shift[:, 0]).frac_()
+    for channel, centre in ((green, 2 / 6), (blue, 4 / 6)):
+        torch.sub(b, torch.sub(hue, centre, out=a).abs_().clamp_(1 / 6, 2 / 6).mul_(chroma), out=channel)
+    a = torch.sub(hue, 3 / 6, out=a).abs_().sub_(2 / 6).clamp_(-1 / 6, 0).mul_(chroma)
     torch.add(value, a, out=red)
 
 
@@ -229,13 +230,19 @@ def _blur_rows(x: Tensor, drawn: Tensor) -> None:
 
 
 def _blur_by_convolution(x: Tensor, sigma: float) -> Tensor:
-    """(1, 3, S, S) -> (3, S, S). Beyond 4.5 sigma lie 7e-6 of the weights: left out, which saves half of the work."""
-    radius = min(blur_size(x.shape[-1]) // 2, int(4.5 * sigma) + 1)
+    """(1, 3, S, S) -> (3, S, S). Beyond 4.5 sigma lie 7e-6 of the weights: left out, which saves half of the work.
+
+    Every line is a channel of its own: three times S short convolutions take half the time of three large ones.
+    """
+    size = x.shape[-1]
+    radius = min(blur_size(size) // 2, int(4.5 * sigma) + 1)
     steps = torch.arange(-radius, radius + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (steps / sigma).square())
-    across = (weights / weights.sum()).expand(3, 1, 1, -1)
-    x = functional.conv2d(functional.pad(x, (radius, radius, 0, 0), "reflect"), across, groups=3)
-    return functional.conv2d(functional.pad(x, (0, 0, radius, radius), "reflect"), across.mT, groups=3)[0]
+    along = (weights / weights.sum()).expand(3 * size, 1, 1, -1)
+    for _ in range(2):  # rows, then columns as rows of the transposed image
+        lines = functional.pad(x, (radius, radius, 0, 0), "reflect").reshape(1, 3 * size, 1, -1)
+        x = functional.conv2d(lines, along, groups=3 * size).view(1, 3, size, size).mT
+    return x[0]
 
 
 def blur_by_matrices(x: Tensor, sigmas: Tensor) -> Tensor:
