@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -177,7 +178,13 @@ def opened(url: str, num_bytes: int, config: StorageConfig) -> Iterator[tuple[Bi
         for block in storage.read_ranges(url, config, num_bytes):
             crc32 = zlib.crc32(block, crc32)
             copy.write(block)
-        yield copy, crc32
+        copy.flush()
+        if num_bytes == 0:  # which can't be mapped
+            yield copy, crc32
+            return
+        # Mapped, a seek and a read of one header do not read a buffer around it.
+        with mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            yield cast(BinaryIO, mapped), crc32
 
 
 def summary(manifest: Manifest) -> str:
