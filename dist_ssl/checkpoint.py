@@ -254,22 +254,28 @@ def load_run(run_dir: str | Path, step: int | None = None) -> tuple[Config, int,
     """(config, step, model in evaluation mode on the CPU) of a run, at its newest or the given step."""
     config = read_run_config(run_dir)
     url = checkpoint_url(config)
-    steps = committed_steps(url, config.storage)
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{url}: expected a checkpoint of step {step}; there are {steps or 'none'}")
-    step = steps[-1] if step is None else step
+    step = _existing_step(url, step, config.storage)
     model = build_model(config)
     model.load_state_dict(read_model_state(url, step, config.storage))
     return config, step, model.eval().requires_grad_(False)
 
 
+def _existing_step(url: str, step: int | None, config: StorageConfig) -> int:
+    """The step, or for None the newest. Raises UserError where there is no checkpoint of it."""
+    steps = committed_steps(url, config)
+    if not steps:
+        raise UserError(
+            f"{url}: expected a checkpoint, there are none; pretrain first, or give another run's directory"
+        )
+    if step is not None and step not in steps:
+        raise UserError(f"{url}: expected a checkpoint of step {step}; there are {steps}")
+    return steps[-1] if step is None else step
+
+
 def export_encoder(run_dir: str | Path, file: str | Path, *, with_head: bool = False, step: int | None = None) -> int:
     """Write a run's encoder as safetensors, with its JSON beside it; returns the step it was taken at."""
     config = read_run_config(run_dir)
-    steps = committed_steps(checkpoint_url(config), config.storage)
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{run_dir}: expected a checkpoint of step {step}; there are {steps or 'none'}")
-    step = steps[-1] if step is None else step
+    step = _existing_step(checkpoint_url(config), step, config.storage)
     write_export(config, step, Path(file), with_head)
     return step
 

@@ -66,11 +66,11 @@ def pretrain(
     checked = configuration.load(config, overrides)
     # Until the loop takes signals, a time limit's or a user's waits: by default it would kill a rank that starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
-    from dist_ssl import distributed, train
+    from dist_ssl import distributed, interrupts, train
 
-    _end_with_the_launcher()
+    interrupts.end_with_the_launcher()
     code = train.pretrain(checked, restart=restart, extend=extend)
-    _tell_the_launcher(code)
+    interrupts.tell_the_launcher(code)
     distributed.shutdown()
     raise typer.Exit(code)
 
@@ -274,21 +274,6 @@ def lab(
         raise typer.Exit(1)
 
 
-def _end_with_the_launcher() -> None:
-    """Where the local launcher is killed with -9, its ranks get SIGTERM: they commit and end, not train on unseen."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _tell_the_launcher(code: int) -> None:
-    """A launcher that was signalled does not see its ranks' exit codes: rank 0 writes its own."""
-    path = os.environ.get("DIST_SSL_EXIT_CODE_FILE")
-    if path and os.environ.get("RANK", "0") == "0":
-        Path(path).write_text(str(code))
-
-
 def _set_up_logging() -> None:
     """On a terminal, rich; in a log file a line a message, whole, so that it can be searched."""
     if not sys.stderr.isatty():
@@ -373,8 +358,12 @@ def run(app: typer.Typer, is_first: bool = True) -> None:
         if error.ctx is None or not error.format_message().strip():
             sys.exit(2)  # called without arguments: its help is on the screen
         problem = f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help"
-    except (UserError, FileNotFoundError, PermissionError) as error:
+    except UserError as error:
         problem = str(error)
+    except (FileNotFoundError, PermissionError) as error:
+        problem = f"{error}; expected a path that exists and that you may read or write"
+    except MemoryError as error:
+        problem = f"out of memory: {error}; lower train.global_batch_size, augment.crop_size or data.num_workers"
     except StorageError as error:
         problem, code = str(error), 1  # unlike a mistake of the user's, this may pass: launchers start again
     if is_first:
@@ -391,8 +380,10 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "Fenced":
             raise
+        from dist_ssl.interrupts import tell_the_launcher
+
         print(f"error: {error}", file=sys.stderr)
-        _tell_the_launcher(EXIT_FENCED)
+        tell_the_launcher(EXIT_FENCED)
         sys.exit(EXIT_FENCED)
 
 

@@ -57,7 +57,7 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """SimCLR's augmentation (Chen et al. 2020, appendix A)."""
 
-    crop_size: int = Field(224, ge=8)
+    crop_size: int = Field(224, ge=8, le=4096)
     min_scale: float = Field(0.08, gt=0, le=1)
     flip_probability: float = Field(0.5, ge=0, le=1)
     jitter_probability: float = Field(0.8, ge=0, le=1)

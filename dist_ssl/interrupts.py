@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from dist_ssl.distributed import rank
@@ -106,3 +108,16 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(file=stderr)
                 os._exit(EXIT_HANGING)
+
+
+def end_with_the_launcher() -> None:
+    """Where the local launcher is killed with -9, its ranks get SIGTERM: they commit and end, not train on unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def tell_the_launcher(code: int) -> None:
+    """A launcher that was signalled does not see its ranks' exit codes: rank 0 writes its own."""
+    path = os.environ.get("DIST_SSL_EXIT_CODE_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(str(code))

@@ -32,7 +32,7 @@ def ask(*command: str, stdin: str | None = None) -> str:
         raise UserError(f"Slurm did not answer {command[0]} within {COMMAND_SECONDS} s; is slurmctld up?") from None
     if done.returncode != 0:
         complaint = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[0]
-        raise UserError(f"{command[0]}: {complaint}")
+        raise UserError(f"{command[0]}: {complaint}; `dist-ssl doctor` says whether this machine reaches a Slurm")
     return done.stdout
 
 

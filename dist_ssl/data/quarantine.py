@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_ssl.config import DataConfig, UserError
 
 GRACE_SAMPLES = 1000  # the fraction is of at least so many samples, else the first bad one would stop a run
+NUM_TOLD = 10
 
 
 class Quarantine:
@@ -29,7 +30,8 @@ class Quarantine:
     def record(self, num_consumed: int, quarantined: Sequence[dict[str, str]]) -> None:
         """Count `num_consumed` samples, write what was bad among them, and raise UserError above the limit."""
         self._consumed += num_consumed
-        self._bad += len(quarantined)
+        # A bad sample's replacement may be bad too, and be met again by the next: each counts once a batch.
+        self._bad += min(len({(entry["shard"], entry["key"]) for entry in quarantined}), num_consumed)
         if not quarantined:
             return
         if not self._known and self._path.exists():
@@ -48,5 +50,6 @@ class Quarantine:
         if self._bad > self._limit * max(self._consumed, self._least):
             raise UserError(
                 f"{self._bad} of {self._consumed} samples were bad, more than data.max_bad_fraction = {self._limit:g}: "
-                f"{', '.join(self._reasons[:20])}; all are listed in {self._path}"
+                f"{', '.join(self._reasons[:NUM_TOLD])}; all are listed in {self._path}, and `dist-ssl shards verify` "
+                "tells whether a shard is damaged"
             )
