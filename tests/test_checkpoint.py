@@ -232,6 +232,7 @@ def in_store(function, environment, *arguments):
     return function(*arguments)
 
 
+@pytest.mark.slow
 def test_in_an_object_store_and_a_store_that_refuses(tmp_path):
     """The manifest, put last, is the commit; when writes fail the run stops, and goes on from the one before."""
     (tmp_path / "store" / "bucket").mkdir(parents=True)

@@ -111,6 +111,7 @@ def test_the_working_set_is_that_of_the_stream():
         assert predicted == min(worst * block * 1000, 4000 * streams), (streams, num_ranks)
 
 
+@pytest.mark.slow
 def test_a_plan_for_512_gpus_and_a_billion_images():
     path = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
     config = configuration.load(path, ["train.global_batch_size=65536", "train.epochs=10", "engine.zero_stage=1"])

@@ -94,6 +94,7 @@ def test_all_is_on_the_disk_before_the_manifest(tmp_path):
     assert {("fsync", str(tmp_path / "run")), ("fsync", folder), ("fsync", step)} <= set(calls[:last])
 
 
+@pytest.mark.slow
 def test_a_lost_peer_means_an_end_without_saving(tmp_path, small_shards):
     config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=1000", "engine.grace_seconds=1")
     with pytest.raises(RankFailed) as failure:
