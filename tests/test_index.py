@@ -51,7 +51,9 @@ def index_of(path: Path, json_label: str | None = None) -> tuple[MemberIndex, li
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
 KINDS = [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CONTTYPE]
-NAMES = st.text("ab/.ü ", min_size=1, max_size=12).map(lambda text: text * 9 if text.startswith("a") else text)
+NAMES = st.text("ab/.ü ", min_size=1, max_size=12).flatmap(
+    lambda text: st.sampled_from([text, text * 9, "folder/" * 15 + text])  # the last wants ustar's prefix
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -66,16 +68,14 @@ def test_members_are_those_that_tarfile_reads(
     """Names of all lengths, directories, links, pax times before a member, a global pax header before all of them."""
     buffer = io.BytesIO()
     headers = {"comment": "x", "path": "renamed"} if with_global else {}
-    with (
-        contextlib.suppress(ValueError),
-        tarfile.open(fileobj=buffer, mode="w", format=kind, pax_headers=headers) as tar,
-    ):
+    with tarfile.open(fileobj=buffer, mode="w", format=kind, pax_headers=headers) as tar:
         for name, size, type_, fraction in members:
             info = tarfile.TarInfo(name)
             info.type, info.mtime = type_, 1.5 if fraction else 1
             if info.isreg():
                 info.size = size
-            tar.addfile(info, io.BytesIO(bytes(info.size)))  # ValueError: a name that is too long for ustar
+            with contextlib.suppress(ValueError):  # a name that is too long for ustar
+                tar.addfile(info, io.BytesIO(bytes(info.size)))
     buffer.seek(0)
     with tarfile.open(fileobj=buffer) as tar:
         everything = tar.getmembers()
