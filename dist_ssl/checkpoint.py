@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 from dist_ssl import config as config_module
@@ -153,7 +153,7 @@ def open_checkpoint(url: str, step: int, config: StorageConfig) -> Checkpoint:
     raw = storage.read_bytes(storage.join(directory, "manifest.json"), config)
     try:
         signed = json.loads(raw)
-        if zlib.crc32(signed["manifest"].encode()) != signed["crc32"]:
+        if isal_zlib.crc32(signed["manifest"].encode()) != signed["crc32"]:
             raise ValueError("its checksum does not match")
         manifest = json.loads(signed["manifest"])
         if manifest["format"] != FORMAT:

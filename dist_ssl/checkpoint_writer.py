@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import threading
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from isal import isal_zlib
 from torch import Tensor
 
 from dist_ssl import storage
@@ -139,7 +139,7 @@ class Checkpointer:
             self._failure = error
 
     def _put(self, url: str, data: memoryview) -> dict[str, int]:
-        described = {"bytes": len(data), "crc32": zlib.crc32(data)}
+        described = {"bytes": len(data), "crc32": isal_zlib.crc32(data)}
         storage.write_bytes(url, data if storage.is_local(url) else bytes(data), self._config.storage)  # type: ignore[arg-type]
         return described
 
@@ -172,7 +172,7 @@ class Checkpointer:
             ],
         }
         body = json.dumps(manifest)
-        signed = json.dumps({"crc32": zlib.crc32(body.encode()), "manifest": body})
+        signed = json.dumps({"crc32": isal_zlib.crc32(body.encode()), "manifest": body})
         storage.write_bytes(storage.join(directory, "manifest.json"), signed.encode(), self._config.storage)
         self._commits += 1
         if state.step and (every := self._config.checkpoint.export_every_commits) and self._commits % every == 0:

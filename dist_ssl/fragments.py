@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import mmap
-import zlib
 from functools import cached_property
 from typing import Any
 
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig
+from dist_ssl.large_reads import read_file
 
 _NAMES = {
     torch.float32: "F32",
@@ -91,15 +92,18 @@ class FileReader:
             block = memoryview(bytearray(_BLOCK_BYTES))  # one: touching fresh memory costs more than reading into it
             with open(storage.filesystem(self._url, self._config)[1], "rb", buffering=0) as file:
                 while length := file.readinto(block):
-                    crc = zlib.crc32(block[:length], crc)
+                    crc = isal_zlib.crc32(block[:length], crc)
             return crc
-        whole = bytearray()
-        for part in storage.read_ranges(self._url, self._config, size):
-            crc = zlib.crc32(part, crc)
+        whole = bytearray(size if keep else 0)
+
+        def take(offset: int, data: bytes) -> None:
             if keep:
-                whole += part
+                whole[offset : offset + len(data)] = data
+
+        total = read_file(self._url, self._config, size, take)
         self._data = whole if keep else None
-        return crc
+        assert total is not None
+        return total
 
     @cached_property
     def header(self) -> dict[str, Any]:

@@ -15,9 +15,7 @@ import re
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -30,7 +28,6 @@ from dist_ssl.config import StorageConfig, UserError
 SCHEMES = ("file", "s3", "gs", "https", "memory")
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 8.0
 SLOWEST_BYTES_PER_SECOND = 2**20  # an upload that is slower than this counts as a fault
-RANGE_BYTES = 8 * 2**20  # one request of a large read: what a broken body costs to read again
 
 # Variables whose values never reach a message, whatever a library puts into its errors.
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "GOOGLE_API_KEY")
@@ -202,12 +199,7 @@ def read_bytes(url: str, config: StorageConfig, start: int = 0, stop: int | None
                 raise
             data = b""
         if stop is not None and len(data) != stop - start:
-            if (found := int(system.info(path)["size"])) < stop:
-                raise StorageError(
-                    f"{redact(url)}: expected at least {stop} bytes, the file holds {found}: it is not the one that "
-                    "was indexed or written; run `dist-ssl shards verify` on shards"
-                )
-            raise EOFError(f"expected bytes {start} to {stop}, got {len(data)} bytes")
+            raise cut_short(url, system, path, start, stop, len(data))
         return bytes(data)
 
     if stop is not None and stop <= start:
@@ -215,26 +207,14 @@ def read_bytes(url: str, config: StorageConfig, start: int = 0, stop: int | None
     return retry(url, config, once)
 
 
-def read_ranges(url: str, config: StorageConfig, size: int, concurrency: int = 4) -> Iterator[bytes]:
-    """All `size` bytes of a file, in order, in large range requests of which `concurrency` are under way.
-
-    A request that breaks off is made again alone: what was read stays read.
-    """
-    with ThreadPoolExecutor(concurrency) as pool:
-        waiting: deque[Future[bytes]] = deque()
-        try:
-            start = 0
-            while start < size:
-                # Doubling, so that the first are at work while the next are under way; equal ones arrive together.
-                stop = min(start + min(max(start, RANGE_BYTES // 4), RANGE_BYTES), size)
-                waiting.append(pool.submit(read_bytes, url, config, start, stop))
-                start = stop
-                if len(waiting) == concurrency:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def cut_short(url: str, system: Any, path: str, start: int, stop: int, got: int) -> Exception:
+    """What a body of fewer bytes than were asked for means: a fault, or for good that the file is too short."""
+    if (found := int(system.info(path)["size"])) < stop:
+        return StorageError(
+            f"{redact(url)}: expected at least {stop} bytes, the file holds {found}: it is not the one that "
+            "was indexed or written; run `dist-ssl shards verify` on shards"
+        )
+    return EOFError(f"expected bytes {start} to {stop}, got {got} bytes")
 
 
 def write_bytes(url: str, data: bytes, config: StorageConfig) -> None:

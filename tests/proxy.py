@@ -15,14 +15,14 @@ class FaultyProxy:
     """Serves one HTTP request a connection (it adds `Connection: close`), and draws what becomes of it.
 
     `refused`: part of requests answered 503 or reset; `cut`: part of answers whose body breaks off in the middle;
-    `latency_seconds`: before each. `requests` and `faults` count. Draws are seeded; which request meets which depends
-    on timing.
+    `latency_seconds`: before each. `requests`, `faults` and `body_bytes`, those of answers, count. Draws are seeded;
+    which request meets which depends on timing.
     """
 
     def __init__(self, port: int, refused: float = 0.0, cut: float = 0.0, latency_seconds: float = 0.0, seed: int = 0):
         self._upstream, self.refused, self.cut, self.latency_seconds = port, refused, cut, latency_seconds
         self._random, self._lock = random.Random(seed), threading.Lock()
-        self.requests = self.faults = 0
+        self.requests = self.faults = self.body_bytes = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._listener.getsockname()[1]
         self.endpoint_url = f"http://127.0.0.1:{self.port}"
@@ -63,11 +63,13 @@ class FaultyProxy:
                 left = int(length * cut_at) if kind < self.refused + self.cut and length else None
                 client.sendall(head)
                 while body:
-                    if left is not None and len(body) >= left:
-                        client.sendall(body[:left])
-                        return
+                    body = body if left is None else body[:left]
                     client.sendall(body)
+                    with self._lock:
+                        self.body_bytes += len(body)
                     left = None if left is None else left - len(body)
+                    if left == 0:
+                        return
                     body = server.recv(2**18)
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the bottom up; a module may import what stands on its own line or on a line above it.
 LAYERS = [
-    ["dist_ssl", "dist_ssl.config", "dist_ssl.ranks", "dist_ssl.distributed", "dist_ssl.storage"],
+    [
+        "dist_ssl",
+        "dist_ssl.config",
+        "dist_ssl.ranks",
+        "dist_ssl.distributed",
+        "dist_ssl.storage",
+        "dist_ssl.large_reads",
+    ],
     [
         "dist_ssl.data",
         "dist_ssl.models",

@@ -133,7 +133,6 @@ def test_s3(server: S3Server, tmp_path: Path) -> None:
     storage.write_file(tmp_path / "x", "s3://bucket/dir/b", config)
     assert storage.read_bytes("s3://bucket/dir/b", config) == data
     assert storage.read_bytes("s3://bucket/dir/a", config, 1000, 2_000_000) == data[1000:2_000_000]
-    assert b"".join(storage.read_ranges("s3://bucket/dir/a", config, len(data))) == data
     for start in (2_999_999, 3_000_000, 4_000_000):
         with pytest.raises(storage.StorageError, match="expected at least 5000000 bytes, the file holds 3000000"):
             storage.read_bytes("s3://bucket/dir/a", config, start, 5_000_000)
@@ -147,12 +146,10 @@ def test_s3(server: S3Server, tmp_path: Path) -> None:
 
 
 def test_s3_behind_a_faulty_proxy(server: S3Server) -> None:
-    data = os.urandom(24_000_000)
-    storage.write_bytes("s3://bucket/big", data, StorageConfig(endpoint_url=server.endpoint_url))
+    data = os.urandom(5000)
     with faulty_proxy(server.port, refused=0.2, cut=0.2, latency_seconds=0.01) as proxy:
         config = StorageConfig(endpoint_url=proxy.endpoint_url, retry_seconds=60)
-        assert b"".join(storage.read_ranges("s3://bucket/big", config, len(data))) == data
-        for i in range(5):
+        for i in range(6):
             storage.write_bytes(f"s3://bucket/small{i}", data[: 1000 * i], config)
             assert storage.read_bytes(f"s3://bucket/small{i}", config) == data[: 1000 * i]
             assert not storage.exists(f"s3://bucket/none{i}", config)

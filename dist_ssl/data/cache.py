@@ -16,13 +16,12 @@ import os
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dist_ssl import storage
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.index import Shard
+from dist_ssl.large_reads import read_file, writer
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +78,10 @@ class ShardCache:
                 with open(partial, "wb") as file:
                     if not self._reserve(shard.num_bytes, file.fileno()):
                         return False
-                    crc32 = 0
-                    for block in storage.read_ranges(shard.url, self._storage, shard.num_bytes):
-                        if stop():
-                            return False
-                        crc32 = zlib.crc32(block, crc32)
-                        file.write(block)
+                    take = writer(file.fileno())
+                    crc32 = read_file(shard.url, self._storage, shard.num_bytes, take, stop)
+                if crc32 is None:
+                    return False
                 if crc32 != shard.crc32:
                     raise UserError(
                         f"{shard.url}: its bytes are not those that were indexed (crc32 {crc32:08x}, expected "
@@ -97,7 +94,7 @@ class ShardCache:
             return True
 
     def _reserve(self, num_bytes: int, descriptor: int) -> bool:
-        """Make room for `num_bytes` and take it at once, by the partial file's length. False where all is in use."""
+        """Make room for `num_bytes` and take it at once, by the partial file's blocks. False where all is in use."""
         with _locked(self._directory / "room.lock", wait=True):
             files = []
             for entry in os.scandir(self._directory):
@@ -112,7 +109,7 @@ class ShardCache:
                     used -= size
             if used + num_bytes > self._limit:
                 return False
-            os.ftruncate(descriptor, num_bytes)
+            os.posix_fallocate(descriptor, 0, num_bytes)
             return True
 
 

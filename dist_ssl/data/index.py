@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from dist_ssl import storage
@@ -62,12 +62,12 @@ class MemberIndex:
         for name, kind in _COLUMNS.items():
             parts.append((ends if name == "key_ends" else getattr(self, name)).astype(kind).tobytes())
         body = b"".join([*parts, blob])
-        return body + struct.pack("<I", zlib.crc32(body))
+        return body + struct.pack("<I", isal_zlib.crc32(body))
 
     @staticmethod
     def from_bytes(data: bytes, name: str) -> MemberIndex:
         """Raises UserError where the bytes are not a whole index."""
-        if len(data) < _HEADER.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        if len(data) < _HEADER.size + 4 or isal_zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise UserError(f"{name}: not a whole member index; build it again with `dist-ssl shards index --rebuild`")
         magic, count, shard_bytes, crc, blob_size = _HEADER.unpack_from(data)
         expected = _HEADER.size + count * sum(np.dtype(kind).itemsize for kind in _COLUMNS.values()) + blob_size + 4

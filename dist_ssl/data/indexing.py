@@ -7,17 +7,18 @@ is written last.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import mmap
 import os
 import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, cast
 
 import numpy as np
+from isal import isal_zlib
 
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
@@ -34,8 +35,25 @@ from dist_ssl.data.index import (
 )
 from dist_ssl.data.processes import in_threads, track
 from dist_ssl.data.tar import index_tar
+from dist_ssl.large_reads import read_file, writer
 
 log = logging.getLogger(__name__)
+
+
+class _Scratch(contextlib.ExitStack):
+    """Temporary files to copy shards into, used again: filling one anew costs less than the pages of a fresh one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._free: list[BinaryIO] = []
+
+    @contextlib.contextmanager
+    def file(self) -> Iterator[BinaryIO]:
+        file = self._free.pop() if self._free else cast(BinaryIO, self.enter_context(tempfile.TemporaryFile()))
+        try:
+            yield file
+        finally:
+            self._free.append(file)
 
 
 @dataclass(frozen=True)
@@ -71,16 +89,17 @@ def index_shards(
     if len(set(names)) < len(names):  # of several directories: number them
         names = [f"{i:06d}-{name}" for i, name in enumerate(names)]
     jobs = [(url, storage.join(folder, f"{name}.idx")) for url, name in zip(urls, names, strict=True)]
-    work = partial(_index_one, config, json_label, rebuild)
-    found = track(in_threads(work, jobs, _workers(num_workers)), len(jobs), "indexing", progress)
     shards, without_image = [], 0
-    for shard, missing in found:
-        shards.append(shard)
-        without_image += len(missing)
-        if missing:
-            log.warning(
-                "%s: %d samples have no image and are left out, such as %s", shard.url, len(missing), missing[0]
-            )
+    with _Scratch() as scratch:
+        work = partial(_index_one, config, json_label, rebuild, scratch)
+        found = in_threads(work, jobs, _workers(num_workers))
+        for shard, missing in track(found, len(jobs), "indexing", progress):
+            shards.append(shard)
+            without_image += len(missing)
+            if missing:
+                log.warning(
+                    "%s: %d samples have no image and are left out, such as %s", shard.url, len(missing), missing[0]
+                )
     details = {"source": location, "without_image": without_image}
     manifest = Manifest(storage.join(folder, MANIFEST), tuple(shards), (), details)
     if manifest.num_samples == 0:
@@ -95,8 +114,9 @@ def verify_shards(
     """Read every shard of a manifest and hold it against bytes, counts and checksums. Empty where all is well."""
     manifest = load_manifest(location, config)
     jobs = list(manifest.shards)
-    found = in_threads(partial(_verify_one, config), jobs, _workers(num_workers))
-    return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
+    with _Scratch() as scratch:
+        found = in_threads(partial(_verify_one, config, scratch), jobs, _workers(num_workers))
+        return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
 
 
 def _workers(asked: int | None) -> int:
@@ -114,7 +134,7 @@ def _shard_urls(location: str, config: StorageConfig) -> list[str]:
 
 
 def _index_one(
-    config: StorageConfig, json_label: str | None, rebuild: bool, job: tuple[str, str]
+    config: StorageConfig, json_label: str | None, rebuild: bool, scratch: _Scratch, job: tuple[str, str]
 ) -> tuple[Shard, list[str]]:
     url, index_url = job
     try:
@@ -126,17 +146,17 @@ def _index_one(
             index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
             if index.shard_bytes == num_bytes:
                 return Shard(url, index_url, num_bytes, len(index), index.shard_crc32), []
-    with opened(url, num_bytes, config) as (file, crc32):
+    with _opened(url, num_bytes, config, scratch) as (file, crc32):
         index, missing = index_tar(file, url, num_bytes, crc32, json_label)
     storage.write_bytes(index_url, index.to_bytes(), config)
     return Shard(url, index_url, num_bytes, len(index), crc32), missing
 
 
-def _verify_one(config: StorageConfig, shard: Shard) -> list[Damage]:
+def _verify_one(config: StorageConfig, scratch: _Scratch, shard: Shard) -> list[Damage]:
     try:
         num_bytes = storage.size(shard.url, config)
         index = read_member_index(shard, config)
-        with opened(shard.url, num_bytes, config) as (file, crc32):
+        with _opened(shard.url, num_bytes, config, scratch) as (file, crc32):
             if (num_bytes, crc32) == (shard.num_bytes, shard.crc32):
                 return []
             damages = _damaged_members(file, shard, index, num_bytes)
@@ -159,32 +179,31 @@ def _damaged_members(file: BinaryIO, shard: Shard, index: MemberIndex, num_bytes
             damages.append(Damage(shard.url, index.keys[i], "lies past the end of the file"))
             continue
         file.seek(start)
-        if zlib.crc32(file.read(size)) != int(index.crcs[i]):
+        if isal_zlib.crc32(file.read(size)) != int(index.crcs[i]):
             damages.append(Damage(shard.url, index.keys[i], "its bytes are not those that were indexed (crc32)"))
     return damages
 
 
 @contextlib.contextmanager
-def opened(url: str, num_bytes: int, config: StorageConfig) -> Iterator[tuple[BinaryIO, int]]:
-    """A shard as a seekable local file, and its crc32; a remote one is copied to a temporary file first."""
+def _opened(url: str, num_bytes: int, config: StorageConfig, scratch: _Scratch) -> Iterator[tuple[BinaryIO, int]]:
+    """A shard as a seekable local file, and its crc32; a remote one is copied into `scratch` first."""
     crc32 = 0
     if storage.is_local(url):
         with open(storage.filesystem(url, config)[1], "rb") as file:
             while block := file.read(2**22):
-                crc32 = zlib.crc32(block, crc32)
+                crc32 = isal_zlib.crc32(block, crc32)
             yield file, crc32
         return
-    with tempfile.TemporaryFile() as copy:
-        for block in storage.read_ranges(url, config, num_bytes):
-            crc32 = zlib.crc32(block, crc32)
-            copy.write(block)
-        copy.flush()
+    with scratch.file() as copy:
         if num_bytes == 0:  # which can't be mapped
-            yield copy, crc32
+            yield io.BytesIO(), crc32
             return
+        os.posix_fallocate(copy.fileno(), 0, num_bytes)
+        total = read_file(url, config, num_bytes, writer(copy.fileno()))
+        assert total is not None
         # Mapped, a seek and a read of one header do not read a buffer around it.
-        with mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            yield cast(BinaryIO, mapped), crc32
+        with mmap.mmap(copy.fileno(), num_bytes, access=mmap.ACCESS_READ) as mapped:
+            yield cast(BinaryIO, mapped), total
 
 
 def summary(manifest: Manifest) -> str:

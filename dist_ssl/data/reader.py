@@ -1,20 +1,21 @@
 """Reads the bytes of samples out of shards, in the process that uses them.
 
-Local shards are read in place. Remote ones come from the node's cache, which a thread fills ahead; a sample whose
-shard is not there yet is read by a range request, so that the first step does not wait for whole shards.
+Local shards are read in place. Remote ones come from the node's cache, which threads fill ahead. At the start, a sample
+whose shard is not there yet is read by a range request, so that the first step does not wait for whole shards; later
+it waits for its shard: where the store is the bottleneck, no byte should be read twice.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from dist_ssl import storage
@@ -23,10 +24,11 @@ from dist_ssl.data.cache import FetchAhead, ShardCache
 from dist_ssl.data.decode import BadSample
 from dist_ssl.data.index import Manifest, MemberIndex, read_member_index
 from dist_ssl.data.tar import MAX_JSON_BYTES
+from dist_ssl.large_reads import RANGE_BYTES
 
 CONCURRENT_REQUESTS = 8
 MAX_GAP_BYTES = 2**19  # between samples that one request reads: what a store sends in the time that a request costs
-FETCHED_FROM_PART = 0.1  # a shard of which a batch wants this part is fetched whole at once
+FETCHED_FROM_PART = 0.1  # a shard of which the first batch wants this part is fetched whole at once
 
 
 class Reader:
@@ -44,6 +46,7 @@ class Reader:
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
         self._requests: ThreadPoolExecutor | None = None
+        self._first: Container[int] = range(len(self.manifest.shards))  # shards that the start needs
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -71,6 +74,7 @@ class Reader:
             return
         if self._ahead is None:
             self._ahead = FetchAhead(self._opened_cache())
+            self._first = set(shards)
         listed = [self.manifest.shards[shard] for shard in shards]
         self._ahead.aim([shard for shard in listed if not storage.is_local(shard.url)])
 
@@ -96,10 +100,10 @@ class Reader:
             wanted.append((shard, start, start + int(index.sizes[member]), int(index.crcs[member])))
         found: list[bytes | BadSample] = []
         for (shard, start, stop, crc32), data in zip(wanted, self._read(wanted), strict=True):
-            whole = zlib.crc32(data) == crc32
+            whole = isal_zlib.crc32(data) == crc32
             if not whole and self._forget(shard):
                 data = storage.read_bytes(self.manifest.shards[shard].url, self._storage, start, stop)
-                whole = zlib.crc32(data) == crc32
+                whole = isal_zlib.crc32(data) == crc32
             whole = whole and len(data) == stop - start
             found.append(data if whole else BadSample("its bytes are not those that were indexed (crc32)"))
         return found
@@ -157,7 +161,7 @@ class Reader:
                 continue
             end = -MAX_GAP_BYTES - 1
             for row in sorted(rows, key=lambda row: wanted[row][1]):
-                if wanted[row][1] - end > MAX_GAP_BYTES or end - wanted[requests[-1][1][0]][1] > storage.RANGE_BYTES:
+                if wanted[row][1] - end > MAX_GAP_BYTES or end - wanted[requests[-1][1][0]][1] > RANGE_BYTES:
                     requests.append((shard, []))
                 requests[-1][1].append(row)
                 end = max(wanted[row][2], end) if len(requests[-1][1]) > 1 else wanted[row][2]
@@ -172,9 +176,9 @@ class Reader:
         list(self._pool().map(read, requests))
 
     def _fetch_now(self, shard: int, wanted_bytes: int) -> bool:
-        """Bring a shard in before going on, where a good part of it is wanted: that is as fast as reading that."""
+        """Bring a shard in before going on; not at the start, unless a good part of it is wanted."""
         listed = self.manifest.shards[shard]
-        if wanted_bytes < listed.num_bytes * FETCHED_FROM_PART:
+        if shard in self._first and wanted_bytes < listed.num_bytes * FETCHED_FROM_PART:
             return False
         try:
             self._opened_cache().fetch(listed, wait=True)

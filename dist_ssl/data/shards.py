@@ -11,13 +11,13 @@ import io
 import json
 import logging
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from dist_ssl import storage
@@ -166,7 +166,7 @@ def _write_one(source: Source, config: StorageConfig, resize: int | None, job: _
         else:
             good.append(prepared)
     data = tar_bytes(good)
-    crc32 = zlib.crc32(data)
+    crc32 = isal_zlib.crc32(data)
     index, _ = index_tar(io.BytesIO(data), job.url, len(data), crc32)
     storage.write_bytes(job.url, data, config)
     storage.write_bytes(index_url, index.to_bytes(), config)

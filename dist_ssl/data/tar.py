@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-import zlib
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from dist_ssl.config import UserError
 from dist_ssl.data.index import MemberIndex
@@ -88,7 +88,7 @@ def index_tar(
     for sample in whole:
         assert sample.image
         file.seek(sample.image[0])
-        crcs.append(zlib.crc32(file.read(sample.image[1])))
+        crcs.append(isal_zlib.crc32(file.read(sample.image[1])))
         labels.append(_label(file, sample, json_label, name))
     images = np.array([sample.image for sample in whole], dtype=np.uint64).reshape(-1, 2)
     jsons = np.array([sample.json for sample in whole], dtype=np.uint64).reshape(-1, 2)

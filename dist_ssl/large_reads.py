@@ -1,0 +1,108 @@
+"""Reading whole files in large ranges, side by side, handed on as they come.
+
+Nothing is put together in memory: a body's pieces go straight to where the caller wants them, and their checksum is
+taken on the way. On S3 that costs less than `cat_file`, and what came of a body that breaks off is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec.asyn
+from isal import isal_zlib
+
+from dist_ssl import storage
+from dist_ssl.config import StorageConfig
+
+RANGE_BYTES = 8 * 2**20  # one request
+CHUNK_BYTES = 2**18  # of a body, at most, that is taken in at a time, and twice that is lost where it breaks off
+
+
+@dataclass
+class _Range:
+    """Bytes [start, stop) of a file; those before `at` were handed to `take`."""
+
+    start: int
+    stop: int
+    at: int
+    take: Callable[[int, bytes], object]
+    crc32: int = 0
+
+    def add(self, data: bytes) -> None:
+        try:
+            self.take(self.at, data)
+        except OSError as error:  # of this machine: no request mends it
+            raise storage.StorageError(f"the bytes read can't be kept: {error}") from None
+        self.crc32 = isal_zlib.crc32(data, self.crc32)
+        self.at += len(data)
+
+
+def writer(descriptor: int) -> Callable[[int, bytes], object]:
+    """What `read_file` hands bytes to, so that they land in an open local file."""
+    return lambda offset, data: os.pwrite(descriptor, data, offset)
+
+
+def read_file(
+    url: str,
+    config: StorageConfig,
+    num_bytes: int,
+    take: Callable[[int, bytes], object],
+    stop: Callable[[], bool] = lambda: False,
+    concurrency: int = 4,
+) -> int | None:
+    """Hand the `num_bytes` bytes of a file to `take(offset, bytes)`, in any order and by several threads.
+
+    Returns their crc32, or None once `stop()` was true. Large ranges are requested, `concurrency` at a time. A body
+    of S3 that breaks off is resumed by a request for its rest; other stores' ranges are asked for again.
+    """
+
+    def fill(part: _Range) -> None:
+        system, path = storage.filesystem(url, config)
+
+        def once() -> None:
+            if ended.is_set():
+                return
+            try:
+                fsspec.asyn.sync(system.loop, _receive, system, path, part)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # what s3fs makes of a range beyond the end
+                    raise
+            if part.at < part.stop:
+                raise storage.cut_short(url, system, path, part.at, part.stop, 0)
+
+        if stop() or ended.is_set():
+            return
+        if storage.check_url(url) == "s3":
+            storage.retry(url, config, once)
+        else:
+            part.add(storage.read_bytes(url, config, part.at, part.stop))
+
+    ended = threading.Event()  # so that no request outlives the failure of another
+    starts = range(0, num_bytes, RANGE_BYTES)
+    parts = [_Range(start, min(start + RANGE_BYTES, num_bytes), start, take) for start in starts]
+    total = 0
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            for part, _ in zip(parts, pool.map(fill, parts), strict=True):
+                total = isal_zlib.crc32_combine(total, part.crc32, part.stop - part.start)
+        finally:
+            ended.set()
+    return None if stop() else total
+
+
+async def _receive(system: Any, path: str, part: _Range) -> None:
+    """The rest of a range from S3, as it comes: s3fs itself would keep it together, and lose it when a body breaks."""
+    bucket, key, _ = system.split_path(path)
+    response = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={part.at}-{part.stop - 1}")
+    body = response["Body"]
+    try:
+        while data := await body.read(CHUNK_BYTES):
+            part.add(data)
+    finally:
+        body.close()
