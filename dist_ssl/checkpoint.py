@@ -274,6 +274,8 @@ def _existing_step(url: str, step: int | None, config: StorageConfig) -> int:
 
 def export_encoder(run_dir: str | Path, file: str | Path, *, with_head: bool = False, step: int | None = None) -> int:
     """Write a run's encoder as safetensors, with its JSON beside it; returns the step it was taken at."""
+    if Path(file).suffix != ".safetensors":
+        raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
     config = read_run_config(run_dir)
     step = _existing_step(checkpoint_url(config), step, config.storage)
     write_export(config, step, Path(file), with_head)

@@ -190,7 +190,7 @@ def shards_write(
     storage_config = with_overrides(Config(), overrides).storage
     manifests = write_shards(
         open_source(source, seed), destination, storage_config, seed=seed, test_fraction=test_fraction,
-        shard_mb=shard_mb, resize=resize, num_workers=workers, progress=sys.stderr.isatty(),
+        shard_mb=shard_mb, resize=resize, num_workers=workers, progress=True,
     )  # fmt: skip
     for manifest in manifests:
         typer.echo(f"{manifest.url}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
@@ -214,7 +214,7 @@ def shards_index(
 
     manifest = index_shards(
         location, with_overrides(Config(), overrides).storage, output=output, json_label=json_label, rebuild=rebuild,
-        num_workers=workers, progress=sys.stderr.isatty(),
+        num_workers=workers, progress=True,
     )  # fmt: skip
     typer.echo(summary(manifest))
 
@@ -233,7 +233,7 @@ def shards_verify(
     from dist_ssl.data.indexing import verify_shards
 
     storage_config = with_overrides(Config(), overrides).storage
-    damages = verify_shards(location, storage_config, num_workers=workers, progress=sys.stderr.isatty())
+    damages = verify_shards(location, storage_config, num_workers=workers, progress=True)
     for damage in damages:
         typer.echo(str(damage))
     if damages:

@@ -244,9 +244,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from None
-    for override in overrides:
-        _set(values, override)
-    return validate(values, str(path))
+    config = validate(values, str(path))
+    return with_overrides(config, overrides) if overrides else config
 
 
 def loads(text: str, source: str = "config") -> Config:

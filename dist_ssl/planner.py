@@ -239,6 +239,11 @@ def predict(
     if manifest is not None:
         predictions += data(config, manifest, ranks, nodes, images_per_second)
         num_images = manifest.num_samples
+    elif images_per_second is not None:
+        rate = images_per_second * ranks
+        predictions.append(
+            Prediction("store to cluster", rate, "images/s", "images/s a GPU * W; the shards tell bytes")
+        )
     if images_per_second is not None and (num_images is not None or config.train.steps is not None):
         predictions += duration(config, num_images or 0, ranks, images_per_second)
     return predictions

@@ -13,6 +13,8 @@ MISTAKES = [
     ("dist_ssl.cli", "pretrain none.toml", "none.toml: no such config file"),
     ("dist_ssl.cli", "shards write shapes:9 x --seed one", "'--seed'"),
     ("dist_ssl.cli", "export none encoder.safetensors", "not a run directory"),
+    ("dist_ssl.cli", "export none encoder.pth", "a name that ends in .safetensors"),
+    ("dist_ssl.cli", "pretrain configs/debug_cpu.toml --set train.stepz=3", "--set: unknown key 'train.stepz'"),
     ("launch.local", "pretrain configs/debug_cpu.toml --ranks 0", "'--ranks'"),
     ("launch.slurm", "pretrain", "Missing argument 'config'"),
 ]

@@ -11,6 +11,7 @@ LAYERS = [
         "dist_ssl.config",
         "dist_ssl.ranks",
         "dist_ssl.distributed",
+        "dist_ssl.progress",
         "dist_ssl.storage",
         "dist_ssl.large_reads",
     ],

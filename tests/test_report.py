@@ -126,8 +126,13 @@ def test_several_runs_are_compared(tmp_path):
 
 def test_a_run_without_an_evaluation_and_a_folder_that_is_none(tmp_path):
     values = configuration.validate({"train": {"steps": 1}}, "test")
-    (tmp_path / "config.toml").write_text(configuration.dumps(values))
-    assert "Not evaluated yet" in build([tmp_path]).read_text()
+    folder = tmp_path / "young"
+    folder.mkdir()
+    (folder / "config.toml").write_text(configuration.dumps(values))
+    assert "young is not evaluated yet" in build([folder]).read_text()
+    both = build([folder, a_run(tmp_path / "old")], tmp_path / "both.html").read_text()
+    assert "young is not evaluated yet" in both
+    assert "old is not evaluated yet" not in both
     with pytest.raises(UserError, match="expected a run's directory"):
         build([tmp_path / "nowhere"])
 
@@ -152,6 +157,17 @@ def test_charts_keep_what_they_are_given():
     assert svg.line_chart([svg.Series("a", [1, 2], [float("nan")] * 2)], label="a") == ""
     spike = svg.Series("a", list(range(10_000)), [0.0] * 5000 + [9.0] + [0.0] * 4999)
     assert "band" in svg.line_chart([spike], label="a")  # a spike survives thinning, in the band
+
+
+def test_charts_side_by_side_share_an_axis():
+    """Two charts of accuracy that are looked at together: the same place means the same value."""
+    first, second = svg.Dot("a", 0.5, 0.4, 0.6), svg.Dot("a", 0.5, 0.45, 0.9)
+
+    def place(*dots, beside=()):
+        return re.search(r'circle cx="([\d.]+)"', svg.dot_chart(dots, label="", beside=beside))[1]
+
+    assert place(first) != place(second)
+    assert place(first, beside=(second,)) == place(second, beside=(first,))
 
 
 @pytest.mark.browser

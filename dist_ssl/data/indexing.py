@@ -33,9 +33,10 @@ from dist_ssl.data.index import (
     load_manifest,
     read_member_index,
 )
-from dist_ssl.data.processes import in_threads, track
+from dist_ssl.data.processes import in_threads
 from dist_ssl.data.tar import index_tar
 from dist_ssl.large_reads import read_file, writer
+from dist_ssl.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,10 @@ class _Scratch(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def file(self) -> Iterator[BinaryIO]:
-        file = self._free.pop() if self._free else cast(BinaryIO, self.enter_context(tempfile.TemporaryFile()))
+        try:
+            file = self._free.pop()
+        except IndexError:
+            file = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115, it is the stack that closes it
         try:
             yield file
         finally:

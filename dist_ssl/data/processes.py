@@ -1,8 +1,8 @@
-"""`map` over processes or threads and a progress bar, for the long jobs on shards."""
+"""`map` over processes or threads, for the long jobs on shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -31,13 +31,3 @@ def in_threads(function: Any, items: Sequence[Any], num_workers: int) -> Iterato
             yield from pool.map(function, items)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def track(items: Iterable[Any], total: int, description: str, shown: bool) -> Iterator[Any]:
-    """The items, with a rich progress bar on a terminal."""
-    if not shown:
-        yield from items
-        return
-    from rich.progress import track as rich_track
-
-    yield from rich_track(items, description=description, total=total)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 from dist_ssl.config import UserError
 from dist_ssl.data import shapes
 from dist_ssl.data.tar import IMAGE_EXTENSIONS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class FolderSource:
         self.classes = tuple(folders)
         if not self.paths:
             raise UserError(f"folder:{directory}: holds no {', '.join(IMAGE_EXTENSIONS)} files")
+        if not folders:
+            log.info("folder:%s: no sub-folders, so no labels; probes want %s/CLASS/IMAGE", directory, directory)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -9,7 +9,6 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
 from dist_ssl.evaluation.linear import Rows, linear_probe
 from dist_ssl.evaluation.results import FORMAT, versions, write_json
+from dist_ssl.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -135,28 +135,22 @@ def _probe(
     device: torch.device,
 ) -> dict[str, Any]:
     """Every probe that works on cached features, then those that read images again."""
-    from rich.progress import Progress
-
     settings = subject.config.evaluation
     correct: dict[str, dict[str, np.ndarray]] = {}
     probes: dict[str, dict[str, Any]] = {}
     on_features = {"linear": _linear, "knn": _knn}
     wanted = settings.probes if num_classes else [name for name in settings.probes if name == "head_information"]
     chosen: list[str] = [name for name in on_features if name in wanted]
-    show = distributed.rank() == 0
-    with Progress(transient=True) if show else nullcontext() as progress:
-        task = progress.add_task("probes", total=len(chosen) * len(train_features.layers)) if progress else None
+    with Progress("probes", len(chosen) * len(train_features.layers), distributed.rank() == 0) as progress:
         for probe in chosen:
             for layer in train_features.layers:
-                if progress is not None and task is not None:
-                    progress.update(task, description=f"{probe} on {layer}")
+                progress.advance(0, f"{probe} on {layer}")
                 hits, extra = on_features[probe](
                     train_features, test_features, layer, num_classes, subject.config, device
                 )
                 correct.setdefault(probe, {})[layer] = hits
                 probes.setdefault(probe, {})[layer] = summarize(hits) | extra
-                if progress is not None and task is not None:
-                    progress.advance(task)
+                progress.advance()
     for fraction in settings.few_label_fractions if "few_labels" in wanted else []:
         for layer in train_features.layers:
             rows = Rows(train_features.layers[layer], train_features.labels, device)

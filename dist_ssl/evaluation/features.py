@@ -29,6 +29,7 @@ from dist_ssl.data.augment import normalize
 from dist_ssl.data.index import Manifest, load_manifest
 from dist_ssl.data.stream import EvaluationBatch, evaluation_batches
 from dist_ssl.evaluation.frozen import Readable
+from dist_ssl.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -177,15 +178,12 @@ def _runs(blocks: np.ndarray, num_rows: int) -> list[tuple[int, int]]:
 
 
 def _fill(split: Split, readables: list[Readable], folder: Path, start: int, stop: int) -> None:
-    from rich.progress import Progress
-
     writers: dict[str, RowWriter] = {}
     done = os.open(folder / "done.bin", os.O_WRONLY)
     batches = split.batches(start, stop)
     row, marked = start, start // BLOCK_ROWS
     try:
-        with Progress(transient=True, disable=distributed.rank() != 0) as progress:
-            task = progress.add_task(f"features of the {split.name} images", total=stop - start)
+        with Progress(f"features of the {split.name} images", stop - start, distributed.rank() == 0) as progress:
             for batch in batches:
                 with torch.inference_mode():
                     pixels = split.pixels(batch.images)
@@ -202,7 +200,7 @@ def _fill(split: Split, readables: list[Readable], folder: Path, start: int, sto
                         os.fsync(writer.file)  # rows before the mark that says they are there
                     os.pwrite(done, b"\1" * (complete - marked), marked)
                     marked = complete
-                progress.update(task, completed=row - start)
+                progress.advance(len(batch.labels))
         if row != stop:
             raise ValueError(f"{split.name} images: expected rows {start} to {stop}, the stream ended at {row}")
     finally:

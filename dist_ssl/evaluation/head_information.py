@@ -28,6 +28,7 @@ from dist_ssl.evaluation.features import RowWriter, Split, layer_dims
 from dist_ssl.evaluation.frozen import Readable
 from dist_ssl.evaluation.intervals import bootstrap_interval
 from dist_ssl.evaluation.mlp_probe import mlp_log_probabilities
+from dist_ssl.progress import Progress, track
 
 FACTOR_BINS = 8  # of a factor that is a real number: bins of equal population
 NOISE_STD = 0.1
@@ -106,7 +107,8 @@ def head_information(train: Split, test: Split, readable: Readable, folder: Path
     tasks += [(name, "factor", "as it is") for name in _factor_names(read_train.factors, read_test.factors)]
     jobs = [(task, layer) for task in tasks for layer in read_train.dims]
     mine = {}
-    for position, ((name, kind, way), layer) in enumerate(jobs):
+    shown = distributed.rank() == 0
+    for position, ((name, kind, way), layer) in track(enumerate(jobs), len(jobs), "head information", shown):
         if position % distributed.world_size() == distributed.rank():
             y_train, y_test = _labels(name, kind, read_train, read_test)
             x_train, x_test = (part.features(way, layer) for part in (read_train, read_test))
@@ -203,13 +205,10 @@ def _read(split: Split, count: int, readable: Readable, folder: Path) -> _Read:
 def _fill(
     split: Split, names: list[str], readable: Readable, folder: Path, start: int, stop: int, count: int
 ) -> list[dict[str, Any]] | None:
-    from rich.progress import Progress
-
     writers: dict[tuple[str, str], RowWriter] = {}
     factors: list[dict[str, Any]] | None = []
     row = start
-    with Progress(transient=True, disable=distributed.rank() != 0) as progress:
-        task = progress.add_task(f"transformed {split.name} images", total=stop - start)
+    with Progress(f"transformed {split.name} images", stop - start, distributed.rank() == 0) as progress:
         for batch in split.batches(start, stop):
             size = len(batch.labels)
             factors = None if factors is None or batch.factors is None else factors + batch.factors
@@ -223,7 +222,7 @@ def _fill(
                             writers[name, layer] = RowWriter(_file(folder, name, layer))
                         writers[name, layer].write(row, values.float().cpu().numpy())
             row += size
-            progress.update(task, completed=row - start)
+            progress.advance(size)
     for writer in writers.values():
         writer.close()
     return factors

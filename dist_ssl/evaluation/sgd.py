@@ -28,6 +28,7 @@ from dist_ssl.config import UserError
 from dist_ssl.data import augment, stream
 from dist_ssl.evaluation.features import Split
 from dist_ssl.evaluation.frozen import Readable
+from dist_ssl.progress import track
 
 BATCH = 1024
 
@@ -93,7 +94,7 @@ def train_and_score(
     peak = (0.05 if tune_encoder else 0.1) * batch_size / 256
     optimizer = torch.optim.SGD(parameters, lr=peak, momentum=0.9, nesterov=True)
     batches = _in_memory(train, few, batch_size, steps, seed) if few else _streamed(train, batch_size, steps, seed)
-    for step, (pixels, labels) in enumerate(_tracked(batches, steps)):
+    for step, (pixels, labels) in enumerate(track(batches, steps, "training on labels", distributed.rank() == 0)):
         for group in optimizer.param_groups:
             group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.set_grad_enabled(tune_encoder):
@@ -106,13 +107,6 @@ def train_and_score(
     for module in model.modules():
         module.eval()
     return _score(model, classifiers, layers, test)
-
-
-def _tracked(batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    from rich.progress import Progress
-
-    with Progress(transient=True, disable=distributed.rank() != 0) as progress:
-        yield from progress.track(batches, total=steps, description="training on labels")
 
 
 def _streamed(train: Split, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

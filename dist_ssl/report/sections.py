@@ -4,6 +4,7 @@ the run has nothing to show there."""
 from __future__ import annotations
 
 from html import escape
+from itertools import cycle
 from typing import Any
 
 from dist_ssl import config as configuration
@@ -28,6 +29,8 @@ CURVES = {
     "images_per_second": "Images a second",
     "data_wait_fraction": "Share of time spent waiting for data",
 }
+
+FACTOR_COLOURS = (0, 1, 2, 3, 7, 6, 8, 9, 10, 11, 15, 14)  # neighbours that differ most; from 8 on dashed
 
 
 def layer_colour(layer: str) -> int:
@@ -77,14 +80,19 @@ def table(head: list[str], rows: list[list[str]], numeric: int = 1) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def not_evaluated(run: Run) -> str:
+    command = f"dist-ssl evaluate {run.folder}"
+    return (
+        f'<p class="warning">{escape(run.name)} is not evaluated yet: run <code>{escape(command)}</code>, then this '
+        "report again.</p>"
+    )
+
+
 def of_one(run: Run) -> list[str]:
     """What one run learned: the newest evaluation, earlier ones as a curve, other data's beside it."""
     results = run.latest()
     if results is None:
-        return [
-            '<p class="warning">Not evaluated yet: run <code>dist-ssl evaluate '
-            f"{escape(str(run.folder))}</code>, then this report again.</p>"
-        ]
+        return [not_evaluated(run)]
     parts = [f'<p class="lead">{_headline(results)}</p>', _probes("What the frozen encoder knows", results)]
     parts.append(head_information(results))
     parts.append(_over_steps(run))
@@ -115,12 +123,17 @@ def _probes(title: str, results: dict[str, Any]) -> str:
         return ""
     chance = 1 / results["data"]["num_classes"]
     figures, rows = [], []
-    for probe, layers in results["probes"].items():
-        dots = [
+    dots = {
+        probe: [
             Dot(layer_name(layer), value["top1"], value["interval"][0], value["interval"][1], layer_colour(layer))
             for layer, value in layers.items()
         ]
-        figures.append(figure(probe.replace("_", " "), dot_chart(dots, label=f"{probe} accuracy", reference=chance)))
+        for probe, layers in results["probes"].items()
+    }
+    everything = [dot for drawn in dots.values() for dot in drawn]
+    for probe, layers in results["probes"].items():
+        chart = dot_chart(dots[probe], label=f"{probe} accuracy", reference=chance, beside=everything)
+        figures.append(figure(probe.replace("_", " "), chart))
         for layer, value in layers.items():
             low, high = value["interval"]
             seeds = len(value["seeds"])
@@ -172,7 +185,7 @@ def head_information(results: dict[str, Any]) -> str:
     for kind, title in (("transformation", "Transformations of the image"), ("factor", "Factors of the image")):
         tasks = {name: task for name, task in found["tasks"].items() if task["kind"] == kind}
         series = []
-        for colour, (name, task) in enumerate(tasks.items()):
+        for colour, (name, task) in zip(cycle(FACTOR_COLOURS), tasks.items(), strict=False):
             entropy = max(task["entropy_bits"], 1e-9)
             values = [task["layers"][layer] for layer in layers]
             series.append(
@@ -247,15 +260,19 @@ def compared(runs: list[Run]) -> str:
             )
         rows.append([escape(run.name), str(results["step"]), *cells])
     head = ["run", "step", *(f"{probe}, {layer_name(layer)}" for probe, layer in columns)]
-    figures = []
-    for probe, layer in [(probe, layer) for probe in probes for layer in ("h", "z")]:
-        dots = [
+    dots = {
+        f"{probe} on {layer}": [
             Dot(run.name[-14:], value["top1"], value["interval"][0], value["interval"][1], position)
             for position, run, results in found
             if (value := results["probes"].get(probe, {}).get(layer))
         ]
-        figures.append(figure(f"{probe} on {layer}", dot_chart(dots, label=f"{probe} on {layer}")))
-    return section("What the frozen encoders know", grid(figures) + table(head, rows), "95% interval over test images.")
+        for probe in probes
+        for layer in ("h", "z")
+    }
+    everything = [dot for drawn in dots.values() for dot in drawn]
+    figures = [figure(name, dot_chart(drawn, label=name, beside=everything)) for name, drawn in dots.items()]
+    body = grid(figures) + table(head, rows) + "".join(not_evaluated(run) for run in runs if run.latest() is None)
+    return section("What the frozen encoders know", body, "95% interval over test images.")
 
 
 def curves(runs: list[Run]) -> str:

@@ -103,13 +103,25 @@ def line_chart(
     return _svg(parts, HEIGHT, label)
 
 
-def dot_chart(dots: Sequence[Dot], *, label: str, reference: float | None = None, percent: bool = True) -> str:
-    """A row a value: its name, a dot with its interval as a whisker, the number. `reference` is a dashed line."""
+def dot_chart(
+    dots: Sequence[Dot],
+    *,
+    label: str,
+    reference: float | None = None,
+    percent: bool = True,
+    beside: Sequence[Dot] = (),
+) -> str:
+    """A row a value: its name, a dot with its interval as a whisker, the number. `reference` is a dashed line.
+
+    The axis spans the dots of charts `beside` it too, so that they can be compared by eye.
+    """
     if not dots:
         return ""
     row, left, right = 30, 96, 62
     height = 30 + row * len(dots)
-    edges = [edge for dot in dots for edge in (dot.low, dot.high)] + ([] if reference is None else [reference])
+    edges = [edge for dot in (*dots, *beside) for edge in (dot.low, dot.high)] + (
+        [] if reference is None else [reference]
+    )
     low, high = _padded(min(edges), max(edges))
     if percent:
         low, high = max(low, 0.0), min(high, 1.0)
