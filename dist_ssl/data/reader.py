@@ -68,14 +68,14 @@ class Reader:
             os.close(descriptor)
         self._reset()
 
-    def aim(self, shards: Sequence[int]) -> None:
-        """Fetch these shards to the cache from now on, the most urgent first. Nothing where they are local."""
+    def aim(self, now: Sequence[int], later: Sequence[int]) -> None:
+        """Fetch the shards that are read now to the cache, then those that are read later. Nothing for local ones."""
         if not self.remote:
             return
         if self._ahead is None:
             self._ahead = FetchAhead(self._opened_cache())
-            self._first = set(shards)
-        listed = [self.manifest.shards[shard] for shard in shards]
+            self._first = set(now)
+        listed = [self.manifest.shards[shard] for shard in (*now, *later)]
         self._ahead.aim([shard for shard in listed if not storage.is_local(shard.url)])
 
     def index(self, shard: int) -> MemberIndex:

@@ -207,7 +207,7 @@ class _Training(Dataset[Any]):
         """Fetch ahead what this rank reads in the blocks that its streams are in, then in those after them."""
         if self.reader.remote:
             streams = _rank_streams(self.config, self.rank, self.world_size)
-            self.reader.aim([shard for block in self.plan.upcoming_shards(cursor, streams, 2) for shard in block])
+            self.reader.aim(*self.plan.upcoming_shards(cursor, streams, 2))
 
 
 class _Evaluation(Dataset[Any]):
@@ -235,7 +235,8 @@ class _Evaluation(Dataset[Any]):
         images = torch.empty((len(ids), 3, self.size, self.size), dtype=torch.uint8)
         labels, quarantined, used_members = np.empty(len(ids), np.int64), [], []
         ahead = min(ids[0] + LOOK_AHEAD_BATCHES * len(ids), self.span.stop) - 1
-        self.reader.aim(range(int(shards[0]), int(np.searchsorted(self.ends, ahead, side="right")) + 1))
+        last = int(np.searchsorted(self.ends, ahead, side="right"))
+        self.reader.aim(range(int(shards[0]), int(shards[-1]) + 1), range(int(shards[-1]) + 1, last + 1))
         data = self.reader.images(shards, members)
         for row, (shard, member) in enumerate(zip(shards.tolist(), members.tolist(), strict=True)):
             image, used, bad = _decode_or_replace(self.reader, data[row], shard, member, self.data.max_pixels)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from dist_ssl.evaluation.lab_summary import Estimate, Row
 from dist_ssl.report.page import write_page
-from dist_ssl.report.sections import figure, grid, percent, section, table
+from dist_ssl.report.sections import FACTOR_COLOURS, figure, grid, percent, section, table
 from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
 
 
@@ -24,31 +25,41 @@ def build(summary: dict[str, Any], title: str, output: Path) -> Path:
 def _figure(rows: list[Row], chance: float) -> str:
     heads = list(dict.fromkeys((row.head, row.batch_norm) for row in rows))
     dims = sorted({row.output_dim for row in rows if row.head != "none"})
-    figures = []
-    for probe, layer in (("linear", "h"), ("linear", "z"), ("knn", "h"), ("knn", "z")):
-        found = [(row, row.top1[probe, layer]) for row in rows if (probe, layer) in row.top1]
-        title = f"{probe} on {layer}"
-        if len(dims) > 1:
-            chart, names = _by_dim(found, heads, dims, title)
-        else:
-            dots = [
-                Dot(row.head, e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index((row.head, row.batch_norm)))
-                for row, e in found
-            ]
-            if layer == "h":
-                untrained = [row.top1[probe, "h_untrained"] for row, _ in found if (probe, "h_untrained") in row.top1]
-                pooled = Estimate.of({seed: value for e in untrained for seed, value in e.values.items()})
-                if pooled is not None:
-                    dots.append(Dot("untrained", pooled.mean, max(pooled.low, 0.0), min(pooled.high, 1.0), 7))
-            chart, names = dot_chart(dots, label=title, reference=chance), ""
-        figures.append(figure(title, chart, after=names))
+    views = [(probe, layer) for probe in ("linear", "knn") for layer in ("h", "z")]
+    if len(dims) > 1:
+        charts = [_by_dim(rows, view, heads, dims) for view in views]
+    else:
+        dots = [_dots(rows, view, heads) for view in views]
+        everything = [dot for drawn in dots for dot in drawn]
+        charts = [
+            (dot_chart(drawn, label=" on ".join(view), reference=chance, beside=everything), "")
+            for view, drawn in zip(views, dots, strict=True)
+        ]
+    figures = [
+        figure(" on ".join(view), chart, after=names) for view, (chart, names) in zip(views, charts, strict=True)
+    ]
     lead = "Top-1 by head; whiskers: 95% interval over pretraining seeds. Dashed: chance."
     return section("Heads compared", grid(figures), lead)
 
 
-def _by_dim(
-    found: list[tuple[Row, Estimate]], heads: list[tuple[str, bool]], dims: list[int], title: str
-) -> tuple[str, str]:
+def _dots(rows: list[Row], view: tuple[str, str], heads: list[tuple[str, bool]]) -> list[Dot]:
+    """A dot a head; beside those of h the untrained encoder's."""
+    probe, layer = view
+    dots = [
+        Dot(row.head, e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index((row.head, row.batch_norm)))
+        for row in rows
+        if (e := row.top1.get(view))
+    ]
+    untrained = [row.top1[probe, "h_untrained"] for row in rows if (probe, "h_untrained") in row.top1]
+    pooled = Estimate.of({seed: value for e in untrained for seed, value in e.values.items()})
+    if layer == "h" and pooled is not None:
+        dots.append(Dot("untrained", pooled.mean, max(pooled.low, 0.0), min(pooled.high, 1.0), 7))
+    return dots
+
+
+def _by_dim(rows: list[Row], view: tuple[str, str], heads: list[tuple[str, bool]], dims: list[int]) -> tuple[str, str]:
+    """A line a head over the output dims, and its legend."""
+    found = [(row, row.top1[view]) for row in rows if view in row.top1]
     series = []
     for colour, (head, batch_norm) in enumerate(heads):
         mine = [(row, e) for row, e in found if (row.head, row.batch_norm) == (head, batch_norm)]
@@ -65,7 +76,7 @@ def _by_dim(
                 [min(e.high, 1.0) for _, e in mine],
             )
         )
-    chart = line_chart(series, label=title, categories=[str(dim) for dim in dims], x_label="output dim")
+    chart = line_chart(series, label=" on ".join(view), categories=[str(dim) for dim in dims], x_label="output dim")
     return chart, legend([(one.name, one.colour) for one in series])
 
 
@@ -114,7 +125,8 @@ def _depth_chart(row: Row, kind: str, tasks: dict[str, dict[str, Any]]) -> tuple
     """(chart, caption, legend): a line a task of that kind, from h to z."""
     depth = list(next(iter(row.bits.values())))
     series = []
-    for colour, task in enumerate(task for task in tasks if tasks[task]["kind"] == kind and task in row.bits):
+    drawn = [task for task in tasks if tasks[task]["kind"] == kind and task in row.bits]
+    for colour, task in zip(cycle(FACTOR_COLOURS), drawn, strict=False):
         entropy = max(tasks[task]["entropy_bits"], 1e-9)
         found = [row.bits[task][layer] for layer in depth]
         series.append(

@@ -16,6 +16,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -174,6 +176,16 @@ def stream_config(batch: int, **values: Any) -> Config:
     return configuration.validate(base, "benchmark")
 
 
+def decoding_rate(_: int, n: int = 32, rounds: int = 24) -> float:
+    """Images a second that a process decodes and crops, which has nothing else to do."""
+    torch.set_num_threads(1)
+    data, config = photographs(n), AugmentConfig()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        decode_and_crop(data, config)
+    return n * rounds / (time.perf_counter() - started)
+
+
 def workers() -> None:
     """Batches a second out of the loader with one worker and with as many as there are cores."""
     cores = len(os.sched_getaffinity(0))
@@ -193,9 +205,14 @@ def workers() -> None:
                 for _ in range(steps):
                     next(batches)
                 rates[f"{count} workers"] = 64 * steps / (time.perf_counter() - started)
+        with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+            list(pool.map(decoding_rate, range(cores)))  # every process has started
+            for count in (1, cores):
+                rates[f"  decoding alone, {count} processes"] = sum(pool.map(decoding_rate, range(count)))
         show("loader", rates, "images/s")
-        first, *_, last = rates.values()
-        print(f"  {cores} workers / one worker: {last / first:.2f} ({last / first / cores:.2f} of {cores})")
+        one, many, alone, together = rates.values()
+        print(f"  {cores} workers / one worker: {many / one:.2f} ({many / one / cores:.2f} of {cores})")
+        print(f"  what this machine's cores do for processes that share nothing: {together / alone:.2f}")
 
 
 @contextlib.contextmanager
@@ -244,8 +261,7 @@ def s3(n: int = 6000, shard_mb: float = 32) -> None:
         def streamed() -> None:
             reader = Reader(manifest, config.storage, config.data)
             for start in range(0, len(shards), 256):
-                ahead = plan.upcoming_shards(start, range(config.data.streams), 2)
-                reader.aim([shard for block in ahead for shard in block])
+                reader.aim(*plan.upcoming_shards(start, range(config.data.streams), 2))
                 reader.images(shards[start : start + 256], members[start : start + 256])
             reader.close()
 

@@ -91,7 +91,7 @@ def test_faults_change_nothing(server: S3Server, quiet: Ledger, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_server_that_is_away_for_some_seconds(server: S3Server, quiet: Ledger, tmp_path: Path) -> None:
-    """OUTAGE_SECONDS=20 python -m pytest tests/test_stream.py -k away_for_some"""
+    """OUTAGE_SECONDS=20 python -m pytest tests/stream -k away_for_some"""
     away = float(os.environ.get("OUTAGE_SECONDS", "3"))
     config = config_of({"endpoint_url": server.endpoint_url, "retry_seconds": 60}, cache_dir=str(tmp_path))
     remote = load_manifest("s3://bucket/shapes", config.storage)
