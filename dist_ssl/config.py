@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -244,8 +245,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from None
-    config = validate(values, str(path))
-    return with_overrides(config, overrides) if overrides else config
+    for override in overrides:
+        _set(values, override)
+    return validate(values, str(path), [override.partition("=")[0] for override in overrides])
 
 
 def loads(text: str, source: str = "config") -> Config:
@@ -253,12 +255,12 @@ def loads(text: str, source: str = "config") -> Config:
     return validate(tomllib.loads(text), source)
 
 
-def validate(values: dict[str, Any], source: str) -> Config:
-    """A Config from nested dictionaries; `source` is named in errors."""
+def validate(values: dict[str, Any], source: str, overridden: Sequence[str] = ()) -> Config:
+    """A Config from nested dictionaries; `source` is named in errors, "--set" in those of the `overridden` keys."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(one, source) for one in error.errors())) from None
+        raise UserError("; ".join(_explain(one, source, overridden) for one in error.errors())) from None
 
 
 def dumps(config: Config) -> str:
@@ -318,8 +320,9 @@ def _set(values: dict[str, Any], override: str) -> None:
     values[name] = value
 
 
-def _explain(error: Any, source: str) -> str:
+def _explain(error: Any, source: str, overridden: Sequence[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
+    source = "--set" if key in overridden else source
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
         return f"{source}: unknown key {key!r}; did you mean {near[0]!r}?"

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec.asyn
 from isal import isal_zlib
@@ -21,6 +21,7 @@ from dist_ssl import storage
 from dist_ssl.config import StorageConfig
 
 RANGE_BYTES = 8 * 2**20  # one request
+CONCURRENT_RANGES = 4  # of a file
 CHUNK_BYTES = 2**18  # of a body, at most, that is taken in at a time, and twice that is lost where it breaks off
 
 
@@ -28,6 +29,7 @@ CHUNK_BYTES = 2**18  # of a body, at most, that is taken in at a time, and twice
 class _Range:
     """Bytes [start, stop) of a file; those before `at` were handed to `take`."""
 
+    url: str
     start: int
     stop: int
     at: int
@@ -35,17 +37,27 @@ class _Range:
     crc32: int = 0
 
     def add(self, data: bytes) -> None:
+        if self.at + len(data) > self.stop:
+            raise EOFError(f"expected bytes {self.at} to {self.stop}, got more: the server takes no Range")
         try:
             self.take(self.at, data)
         except OSError as error:  # of this machine: no request mends it
-            raise storage.StorageError(f"the bytes read can't be kept: {error}") from None
+            raise storage.StorageError(
+                f"{storage.redact(self.url)}: what is read of it can't be kept on this machine: {error}"
+            ) from None
         self.crc32 = isal_zlib.crc32(data, self.crc32)
         self.at += len(data)
 
 
-def writer(descriptor: int) -> Callable[[int, bytes], object]:
+def writer(file: BinaryIO) -> Callable[[int, bytes], object]:
     """What `read_file` hands bytes to, so that they land in an open local file."""
-    return lambda offset, data: os.pwrite(descriptor, data, offset)
+
+    def write(offset: int, data: bytes) -> None:
+        # Asked for each time: the number of a file that was closed may be another's by now.
+        if os.pwrite(file.fileno(), data, offset) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return write
 
 
 def read_file(
@@ -54,40 +66,47 @@ def read_file(
     num_bytes: int,
     take: Callable[[int, bytes], object],
     stop: Callable[[], bool] = lambda: False,
-    concurrency: int = 4,
 ) -> int | None:
-    """Hand the `num_bytes` bytes of a file to `take(offset, bytes)`, in any order and by several threads.
+    """Hand the `num_bytes` bytes of a file to `take(offset, bytes)`, in any order.
 
-    Returns their crc32, or None once `stop()` was true. Large ranges are requested, `concurrency` at a time. A body
-    of S3 that breaks off is resumed by a request for its rest; other stores' ranges are asked for again.
+    Returns their crc32, or None once `stop()` was true. Large ranges are requested, several at a time. A body of S3
+    that breaks off is resumed by a request for its rest; other stores' ranges are asked for again. `take` may run on
+    fsspec's event loop, where it must not wait or call `storage`. Raises StorageError as `storage.read_bytes` does.
     """
+
+    def over() -> bool:
+        return ended.is_set() or stop()
 
     def fill(part: _Range) -> None:
         system, path = storage.filesystem(url, config)
 
         def once() -> None:
-            if ended.is_set():
+            if over() or part.at == part.stop:
                 return
             try:
                 fsspec.asyn.sync(system.loop, _receive, system, path, part)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # what s3fs makes of a range beyond the end
-                    raise
+                if error.errno == errno.EINVAL:  # what s3fs makes of a range beyond the end
+                    storage.check_length(url, system, path, part.stop)
+                raise
             if part.at < part.stop:
-                raise storage.cut_short(url, system, path, part.at, part.stop, 0)
+                storage.check_length(url, system, path, part.stop)
+                raise EOFError(f"expected bytes up to {part.stop}, got them up to {part.at}")
 
-        if stop() or ended.is_set():
-            return
-        if storage.check_url(url) == "s3":
-            storage.retry(url, config, once)
-        else:
-            part.add(storage.read_bytes(url, config, part.at, part.stop))
+        try:
+            if storage.check_url(url) == "s3":
+                storage.retry(url, config, once)
+            elif not over():
+                part.add(storage.read_bytes(url, config, part.at, part.stop))
+        except BaseException:
+            ended.set()
+            raise
 
-    ended = threading.Event()  # so that no request outlives the failure of another
+    ended = threading.Event()  # by a failure: other ranges are not retried any more
     starts = range(0, num_bytes, RANGE_BYTES)
-    parts = [_Range(start, min(start + RANGE_BYTES, num_bytes), start, take) for start in starts]
+    parts = [_Range(url, start, min(start + RANGE_BYTES, num_bytes), start, take) for start in starts]
     total = 0
-    with ThreadPoolExecutor(concurrency) as pool:
+    with ThreadPoolExecutor(CONCURRENT_RANGES) as pool:
         try:
             for part, _ in zip(parts, pool.map(fill, parts), strict=True):
                 total = isal_zlib.crc32_combine(total, part.crc32, part.stop - part.start)

@@ -195,11 +195,12 @@ def read_bytes(url: str, config: StorageConfig, start: int = 0, stop: int | None
         try:
             data = system.cat_file(path, start=start or None, end=stop)
         except OSError as error:
-            if error.errno != errno.EINVAL or stop is None:  # what s3fs makes of a range beyond the end
-                raise
-            data = b""
+            if error.errno == errno.EINVAL and stop is not None:  # what s3fs makes of a range beyond the end
+                check_length(url, system, path, stop)
+            raise
         if stop is not None and len(data) != stop - start:
-            raise cut_short(url, system, path, start, stop, len(data))
+            check_length(url, system, path, stop)
+            raise EOFError(f"expected bytes {start} to {stop}, got {len(data)} bytes")
         return bytes(data)
 
     if stop is not None and stop <= start:
@@ -207,14 +208,13 @@ def read_bytes(url: str, config: StorageConfig, start: int = 0, stop: int | None
     return retry(url, config, once)
 
 
-def cut_short(url: str, system: Any, path: str, start: int, stop: int, got: int) -> Exception:
-    """What a body of fewer bytes than were asked for means: a fault, or for good that the file is too short."""
+def check_length(url: str, system: Any, path: str, stop: int) -> None:
+    """Raise StorageError where a file is too short for bytes up to `stop`: then asking again mends nothing."""
     if (found := int(system.info(path)["size"])) < stop:
-        return StorageError(
+        raise StorageError(
             f"{redact(url)}: expected at least {stop} bytes, the file holds {found}: it is not the one that "
             "was indexed or written; run `dist-ssl shards verify` on shards"
         )
-    return EOFError(f"expected bytes {start} to {stop}, got {got} bytes")
 
 
 def write_bytes(url: str, data: bytes, config: StorageConfig) -> None:

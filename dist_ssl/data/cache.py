@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 IN_USE_SECONDS = 20.0  # a file that was touched so lately is not evicted: somebody reads it
 WAIT_SECONDS = 0.5  # before looking again for a shard that may be fetched
+POLL_SECONDS = 0.002  # between looks at a lock
+STALLED_SECONDS = 5.0  # a fetch that wrote nothing for so long is not waited for: its process may be stopped
+TOUCH_SECONDS = 5.0
 
 
 class ShardCache:
@@ -36,6 +39,7 @@ class ShardCache:
         self._storage, self._limit = storage_config, int(data.cache_gb * 1e9)
         self._directory = Path(data.cache_dir) if data.cache_dir else _own_directory()
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._said: set[str] = set()
 
     def path(self, shard: Shard) -> Path:
         identity = f"{shard.url}\0{shard.num_bytes}\0{shard.crc32}"
@@ -64,21 +68,21 @@ class ShardCache:
     def fetch(self, shard: Shard, stop: Callable[[], bool] = lambda: False, wait: bool = False) -> bool:
         """Bring a shard in; False where another process is at it, there is no room now, or `stop()` became true.
 
-        With `wait`, wait for another that is at it. Raises StorageError when the store fails for longer than the
-        budget, UserError when its bytes are not those that were indexed.
+        With `wait`, wait for another that is at it, while it gets on. Raises StorageError when the store fails for
+        longer than the budget, UserError when its bytes are not those that were indexed.
         """
         path = self.path(shard)
-        with _locked(path.with_suffix(".lock"), wait) as mine:
+        partial = path.with_suffix(".part")
+        with _locked(path.with_suffix(".lock"), partial if wait else None) as mine:
             if not mine:
                 return False
             if path.exists():
                 return True
-            partial = path.with_suffix(".part")
             try:
                 with open(partial, "wb") as file:
                     if not self._reserve(shard.num_bytes, file.fileno()):
                         return False
-                    take = writer(file.fileno())
+                    take = writer(file)
                     crc32 = read_file(shard.url, self._storage, shard.num_bytes, take, stop)
                 if crc32 is None:
                     return False
@@ -95,7 +99,10 @@ class ShardCache:
 
     def _reserve(self, num_bytes: int, descriptor: int) -> bool:
         """Make room for `num_bytes` and take it at once, by the partial file's blocks. False where all is in use."""
-        with _locked(self._directory / "room.lock", wait=True):
+        room = self._directory / "room.lock"
+        with _locked(room, room) as mine:
+            if not mine:
+                return False
             files = []
             for entry in os.scandir(self._directory):
                 with contextlib.suppress(FileNotFoundError):
@@ -109,8 +116,21 @@ class ShardCache:
                     used -= size
             if used + num_bytes > self._limit:
                 return False
-            os.posix_fallocate(descriptor, 0, num_bytes)
+            try:
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            except OSError as error:
+                self._warn(
+                    f"{self._directory}: {error.strerror}, for a shard of {num_bytes / 1e6:.0f} MB, so images are read "
+                    "by requests of their own, which is slow; free some, name another disk by data.cache_dir, or lower "
+                    f"data.cache_gb = {self._limit / 1e9:g}"
+                )
+                return False
             return True
+
+    def _warn(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning("%s", message)
 
 
 def _evict(path: Path) -> bool:
@@ -123,17 +143,35 @@ def _evict(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _locked(path: Path, worked_on: Path | None = None) -> Iterator[bool]:
+    """Whether the lock was to be had; it is freed at the end, or when the process dies.
+
+    It is waited for while its holder writes to the file `worked_on`: a wait in the kernel would have no end where that
+    process was stopped.
+    """
+    descriptor, started = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.time()
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        while not (mine := _try_lock(descriptor)) and worked_on is not None:
+            if time.time() - max(_modified(worked_on), started) > STALLED_SECONDS:
+                break
+            time.sleep(POLL_SECONDS)
+        yield mine
     finally:
-        os.close(descriptor)  # which frees the lock
+        os.close(descriptor)
+
+
+def _modified(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _own_directory() -> Path:
@@ -153,17 +191,20 @@ class FetchAhead:
     """
 
     def __init__(self, cache: ShardCache):
-        self._cache, self._aim, self._closed = cache, [], False  # type: ignore[var-annotated]
+        self._cache, self._closed = cache, False
+        self._now: list[Shard] = []
+        self._later: list[Shard] = []
+        self._touched = 0.0
         self._changed = threading.Condition()
         self._refused: set[str] = set()
         self._threads = [threading.Thread(target=self._run, name="fetch ahead", daemon=True) for _ in range(2)]
         for thread in self._threads:
             thread.start()
 
-    def aim(self, shards: Sequence[Shard]) -> None:
-        """What to fetch from now on, the most urgent first."""
+    def aim(self, now: Sequence[Shard], later: Sequence[Shard]) -> None:
+        """What to fetch from now on, the most urgent first; those of `now` are kept from eviction."""
         with self._changed:
-            self._aim = list(shards)
+            self._now, self._later = list(now), list(later)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -176,17 +217,25 @@ class FetchAhead:
     def _run(self) -> None:
         while not self._closed:
             with self._changed:
-                aim = self._aim
-            fetched = any(self._fetch(shard) for shard in aim if shard.url not in self._refused)
+                now, later = self._now, self._later
+            fetched = any(self._fetch(shard) for shard in (*now, *later) if shard.url not in self._refused)
             with self._changed:
-                if not fetched and not self._closed and self._aim is aim:
+                if not fetched and not self._over() and self._now is now:
                     self._changed.wait(WAIT_SECONDS)
+
+    def _over(self) -> bool:
+        """Whether this was closed; called often, so that what is read meanwhile is seen to be in use."""
+        if (at := time.monotonic()) - self._touched > TOUCH_SECONDS:
+            self._touched = at
+            for shard in self._now:
+                self._cache.touch(shard)
+        return self._closed
 
     def _fetch(self, shard: Shard) -> bool:
         if self._closed or self._cache.path(shard).exists():
             return False
         try:
-            return self._cache.fetch(shard, lambda: self._closed)
+            return self._cache.fetch(shard, self._over)
         except UserError as error:
             # Samples of it are still read one by one, and those that are damaged are quarantined.
             self._refused.add(shard.url)

@@ -6,13 +6,13 @@ is written last.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, cast
@@ -41,14 +41,14 @@ from dist_ssl.progress import track
 log = logging.getLogger(__name__)
 
 
-class _Scratch(contextlib.ExitStack):
+class _Scratch(ExitStack):
     """Temporary files to copy shards into, used again: filling one anew costs less than the pages of a fresh one."""
 
     def __init__(self) -> None:
         super().__init__()
         self._free: list[BinaryIO] = []
 
-    @contextlib.contextmanager
+    @contextmanager
     def file(self) -> Iterator[BinaryIO]:
         try:
             file = self._free.pop()
@@ -94,9 +94,10 @@ def index_shards(
         names = [f"{i:06d}-{name}" for i, name in enumerate(names)]
     jobs = [(url, storage.join(folder, f"{name}.idx")) for url, name in zip(urls, names, strict=True)]
     shards, without_image = [], 0
-    with _Scratch() as scratch:
-        work = partial(_index_one, config, json_label, rebuild, scratch)
-        found = in_threads(work, jobs, _workers(num_workers))
+    with (
+        _Scratch() as scratch,
+        closing(in_threads(partial(_index_one, config, json_label, rebuild, scratch), jobs, num_workers)) as found,
+    ):
         for shard, missing in track(found, len(jobs), "indexing", progress):
             shards.append(shard)
             without_image += len(missing)
@@ -118,13 +119,11 @@ def verify_shards(
     """Read every shard of a manifest and hold it against bytes, counts and checksums. Empty where all is well."""
     manifest = load_manifest(location, config)
     jobs = list(manifest.shards)
-    with _Scratch() as scratch:
-        found = in_threads(partial(_verify_one, config, scratch), jobs, _workers(num_workers))
+    with (
+        _Scratch() as scratch,
+        closing(in_threads(partial(_verify_one, config, scratch), jobs, num_workers)) as found,
+    ):
         return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
-
-
-def _workers(asked: int | None) -> int:
-    return asked if asked is not None else 2 * len(os.sched_getaffinity(0))
 
 
 def _shard_urls(location: str, config: StorageConfig) -> list[str]:
@@ -146,7 +145,7 @@ def _index_one(
     except FileNotFoundError:
         raise UserError(f"{storage.redact(url)}: no such shard") from None
     if not rebuild:
-        with contextlib.suppress(FileNotFoundError, UserError):
+        with suppress(FileNotFoundError, UserError):
             index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
             if index.shard_bytes == num_bytes:
                 return Shard(url, index_url, num_bytes, len(index), index.shard_crc32), []
@@ -188,7 +187,7 @@ def _damaged_members(file: BinaryIO, shard: Shard, index: MemberIndex, num_bytes
     return damages
 
 
-@contextlib.contextmanager
+@contextmanager
 def _opened(url: str, num_bytes: int, config: StorageConfig, scratch: _Scratch) -> Iterator[tuple[BinaryIO, int]]:
     """A shard as a seekable local file, and its crc32; a remote one is copied into `scratch` first."""
     crc32 = 0
@@ -202,8 +201,14 @@ def _opened(url: str, num_bytes: int, config: StorageConfig, scratch: _Scratch) 
         if num_bytes == 0:  # which can't be mapped
             yield io.BytesIO(), crc32
             return
-        os.posix_fallocate(copy.fileno(), 0, num_bytes)
-        total = read_file(url, config, num_bytes, writer(copy.fileno()))
+        try:
+            os.posix_fallocate(copy.fileno(), 0, num_bytes)
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()}: {error.strerror}, for a copy of a shard of {num_bytes / 1e6:.0f} MB; "
+                "free some, name another disk by TMPDIR, or lower --workers"
+            ) from None
+        total = read_file(url, config, num_bytes, writer(copy))
         assert total is not None
         # Mapped, a seek and a read of one header do not read a buffer around it.
         with mmap.mmap(copy.fileno(), num_bytes, access=mmap.ACCESS_READ) as mapped:

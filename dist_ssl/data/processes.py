@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -21,8 +22,12 @@ def in_processes(function: Any, items: Sequence[Any], num_workers: int) -> Itera
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def in_threads(function: Any, items: Sequence[Any], num_workers: int) -> Iterator[Any]:
-    """`map` over threads, in order: for work that waits for a network and sums bytes, both outside of Python's lock."""
+def in_threads(function: Any, items: Sequence[Any], num_workers: int | None) -> Generator[Any]:
+    """`map` over threads, in order: for work that waits for a network and sums bytes, both outside of Python's lock.
+
+    Two threads a core by default. Closed, it waits for what is under way.
+    """
+    num_workers = 2 * len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     if num_workers < 2 or len(items) < 2:
         yield from map(function, items)
         return

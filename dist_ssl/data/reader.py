@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,7 +46,8 @@ class Reader:
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
         self._requests: ThreadPoolExecutor | None = None
-        self._first: Container[int] = range(len(self.manifest.shards))  # shards that the start needs
+        self._first = set(range(len(self.manifest.shards)))  # shards that the start needs
+        self._refused: set[int] = set()  # shards that are not what was indexed
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -75,8 +76,13 @@ class Reader:
         if self._ahead is None:
             self._ahead = FetchAhead(self._opened_cache())
             self._first = set(now)
-        listed = [self.manifest.shards[shard] for shard in (*now, *later)]
-        self._ahead.aim([shard for shard in listed if not storage.is_local(shard.url)])
+        self._first &= set(now)
+        self._ahead.aim(
+            *(
+                [self.manifest.shards[shard] for shard in part if not storage.is_local(self.manifest.shards[shard].url)]
+                for part in (now, later)
+            )
+        )
 
     def index(self, shard: int) -> MemberIndex:
         if shard not in self._indexes:
@@ -144,9 +150,6 @@ class Reader:
                 data[row] = os.pread(descriptor, stop - start, start)
         if away:
             self._read_away(wanted, away, data)
-        if self.remote:
-            for shard in {place[0] for place in wanted}:
-                self._opened_cache().touch(self.manifest.shards[shard])
         return data
 
     def _read_away(
@@ -178,12 +181,14 @@ class Reader:
     def _fetch_now(self, shard: int, wanted_bytes: int) -> bool:
         """Bring a shard in before going on; not at the start, unless a good part of it is wanted."""
         listed = self.manifest.shards[shard]
-        if shard in self._first and wanted_bytes < listed.num_bytes * FETCHED_FROM_PART:
+        few = shard in self._first and wanted_bytes < listed.num_bytes * FETCHED_FROM_PART
+        if few or shard in self._refused:
             return False
         try:
             self._opened_cache().fetch(listed, wait=True)
         except UserError:
-            return False  # it changed since it was indexed: its samples are checked one by one
+            self._refused.add(shard)  # it changed since it was indexed: its samples are checked one by one
+            return False
         return self._open(shard) is not None
 
     def _open(self, shard: int) -> int | None:

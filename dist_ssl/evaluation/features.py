@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,25 +53,24 @@ class Split:
     def augment(self) -> AugmentConfig:
         return self.config.augment
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[EvaluationBatch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Generator[EvaluationBatch]:
         """Batches of uint8 images of rows [start, stop) in manifest order."""
         evaluation = self.config.evaluation
         stop = self.manifest.num_samples if stop is None else stop
         # Starting a worker costs seconds: not for a handful of batches.
         num_workers = min(evaluation.num_workers, (stop - start) // (4 * evaluation.batch_size_per_rank))
-        return iter(
-            evaluation_batches(
-                self.manifest,
-                self.config.storage,
-                image_size=self.image_size,
-                resize_ratio=evaluation.resize_ratio,
-                start=start,
-                stop=stop,
-                batch_size=evaluation.batch_size_per_rank,
-                num_workers=num_workers,
-                data=self.config.data,
-            )
-        )
+        with evaluation_batches(
+            self.manifest,
+            self.config.storage,
+            image_size=self.image_size,
+            resize_ratio=evaluation.resize_ratio,
+            start=start,
+            stop=stop,
+            batch_size=evaluation.batch_size_per_rank,
+            num_workers=num_workers,
+            data=self.config.data,
+        ) as batches:
+            yield from batches
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> normalised fp32 on the device."""
@@ -207,9 +206,7 @@ def _fill(split: Split, readables: list[Readable], folder: Path, start: int, sto
         os.close(done)
         for writer in writers.values():
             writer.close()
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
+        batches.close()
 
 
 class RowWriter:

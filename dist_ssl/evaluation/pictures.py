@@ -90,8 +90,9 @@ def view_pairs(config: Config) -> np.ndarray | None:
     few = configuration.with_overrides(config, [f"train.global_batch_size={PAIRS}", "data.num_workers=0"])
     try:
         manifest = load_manifest(few.data.shards, few.storage)
-        batches = stream.training_batches(few, manifest, cursor=0, first_step=0, num_steps=1, rank=0, world_size=1)
-        batch = next(iter(batches))
+        place = {"cursor": 0, "first_step": 0, "num_steps": 1, "rank": 0, "world_size": 1}
+        with stream.training_batches(few, manifest, **place) as batches:
+            batch = next(batches)
         views = augment.augment(batch.crops, batch.parameters, few.augment)
     except (OSError, UserError) as error:
         log.warning("no view pairs in the report: %s", error)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.data import cache as cache_module
 from dist_ssl.data.index import load_manifest
+from dist_ssl.data.reader import Reader
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
 from dist_ssl.data.stream import training_batches
 from dist_ssl.storage import StorageError
+from tests.proxy import faulty_proxy
 from tests.s3 import S3Server
 from tests.stream.consumed import BATCH, Ledger, cached, consume, part
 
@@ -57,6 +64,90 @@ def test_a_lock_that_another_process_holds_is_respected_and_a_dead_ones_is_not(
     descriptor = cache.open(remote.shards[0])
     assert descriptor is not None
     os.close(descriptor)
+
+
+def test_a_lock_whose_holder_does_nothing_is_not_waited_for(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run that shares the cache and is suspended: this one reads without it."""
+    _, remote, cache = cached(server, tmp_path)
+    monkeypatch.setattr(cache_module, "STALLED_SECONDS", 1.0)
+    lock = cache.path(remote.shards[0]).with_suffix(".lock")
+    code = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); "
+    with subprocess.Popen([sys.executable, "-c", code + "time.sleep(600)"], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout
+            holder.stdout.readline()
+            holder.send_signal(signal.SIGSTOP)
+            started = time.monotonic()
+            assert not cache.fetch(remote.shards[0], wait=True)
+            assert 0.9 < time.monotonic() - started < 10
+            (tmp_path / "touching").write_text("")
+            partial = cache.path(remote.shards[0]).with_suffix(".part")
+            toucher = threading.Timer(1.5, holder.kill)
+            toucher.start()
+            partial.write_bytes(b"")
+            os.utime(partial, (time.time() + 3, time.time() + 3))
+            assert cache.fetch(remote.shards[0], wait=True), "one that gets on is waited for"
+            toucher.join()
+        finally:
+            holder.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
+def test_a_disk_that_is_full_is_a_warning_and_the_run_goes_on(
+    server: S3Server, quiet: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
+    try:
+        config, remote, cache = cached(server, small)
+        assert consume(config, remote, steps=2) == part(quiet, 0, 2 * BATCH)
+        assert not list(small.glob("*.part"))
+        assert not cache.fetch(remote.shards[0])
+        said = {record.getMessage() for record in caplog.records if "No space left on device" in record.getMessage()}
+        assert said
+        assert all(re.search(r"small: No space.*, for a shard of .* data.cache_dir", line) for line in said)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_at_the_start_a_sample_is_read_by_a_range_and_later_its_shard_is_waited_for(
+    server: S3Server, tmp_path: Path
+) -> None:
+    config, remote, cache = cached(server, tmp_path)
+    many, last = range(len(remote.shards)), len(remote.shards) - 1
+    with faulty_proxy(server.port, latency_seconds=0.3) as proxy:
+        slow = config.storage.model_copy(update={"endpoint_url": proxy.endpoint_url})
+        for now, later, waits in ((many, (), False), ((0,), (), True)):
+            reader = Reader(remote, slow, config.data)
+            reader.aim(now, later)
+            (image,) = reader.images(np.array([last]), np.array([0]))
+            assert isinstance(image, bytes)
+            assert cache.path(remote.shards[last]).exists() is waits
+            reader.close()
+
+
+def test_a_shard_that_changed_is_fetched_once_and_not_for_each_sample(
+    server: S3Server, shapes: Path, tmp_path: Path
+) -> None:
+    config, remote, _ = cached(server, tmp_path)
+    path = shapes / "bucket" / "shapes" / "000001.tar"
+    before = path.read_bytes()
+    path.write_bytes(before[:2000] + b"?" + before[2001:])
+    server.forget()
+    try:
+        with faulty_proxy(server.port) as proxy:
+            reader = Reader(remote, config.storage.model_copy(update={"endpoint_url": proxy.endpoint_url}), config.data)
+            reader.aim((), ())
+            for member in range(8):
+                reader.images(np.array([1]), np.array([member]))
+            reader.close()
+            assert proxy.body_bytes < 2 * len(before)
+    finally:
+        path.write_bytes(before)
+        server.forget()
 
 
 def test_what_rots_in_the_cache_is_read_again(server: S3Server, quiet: Ledger, tmp_path: Path) -> None:
