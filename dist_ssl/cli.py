@@ -263,7 +263,7 @@ def lab(
     from dist_ssl.report import lab_page
 
     loaded = configuration.load(config, overrides)
-    grid = laboratory.cells(loaded) if summary_only else laboratory.run(loaded, cell)
+    grid = laboratory.done(loaded) if summary_only else laboratory.run(loaded, cell)
     if cell is not None:
         return
     summary, folder = lab_summary.summarize_lab(grid), Path(loaded.run.dir)
@@ -323,9 +323,9 @@ def plan(
     config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    images_per_second: Annotated[float | None, typer.Option(help="Of a GPU; gives hours and the store's rate.")] = None,
-    gigabits_per_second: Annotated[float | None, typer.Option(help="Between ranks; gives time on the wire.")] = None,
-    num_images: Annotated[int | None, typer.Option(help="Of the data set; the shards are then not read.")] = None,
+    images_per_second: Annotated[float | None, typer.Option(min=1e-3, help="Of a GPU: for hours, store rate.")] = None,
+    gigabits_per_second: Annotated[float | None, typer.Option(min=1e-3, help="Between ranks: for time.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="Then the shards are not read.")] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Predict memory, traffic, checkpoints, store rate and hours of a run on any number of GPUs, formulas beside them.
@@ -362,6 +362,7 @@ def run(app: typer.Typer, is_first: bool = True) -> None:
         problem = str(error)
     except (FileNotFoundError, PermissionError) as error:
         problem = f"{error}; expected a path that exists and that you may read or write"
+        problem += ", by the credentials in the environment" if "://" in problem else ""
     except MemoryError as error:
         problem = f"out of memory: {error}; lower train.global_batch_size, augment.crop_size or data.num_workers"
     except StorageError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import random
 import re
@@ -25,8 +26,11 @@ import fsspec.asyn
 
 from dist_ssl.config import StorageConfig, UserError
 
+log = logging.getLogger(__name__)
+
 SCHEMES = ("file", "s3", "gs", "https", "memory")
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 8.0
+QUIET_SECONDS = 10.0  # of an outage, before and between the lines that tell of it
 SLOWEST_BYTES_PER_SECOND = 2**20  # an upload that is slower than this counts as a fault
 
 # Variables whose values never reach a message, whatever a library puts into its errors.
@@ -37,6 +41,7 @@ _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound",
 
 _systems: dict[tuple[Any, ...], Any] = {}
 _opening = threading.Lock()
+_told = -1e9  # when an outage was last told of
 
 Result = TypeVar("Result")
 
@@ -87,7 +92,8 @@ def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
             endpoint = urlsplit(config.endpoint_url)
             if endpoint.scheme not in ("http", "https") or endpoint.username or endpoint.password or endpoint.query:
                 raise UserError(
-                    f"storage.endpoint_url: expected http(s)://host:port, got {redact(config.endpoint_url)!r}"
+                    "storage.endpoint_url: expected http(s)://host:port, without user, password or query, "
+                    f"got {redact(config.endpoint_url)!r}"
                 )
         options = {
             "anon": config.anonymous,
@@ -174,8 +180,20 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
                     f"(storage.retry_seconds = {config.retry_seconds:g}); "
                     f"last cause: {type(error).__name__}: {redact(str(error))}"
                 ) from None
+            _tell_of_an_outage(url, spent, config, error)
         time.sleep(random.uniform(pause / 2, pause))
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _tell_of_an_outage(url: str, seconds: float, config: StorageConfig, error: Exception) -> None:
+    """A line a process now and then while requests are tried again, so that a run that waits says for what."""
+    global _told
+    if seconds > QUIET_SECONDS and time.monotonic() - _told > QUIET_SECONDS:
+        _told = time.monotonic()
+        log.warning(
+            "%s: tried again for %.0f s, at most for %g: %s: %s",
+            redact(url), seconds, config.retry_seconds, type(error).__name__, redact(str(error)),
+        )  # fmt: skip
 
 
 def _is_transient(error: Exception) -> bool:

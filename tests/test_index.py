@@ -339,3 +339,28 @@ def test_a_manifest_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
     index_shards(str(tmp_path / "train"), LOCAL, num_workers=0)
     with pytest.raises(UserError, match=r"did you mean .*/train"):
         load_manifest(str(tmp_path), LOCAL)
+
+
+def test_labels_that_are_asked_for_later_are_read(tmp_path: Path) -> None:
+    make_tar(
+        tmp_path / "a.tar", [("0.jpg", b"x"), ("0.json", b'{"label": 7}'), ("1.jpg", b"y"), ("1.json", b'{"label": 8}')]
+    )
+    unlabelled = index_shards(str(tmp_path), StorageConfig(), num_workers=0)
+    assert read_member_index(unlabelled.shards[0], StorageConfig()).labels.tolist() == [-1, -1]
+    labelled = index_shards(str(tmp_path), StorageConfig(), json_label="label", num_workers=0)
+    assert read_member_index(labelled.shards[0], StorageConfig()).labels.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (b"99999999999999999999", "a label from 0 to 2147483647, got 9+"),
+        (b"-2", "got -2"),
+        (b"a", "is no whole number"),
+    ],
+)
+def test_labels_that_are_none(tmp_path: Path, label: bytes, expected: str) -> None:
+    with pytest.raises(UserError, match=rf"a.tar: 0: .*{expected}"):
+        index_of(make_tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.cls", label)]))
+    with pytest.raises(UserError, match=r"0: its .json has no field 'label'"):
+        index_of(make_tar(tmp_path / "b.tar", [("0.jpg", b"x"), ("0.json", b"{}")]), json_label="label")

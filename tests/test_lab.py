@@ -108,6 +108,13 @@ def test_a_real_grid_goes_on_where_it_stopped_and_is_summed_up(tmp_path):
     assert summary["paragraph"] in " ".join((tmp_path / "lab" / "lab.html").read_text().split())
     assert to_json(summarize_lab(lab.cells(config)))["paragraph"] == summary["paragraph"]
     assert "linear" in done.output
+    # Cells that are not alike are not compared.
+    for keys in (["train.steps=3"], ["train.steps=3", "--summary"]):
+        other = CliRunner().invoke(app, ["lab", str(file), "--set", *keys])
+        assert isinstance(other.exception, UserError)
+        assert "was made by another config (train.steps: 2 -> 3); name another folder" in str(other.exception)
+    with pytest.raises(UserError, match=r"holds shards of shapes:96:20.*lab.source is shapes:90"):
+        lab.run(tiny(tmp_path / "lab", num_seeds=1, source="shapes:90"))
 
 
 def test_an_empty_laboratory_has_a_page(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -171,6 +172,31 @@ def test_a_destination_of_other_shards_is_refused(tmp_path: Path) -> None:
     write_shards(open_source("shapes:20:16"), str(tmp_path), LOCAL, num_workers=0)
     with pytest.raises(UserError, match=r"holds shards of .*shapes:20:16.*choose another destination"):
         write_shards(open_source("shapes:30:16"), str(tmp_path), LOCAL, num_workers=0)
+
+
+def test_a_folder_that_changed_since_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Going on by another listing would write some images twice and others never."""
+    root = photo_folder(tmp_path / "photos", 1)
+
+    def write() -> list[Manifest]:
+        return write_shards(open_source(f"folder:{root}"), str(tmp_path / "out"), LOCAL, shard_mb=0.02, num_workers=0)
+
+    write()
+    for interrupted in (False, True):
+        if interrupted:
+            (tmp_path / "out" / "manifest.json").rename(tmp_path / "manifest.json")
+            details = json.loads((tmp_path / "manifest.json").read_text())["details"]
+            (tmp_path / "out" / "writing.json").write_text(json.dumps(details))
+        write()
+        moved = next((root / "class0").iterdir())
+        moved.rename(root / "class0" / f"z{moved.name}")
+        with pytest.raises(UserError, match="held other files; put those back to go on, or choose another destination"):
+            write()
+        (root / "class0" / f"z{moved.name}").rename(moved)
+    (root / "class0" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    caplog.clear()
+    write()
+    assert "1 files are left out, being unreadable, such as" in caplog.text
 
 
 def test_straight_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

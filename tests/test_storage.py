@@ -171,6 +171,19 @@ def test_the_budget_ends_retries_with_an_error_that_says_all(server: S3Server) -
         assert secret in ("us-east-1", "true") or secret not in message
 
 
+def test_an_outage_is_told_of_while_it_lasts(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "QUIET_SECONDS", 0.5)
+    with faulty_proxy(server.port, refused=1.0) as proxy:
+        config = StorageConfig(endpoint_url=proxy.endpoint_url, retry_seconds=4)
+        with pytest.raises(storage.StorageError):
+            storage.read_bytes("s3://bucket/big", config, 0, 10)
+    told = [record.getMessage() for record in caplog.records if "tried again for" in record.getMessage()]
+    assert 1 <= len(told) <= 8
+    assert all(line.startswith("s3://bucket/big: tried again for ") for line in told)
+
+
 def test_a_store_that_goes_silent_is_given_up(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

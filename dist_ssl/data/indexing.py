@@ -147,7 +147,8 @@ def _index_one(
     if not rebuild:
         with suppress(FileNotFoundError, UserError):
             index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
-            if index.shard_bytes == num_bytes:
+            asked_anew = json_label is not None and bool((index.labels < 0).all())
+            if index.shard_bytes == num_bytes and not asked_anew:
                 return Shard(url, index_url, num_bytes, len(index), index.shard_crc32), []
     with _opened(url, num_bytes, config, scratch) as (file, crc32):
         index, missing = index_tar(file, url, num_bytes, crc32, json_label)

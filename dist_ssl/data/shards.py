@@ -85,7 +85,7 @@ def write_shards(
     mean_bytes = sum(len(sample.image) + 2048 for sample in good) / max(len(good), 1) or 2048
     samples_per_shard = max(1, round(shard_mb * 2**20 / mean_bytes))
     details = {"source": source.name, "seed": seed, "resize": resize, "samples_per_shard": samples_per_shard}
-    details |= {"test_fraction": test_fraction}
+    details |= {"test_fraction": test_fraction, "files": source.fingerprint}
     manifests = []
     for url, indices in parts.items():
         jobs = _jobs(url, indices, samples_per_shard)
@@ -134,6 +134,11 @@ def _claim(url: str, details: dict[str, Any], config: StorageConfig) -> None:
         except FileNotFoundError:
             continue
         found = found if name == PROGRESS else found["details"]
+        if found != details and found | {"files": ""} == details | {"files": ""}:
+            raise UserError(
+                f"{url}: its shards were written when {details['source']} held other files; put those "
+                "back to go on, or choose another destination"
+            )
         if found != details:
             raise UserError(f"{url}: holds shards of {found}, asked for {details}; choose another destination")
         return
@@ -146,7 +151,8 @@ def _tell(manifest: Manifest, num_samples: int, bad: list[str]) -> None:
     if left_out == num_samples:
         raise UserError(f"{manifest.url}: none of {num_samples} files is an image: {'; '.join(bad[:NUM_TOLD])}")
     if left_out:
-        named = "; ".join(bad[:NUM_TOLD]) + (" ..." if len(bad) > NUM_TOLD else "")
+        named = "; ".join(bad[:NUM_TOLD]) or "named when their shards were written"
+        named += " ..." if len(bad) > NUM_TOLD else ""
         log.warning("%s: %d of %d files are left out, being no images: %s", manifest.url, left_out, num_samples, named)
 
 

@@ -37,6 +37,10 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     @property
+    def fingerprint(self) -> str:
+        """Changes with what there is to write, where the name alone does not tell: a folder's files."""
+
+    @property
     def classes(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
@@ -84,6 +88,10 @@ class ShapesSource:
     def name(self) -> str:
         return f"shapes:{self.count}:{self.size}"
 
+    @property
+    def fingerprint(self) -> str:
+        return self.name
+
     def __len__(self) -> int:
         return self.count
 
@@ -112,15 +120,30 @@ class FolderSource:
         folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.paths: list[str] = []
         self.labels: list[int] = []
+        listing, unreadable = hashlib.sha256(), []
         for label, folder in enumerate(folders or ["."]):
             for parent, subfolders, files in os.walk(root / folder, followlinks=True):
                 subfolders.sort()
-                found = [file for file in sorted(files) if _extension(file) in IMAGE_EXTENSIONS]
-                self.paths += [os.path.join(parent, file) for file in found]
-                self.labels += [label] * len(found)
+                for file in sorted(files):
+                    path = os.path.join(parent, file)
+                    if _extension(file) not in IMAGE_EXTENSIONS:
+                        continue
+                    try:
+                        size = os.stat(path).st_size
+                    except OSError as error:
+                        unreadable.append(f"{path}: {error.strerror}")
+                        continue
+                    self.paths.append(path)
+                    self.labels.append(label)
+                    listing.update(
+                        f"{os.path.relpath(path, root)}\0{size}\0{label}\n".encode("utf-8", "surrogateescape")
+                    )
+        self.fingerprint = listing.hexdigest()
         self.classes = tuple(folders)
         if not self.paths:
             raise UserError(f"folder:{directory}: holds no {', '.join(IMAGE_EXTENSIONS)} files")
+        if unreadable:
+            log.warning("%d files are left out, being unreadable, such as %s", len(unreadable), unreadable[0])
         if not folders:
             log.info("folder:%s: no sub-folders, so no labels; probes want %s/CLASS/IMAGE", directory, directory)
 
@@ -150,6 +173,7 @@ class TorchvisionSource:
         self.name = f"torchvision:{dataset}"
         self._dataset_name, self._root = dataset, root
         self._dataset = _open_torchvision(dataset, root)
+        self.fingerprint = f"{dataset}: {len(self._dataset)}"
         self.classes = tuple(map(str, getattr(self._dataset, "classes", ())))
 
     def __len__(self) -> int:

@@ -315,8 +315,8 @@ def check_working_set(config: Config, manifest: Manifest, rank: int, world_size:
         fits = max(int(room // (largest * block)) * world_size // ranks_here, 1)
         raise UserError(
             f"{streams} streams of this node read {block} shards of up to {largest / 1e6:.0f} MB each at a time: "
-            f"{needed / 1e9:.2f} GB, more than data.cache_gb = {data.cache_gb:g}; set data.cache_gb to "
-            f"{needed / 1e9:.1f}, or data.streams to at most {fits}, or lower data.block_shards"
+            f"{needed / 1e9:.3g} GB, more than data.cache_gb = {data.cache_gb:g}; set data.cache_gb to "
+            f"{1.01 * needed / 1e9:.3g}, or, for a new run, data.streams to at most {fits}, or lower data.block_shards"
         )
 
 
@@ -349,7 +349,8 @@ def _decode_or_replace(
             bad.append({"shard": reader.manifest.shards[shard].url, "key": key, "reason": str(error)})
             data = reader.images(np.array([shard]), np.array([(used + 1) % count]))[0]
     raise UserError(
-        f"{reader.manifest.shards[shard].url}: none of its {count} samples can be decoded: {bad[0]['reason']}"
+        f"{reader.manifest.shards[shard].url}: none of its {count} samples can be decoded: {bad[0]['reason']}; "
+        "put back the shard that was indexed, or begin a new run on an index without it"
     )
 
 

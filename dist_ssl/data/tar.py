@@ -23,6 +23,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_HEADER_BYTES = 2**20  # a pax header or long name that claims more is hostile
 MAX_JSON_BYTES = 2**20
 MAX_LABEL_BYTES = 32
+MAX_LABEL = 2**31 - 1
 _BLOCK = 512
 _NUMBERS = re.compile(rb"([0-7]{1,11})[ \0]+ *([0-7]{1,7})[ \0]*")  # a header's size and checksum, in octal digits
 
@@ -165,13 +166,18 @@ def _ordinary(header: bytes, place: int) -> _Member | None:
 
 
 def _label(file: BinaryIO, sample: _Sample, json_label: str | None, shard: str) -> int:
+    label = -1
     try:
         if sample.label and sample.label[1] <= MAX_LABEL_BYTES:
             file.seek(sample.label[0])
-            return int(file.read(sample.label[1]))
-        if json_label and 0 < sample.json[1] <= MAX_JSON_BYTES:
+            label = int(file.read(sample.label[1]))
+        elif json_label and 0 < sample.json[1] <= MAX_JSON_BYTES:
             file.seek(sample.json[0])
-            return int(json.loads(file.read(sample.json[1]))[json_label])
-    except (ValueError, KeyError, TypeError, RecursionError):
+            label = int(json.loads(file.read(sample.json[1]))[json_label])
+    except KeyError:
+        raise UserError(f"{shard}: {sample.key}: its .json has no field {json_label!r}") from None
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{shard}: {sample.key}: its label is no whole number") from None
-    return -1
+    if not -1 <= label <= MAX_LABEL:
+        raise UserError(f"{shard}: {sample.key}: expected a label from 0 to {MAX_LABEL}, got {label}")
+    return label

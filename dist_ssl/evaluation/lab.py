@@ -75,22 +75,31 @@ def cell_config(config: Config, cell: Cell, shards: str) -> Config:
 def prepare_data(config: Config) -> str:
     """The folder of the lab's shards, written from `lab.source` once; data.shards is used where it is set."""
     lab = _lab(config)
-    folder = Path(config.run.dir) / "data"
+    folder = _data_folder(config)
     if config.data.shards:
         if not (config.evaluation.train_shards and config.evaluation.test_shards):
             raise UserError("lab: with data.shards, evaluation.train_shards and evaluation.test_shards are needed too")
         return str(folder)
     if lab.source is None:
         raise UserError("lab: expected data.shards, or lab.source to write shards from")
-    if not (folder / "test" / "manifest.json").exists():
-        from dist_ssl.data.shards import write_shards
-        from dist_ssl.data.sources import open_source
+    from dist_ssl.data.index import load_manifest
+    from dist_ssl.data.shards import write_shards
+    from dist_ssl.data.sources import open_source
 
-        source = lab.source
-        if source.startswith("shapes:") and source.count(":") == 1:
-            source = f"{source}:{lab.source_image_size}"
+    described = lab.source
+    if described.startswith("shapes:") and described.count(":") == 1:
+        described = f"{described}:{lab.source_image_size}"
+    source = open_source(described, config.run.seed)
+    if (folder / "test" / "manifest.json").exists():
+        details = load_manifest(str(folder / "test"), config.storage).details
+        if (details.get("source"), details.get("files")) != (source.name, source.fingerprint):
+            raise UserError(
+                f"{folder}: holds shards of {details['source']}, or of other files than are there now; lab.source is "
+                f"{lab.source}: name another folder by run.dir"
+            )
+    else:
         write_shards(
-            open_source(source, config.run.seed),
+            source,
             str(folder),
             config.storage,
             seed=config.run.seed,
@@ -100,13 +109,33 @@ def prepare_data(config: Config) -> str:
     return str(folder)
 
 
+def done(config: Config) -> list[Cell]:
+    """The grid. Raises UserError where a cell of it was made by another config: they would be compared as if alike."""
+    grid = cells(config)
+    for cell in grid:
+        results = cell.results()
+        if results is None:
+            continue
+        asked = cell_config(config, cell, str(_data_folder(config)))
+        if differing := configuration.resume_diff(configuration.loads(results["config"]), asked):
+            raise UserError(
+                f"{cell.folder}: was made by another config ({'; '.join(differing)}); name another folder by run.dir, "
+                "or remove this one"
+            )
+    return grid
+
+
+def _data_folder(config: Config) -> Path:
+    return Path(config.run.dir) / "data"
+
+
 def run(config: Config, only: int | None = None) -> list[Cell]:
     """Runs the cells that are not done (or the one numbered `only`, for a job array) and returns the whole grid.
 
     A cell that fails is logged with its log's path and the next one is run; SystemExit(75) passes a request to be
     run again on.
     """
-    grid = cells(config)
+    grid = done(config)
     if only is not None and not 0 <= only < len(grid):
         raise UserError(f"--cell {only}: expected 0 to {len(grid) - 1}, the lab has {len(grid)} cells")
     shards = prepare_data(config)

@@ -33,6 +33,11 @@ class Estimate:
         low, high = mean_interval(list(values.values()))
         return cls(sum(values.values()) / len(values), low, high, values)
 
+    def text(self) -> str:
+        """As people read it; one seed has no interval."""
+        interval = f" [{max(self.low, 0):.1%}, {min(self.high, 1):.1%}]" if len(self.values) > 1 else " (1 seed)"
+        return f"{self.mean:.1%}{interval}"
+
     def json(self) -> dict[str, Any]:
         return {"mean": self.mean, "interval": [self.low, self.high], "seeds": self.values}
 
@@ -185,8 +190,6 @@ def show(summary: dict[str, Any], print_: Callable[[Any], None]) -> None:
         table.add_column(f"{probe} {layer}", justify="right")
     for row in summary["rows"]:
         found = [row.top1.get(key) for key in probes]
-        table.add_row(
-            row.name, *(f"{e.mean:.1%} [{max(e.low, 0):.1%}, {min(e.high, 1):.1%}]" if e else "" for e in found)
-        )
+        table.add_row(row.name, *(e.text() if e else "" for e in found))
     print_(table)
     print_(summary["paragraph"])

@@ -88,8 +88,7 @@ def _table(rows: list[Row], summary: dict[str, Any]) -> str:
         for column in columns:
             e = row.top1.get(column)
             seeds = " ".join(percent(value) for value in e.values.values()) if e else ""
-            interval = f"[{percent(max(e.low, 0))}, {percent(min(e.high, 1))}]" if e else ""
-            line.append(f"{percent(e.mean)} <span class='soft'>{interval}<br>{seeds}</span>" if e else "")
+            line.append(f"{e.text()}<br><span class='soft'>{seeds}</span>" if e else "")
         cells.append(line)
     head = ["head", "seeds", *(f"{probe}, {layer}" for probe, layer in columns)]
     lead = (
