@@ -24,13 +24,15 @@ def test_fragments_hold_the_initial_model(tmp_path, size, stage):
     assert ranks(size).run(engines.initial_fragments, config) == [True] * size
 
 
+LARS = ("optimizer.name=lars", "optimizer.weight_decay=1e-4")
+
+
 @pytest.mark.parametrize(("size", "stage"), CASES)
-def test_lars_equals_a_naive_loop_after_100_steps(tmp_path, size, stage):
-    config = small_config(
-        tmp_path, "", f"engine.zero_stage={stage}", "optimizer.name=lars", "optimizer.weight_decay=1e-4"
-    )
-    expected = engines.naive_lars(config, 100)
-    found = engines.assembled(ranks(size).run(engines.step_and_return, config, 100))
+def test_lars_equals_a_naive_loop(tmp_path, size, stage):
+    config = small_config(tmp_path, "", f"engine.zero_stage={stage}", *LARS)
+    steps = 100 if size < 3 else 25  # a step of three ranks on two cores takes as long as four of two
+    expected = engines.naive_lars(config, steps)
+    found = engines.assembled(ranks(size).run(engines.step_and_return, config, steps))
     difference = torch.cat([found[name, "master"] - expected[name] for name in expected])
     scale = torch.cat(list(expected.values()))
     assert difference.norm() / scale.norm() < 1e-6

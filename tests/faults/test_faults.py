@@ -193,7 +193,7 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
 
 def test_a_short_chaos_run(tmp_path):
     """In a process of its own, since it forks ranks."""
-    options = ["--kills", "4", "--steps", "40", "--seed", "3", "--folder", str(tmp_path)]
+    options = ["--kills", "3", "--steps", "30", "--seed", "3", "--folder", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.chaos", *options], cwd=ROOT, capture_output=True, text=True
     )
