@@ -29,7 +29,7 @@ IN_USE_SECONDS = 20.0  # a file that was touched so lately is not evicted: someb
 WAIT_SECONDS = 0.5  # before looking again for a shard that may be fetched
 POLL_SECONDS = 0.002  # between looks at a lock
 STALLED_SECONDS = 5.0  # a fetch that wrote nothing for so long is not waited for: its process may be stopped
-TOUCH_SECONDS = 5.0
+TOUCH_SECONDS = 5.0  # between touches of what is in use
 
 
 class ShardCache:
@@ -40,6 +40,7 @@ class ShardCache:
         self._directory = Path(data.cache_dir) if data.cache_dir else _own_directory()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._said: set[str] = set()
+        self._refused: dict[Path, str] = {}
 
     def path(self, shard: Shard) -> Path:
         identity = f"{shard.url}\0{shard.num_bytes}\0{shard.crc32}"
@@ -73,6 +74,8 @@ class ShardCache:
         """
         path = self.path(shard)
         partial = path.with_suffix(".part")
+        if path in self._refused:  # it is not read whole a second time to find the same
+            raise UserError(self._refused[path])
         with _locked(path.with_suffix(".lock"), partial if wait else None) as mine:
             if not mine:
                 return False
@@ -87,10 +90,11 @@ class ShardCache:
                 if crc32 is None:
                     return False
                 if crc32 != shard.crc32:
-                    raise UserError(
+                    self._refused[path] = (
                         f"{shard.url}: its bytes are not those that were indexed (crc32 {crc32:08x}, expected "
                         f"{shard.crc32:08x}); run `dist-ssl shards verify`"
                     )
+                    raise UserError(self._refused[path])
                 os.replace(partial, path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
@@ -100,7 +104,7 @@ class ShardCache:
     def _reserve(self, num_bytes: int, descriptor: int) -> bool:
         """Make room for `num_bytes` and take it at once, by the partial file's blocks. False where all is in use."""
         room = self._directory / "room.lock"
-        with _locked(room, room) as mine:
+        with _locked(room, room) as mine:  # which nobody writes to: it is held for moments only
             if not mine:
                 return False
             files = []
@@ -119,7 +123,7 @@ class ShardCache:
             try:
                 os.posix_fallocate(descriptor, 0, num_bytes)
             except OSError as error:
-                self._warn(
+                self.warn(
                     f"{self._directory}: {error.strerror}, for a shard of {num_bytes / 1e6:.0f} MB, so images are read "
                     "by requests of their own, which is slow; free some, name another disk by data.cache_dir, or lower "
                     f"data.cache_gb = {self._limit / 1e9:g}"
@@ -127,7 +131,8 @@ class ShardCache:
                 return False
             return True
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Once a message."""
         if message not in self._said:
             self._said.add(message)
             log.warning("%s", message)
@@ -196,7 +201,6 @@ class FetchAhead:
         self._later: list[Shard] = []
         self._touched = 0.0
         self._changed = threading.Condition()
-        self._refused: set[str] = set()
         self._threads = [threading.Thread(target=self._run, name="fetch ahead", daemon=True) for _ in range(2)]
         for thread in self._threads:
             thread.start()
@@ -218,7 +222,7 @@ class FetchAhead:
         while not self._closed:
             with self._changed:
                 now, later = self._now, self._later
-            fetched = any(self._fetch(shard) for shard in (*now, *later) if shard.url not in self._refused)
+            fetched = any(self._fetch(shard) for shard in (*now, *later))
             with self._changed:
                 if not fetched and not self._over() and self._now is now:
                     self._changed.wait(WAIT_SECONDS)
@@ -238,8 +242,7 @@ class FetchAhead:
             return self._cache.fetch(shard, self._over)
         except UserError as error:
             # Samples of it are still read one by one, and those that are damaged are quarantined.
-            self._refused.add(shard.url)
-            log.warning("%s", error)
+            self._cache.warn(str(error))
         except OSError as error:
             log.warning("fetching ahead: %s", error)  # a read that needs the shard raises it
         return False

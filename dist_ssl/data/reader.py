@@ -47,7 +47,6 @@ class Reader:
         self._ahead: FetchAhead | None = None
         self._requests: ThreadPoolExecutor | None = None
         self._first = set(range(len(self.manifest.shards)))  # shards that the start needs
-        self._refused: set[int] = set()  # shards that are not what was indexed
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -181,14 +180,12 @@ class Reader:
     def _fetch_now(self, shard: int, wanted_bytes: int) -> bool:
         """Bring a shard in before going on; not at the start, unless a good part of it is wanted."""
         listed = self.manifest.shards[shard]
-        few = shard in self._first and wanted_bytes < listed.num_bytes * FETCHED_FROM_PART
-        if few or shard in self._refused:
+        if shard in self._first and wanted_bytes < listed.num_bytes * FETCHED_FROM_PART:
             return False
         try:
             self._opened_cache().fetch(listed, wait=True)
         except UserError:
-            self._refused.add(shard)  # it changed since it was indexed: its samples are checked one by one
-            return False
+            return False  # it changed since it was indexed: its samples are checked one by one
         return self._open(shard) is not None
 
     def _open(self, shard: int) -> int | None:

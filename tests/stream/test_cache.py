@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,25 +131,31 @@ def test_at_the_start_a_sample_is_read_by_a_range_and_later_its_shard_is_waited_
             reader.close()
 
 
+@contextlib.contextmanager
+def second_shard(server: S3Server, shapes: Path) -> Iterator[tuple[Path, bytes]]:
+    """(file, bytes) of a shard in the store, which gets its bytes back at the end."""
+    path = shapes / "bucket" / "shapes" / "000001.tar"
+    before = path.read_bytes()
+    try:
+        yield path, before
+    finally:
+        path.write_bytes(before)
+        server.forget()
+
+
 def test_a_shard_that_changed_is_fetched_once_and_not_for_each_sample(
     server: S3Server, shapes: Path, tmp_path: Path
 ) -> None:
     config, remote, _ = cached(server, tmp_path)
-    path = shapes / "bucket" / "shapes" / "000001.tar"
-    before = path.read_bytes()
-    path.write_bytes(before[:2000] + b"?" + before[2001:])
-    server.forget()
-    try:
-        with faulty_proxy(server.port) as proxy:
-            reader = Reader(remote, config.storage.model_copy(update={"endpoint_url": proxy.endpoint_url}), config.data)
-            reader.aim((), ())
-            for member in range(8):
-                reader.images(np.array([1]), np.array([member]))
-            reader.close()
-            assert proxy.body_bytes < 2 * len(before)
-    finally:
-        path.write_bytes(before)
+    with second_shard(server, shapes) as (path, before), faulty_proxy(server.port) as proxy:
+        path.write_bytes(before[:2000] + b"?" + before[2001:])
         server.forget()
+        reader = Reader(remote, config.storage.model_copy(update={"endpoint_url": proxy.endpoint_url}), config.data)
+        reader.aim((), ())
+        for member in range(8):
+            reader.images(np.array([1]), np.array([member]))
+        reader.close()
+        assert proxy.body_bytes < 2 * len(before)
 
 
 def test_what_rots_in_the_cache_is_read_again(server: S3Server, quiet: Ledger, tmp_path: Path) -> None:
@@ -167,14 +175,12 @@ def test_a_shard_that_changed_since_it_was_indexed_never_gets_in(
     server: S3Server, shapes: Path, tmp_path: Path
 ) -> None:
     config, remote, cache = cached(server, tmp_path)
-    path = shapes / "bucket" / "shapes" / "000001.tar"
-    before = path.read_bytes()
 
     def first_batches() -> None:
         with training_batches(config, remote, cursor=0, first_step=0, num_steps=6, rank=0, world_size=1) as batches:
             list(batches)
 
-    try:
+    with second_shard(server, shapes) as (path, before):
         path.write_bytes(before[:2000] + b"?" + before[2001:])
         server.forget()
         with pytest.raises(UserError, match="not those that were indexed"):
@@ -190,9 +196,6 @@ def test_a_shard_that_changed_since_it_was_indexed_never_gets_in(
         with pytest.raises(StorageError, match=r"expected at least \d+ bytes, the file holds 5000: it is not the one"):
             first_batches()
         assert time.monotonic() - started < 3, "a retry would not mend it"
-    finally:
-        path.write_bytes(before)
-        server.forget()
 
 
 def test_two_buckets_with_the_same_names_do_not_collide(server: S3Server, shapes: Path, tmp_path: Path) -> None:
