@@ -66,7 +66,8 @@ def pretrain(
     checked = configuration.load(config, overrides)
     # Until the loop takes signals, a time limit's or a user's waits: by default it would kill a rank that starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
-    from dist_ssl import distributed, interrupts, train
+    from dist_ssl import distributed
+    from dist_ssl.training import interrupts, train
 
     interrupts.end_with_the_launcher()
     code = train.pretrain(checked, restart=restart, extend=extend)
@@ -303,7 +304,7 @@ def doctor(
     from rich.markup import escape
 
     from dist_ssl import config as configuration
-    from dist_ssl import doctor as examination
+    from dist_ssl.planning import doctor as examination
 
     checked = configuration.load(config, overrides) if config is not None else None
     is_first = os.environ.get("SLURM_PROCID" if "SLURM_STEP_NUM_TASKS" in os.environ else "RANK", "0") == "0"
@@ -336,8 +337,8 @@ def plan(
     from rich.table import Table
 
     from dist_ssl import config as configuration
-    from dist_ssl import planner
     from dist_ssl.data.index import load_manifest
+    from dist_ssl.planning import planner
 
     checked = configuration.load(config, overrides)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
@@ -381,7 +382,7 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "Fenced":
             raise
-        from dist_ssl.interrupts import tell_the_launcher
+        from dist_ssl.training.interrupts import tell_the_launcher
 
         print(f"error: {error}", file=sys.stderr)
         tell_the_launcher(EXIT_FENCED)

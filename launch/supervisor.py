@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from dist_ssl import config as configuration
 from dist_ssl import storage
 from dist_ssl.config import Config
-from dist_ssl.ranks import FIRST_PORT, NUM_PORTS, slurm_port
+from dist_ssl.config.environment import FIRST_PORT, NUM_PORTS, slurm_port
 
 log = logging.getLogger(__name__)
 RUN_ME_AGAIN, USERS_MISTAKE, FENCED = 75, 2, 76

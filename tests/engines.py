@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_ssl import checkpoint, distributed, engine
-from dist_ssl.checkpoint import RunState
-from dist_ssl.checkpoint_writer import Checkpointer, take_incarnation
+from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
 from dist_ssl.models import build_model
 from tests.trajectory import messages

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
+from dist_ssl.augment import augment, crop_box, normalize
+from dist_ssl.augment import parameters as A
 from dist_ssl.config import AugmentConfig
-from dist_ssl.data import augment as A
 from dist_ssl.data.random import key_of, permutation, philox, uniforms, words
-from dist_ssl.data.stream import crop_and_resize
+from dist_ssl.data.stream import crop_and_resize, draw_views
 
 
 def reference(crop_u8: torch.Tensor, drawn: torch.Tensor, config: AugmentConfig) -> torch.Tensor:
@@ -54,8 +55,8 @@ def test_augment_is_torchvisions(size: int) -> None:
     config = AugmentConfig(crop_size=size)
     n = 24 if size < 100 else 12
     crops = photographs(n, size)
-    drawn, _ = A.draw(3, np.zeros(n, np.int64), np.arange(n), config)
-    views = A.augment(crops, drawn, config)
+    drawn, _ = draw_views(3, np.zeros(n, np.int64), np.arange(n), config)
+    views = augment(crops, drawn, config)
     std = torch.tensor(config.std).view(3, 1, 1)
     for i in range(n):
         for view in range(2):
@@ -67,12 +68,12 @@ def test_augment_is_torchvisions(size: int) -> None:
 def test_every_order_of_jitter_and_every_extreme() -> None:
     config = AugmentConfig(crop_size=32)
     crops = photographs(24, 32)
-    drawn, _ = A.draw(0, np.zeros(24, np.int64), np.arange(24), config)
+    drawn, _ = draw_views(0, np.zeros(24, np.int64), np.arange(24), config)
     drawn[:, :, A.JITTER], drawn[:, :, A.GREY], drawn[:, :, A.BLUR] = 1, 0, 0
     drawn[:, :, A.ORDER] = torch.arange(24)[:, None]
     drawn[:, 0, A.BRIGHTNESS], drawn[:, 0, A.CONTRAST], drawn[:, 0, A.SATURATION] = 1.8, 0.2, 0.0
     drawn[:, 0, A.HUE] = -0.2
-    views = A.augment(crops, drawn, config)
+    views = augment(crops, drawn, config)
     std = torch.tensor(config.std).view(3, 1, 1)
     for i in range(24):
         for view in range(2):
@@ -83,48 +84,48 @@ def test_every_order_of_jitter_and_every_extreme() -> None:
 def test_pixels_do_not_depend_on_the_batch_or_threads() -> None:
     config = AugmentConfig(crop_size=224)
     crops = photographs(6, 224)
-    drawn, _ = A.draw(5, np.zeros(6, np.int64), np.arange(6), config)
-    views = A.augment(crops, drawn, config)
-    alone = torch.cat([A.augment(crops[i : i + 1], drawn[i : i + 1], config) for i in range(6)])
+    drawn, _ = draw_views(5, np.zeros(6, np.int64), np.arange(6), config)
+    views = augment(crops, drawn, config)
+    alone = torch.cat([augment(crops[i : i + 1], drawn[i : i + 1], config) for i in range(6)])
     assert torch.equal(views, alone)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        assert torch.equal(views, A.augment(crops, drawn, config))
+        assert torch.equal(views, augment(crops, drawn, config))
     finally:
         torch.set_num_threads(threads)
     small = AugmentConfig(crop_size=40)
-    crops, (drawn, _) = photographs(40, 40), A.draw(5, np.zeros(40, np.int64), np.arange(40), small)
-    alone = torch.cat([A.augment(crops[i : i + 1], drawn[i : i + 1], small) for i in range(40)])
-    assert torch.equal(A.augment(crops, drawn, small), alone)
+    crops, (drawn, _) = photographs(40, 40), draw_views(5, np.zeros(40, np.int64), np.arange(40), small)
+    alone = torch.cat([augment(crops[i : i + 1], drawn[i : i + 1], small) for i in range(40)])
+    assert torch.equal(augment(crops, drawn, small), alone)
 
 
 def test_augment_leaves_its_input_alone() -> None:
     config = AugmentConfig(crop_size=32)
     crops = photographs(8, 32)
     before = crops.clone()
-    drawn, _ = A.draw(0, np.zeros(8, np.int64), np.arange(8), config)
-    A.augment(crops, drawn, config)
+    drawn, _ = draw_views(0, np.zeros(8, np.int64), np.arange(8), config)
+    augment(crops, drawn, config)
     assert torch.equal(crops, before)
 
 
 def test_draws_are_keyed_by_seed_epoch_sample_and_view() -> None:
     config = AugmentConfig()
     epochs, ids = np.array([0, 0, 1, 2**40]), np.array([5, 6, 5, 2**50])
-    drawn, crops = A.draw(7, epochs, ids, config)
-    again, crops_again = A.draw(7, epochs[::-1].copy(), ids[::-1].copy(), config)
+    drawn, crops = draw_views(7, epochs, ids, config)
+    again, crops_again = draw_views(7, epochs[::-1].copy(), ids[::-1].copy(), config)
     assert torch.equal(drawn, again.flip(0))
     assert np.array_equal(crops, crops_again[::-1])
     rows = {tuple(row) for row in drawn.flatten(0, 1)[:, A.BRIGHTNESS :].tolist()}
     assert len(rows) == 8
-    other, _ = A.draw(8, epochs, ids, config)
+    other, _ = draw_views(8, epochs, ids, config)
     assert not torch.equal(drawn, other)
 
 
 def test_distributions_of_the_draws() -> None:
     config = AugmentConfig(jitter_strength=0.5)
     n = 20_000
-    drawn, _ = A.draw(0, np.zeros(n, np.int64), np.arange(n), config)
+    drawn, _ = draw_views(0, np.zeros(n, np.int64), np.arange(n), config)
     rows = drawn.flatten(0, 1).double()
     for column, probability in ((A.FLIP, 0.5), (A.JITTER, 0.8), (A.GREY, 0.2), (A.BLUR, 0.5)):
         assert abs(rows[:, column].mean() - probability) < 0.012
@@ -144,8 +145,8 @@ def test_distributions_of_the_draws() -> None:
 
 def test_crop_boxes_are_random_resized_crops() -> None:
     n, height, width = 4000, 375, 500
-    _, u = A.draw(1, np.zeros(n, np.int64), np.arange(n), AugmentConfig())
-    boxes = np.array([A.crop_box(one, height, width, 0.08) for one in u.reshape(-1, u.shape[-1])])
+    _, u = draw_views(1, np.zeros(n, np.int64), np.arange(n), AugmentConfig())
+    boxes = np.array([crop_box(one, height, width, 0.08) for one in u.reshape(-1, u.shape[-1])])
     top, left, h, w = boxes.T
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -169,9 +170,9 @@ def test_crop_boxes_are_random_resized_crops() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (8, 300), (2, 3)])
 def test_crop_box_of_long_and_tiny_images(height: int, width: int) -> None:
-    _, u = A.draw(1, np.zeros(50, np.int64), np.arange(50), AugmentConfig())
+    _, u = draw_views(1, np.zeros(50, np.int64), np.arange(50), AugmentConfig())
     for one in u.reshape(-1, u.shape[-1]):
-        top, left, h, w = A.crop_box(one, height, width, 0.08)
+        top, left, h, w = crop_box(one, height, width, 0.08)
         assert 0 <= top <= top + h <= height
         assert 0 <= left <= left + w <= width
         assert h > 0
@@ -191,7 +192,7 @@ def test_normalize() -> None:
     config = AugmentConfig()
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     expected = F.normalize(images.float() / 255, list(config.mean), list(config.std))
-    assert torch.allclose(A.normalize(images, config), expected, atol=1e-5)
+    assert torch.allclose(normalize(images, config), expected, atol=1e-5)
 
 
 def test_philox_is_numpys() -> None:
@@ -212,7 +213,7 @@ def test_random_streams_never_change() -> None:
     assert words(key, 2, 1, 2, 3).tolist() == GOLDEN_WORDS
     assert permutation(key, 8, 1, 2, 3).tolist() == GOLDEN_PERMUTATION
     assert sorted(permutation(key, 1000, 1)) == list(range(1000))
-    drawn, crop = A.draw(0, np.array([3]), np.array([12345]), AugmentConfig())
+    drawn, crop = draw_views(0, np.array([3]), np.array([12345]), AugmentConfig())
     assert drawn[0, 1].tolist() == pytest.approx(GOLDEN_DRAW, abs=1e-6)
     assert crop[0, 1, :2].tolist() == pytest.approx(GOLDEN_CROP, abs=1e-12)
     assert uniforms(np.array([0, 2**64 - 1], dtype=np.uint64)).tolist() == [0.0, 1 - 2**-53]

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from dist_ssl import objective
+from dist_ssl.augment import augment, views
+from dist_ssl.augment import parameters as A
 from dist_ssl.config import AugmentConfig
-from dist_ssl.data import augment as A
+from dist_ssl.data.stream import draw_views
+from dist_ssl.objective.contrastive import HAS_TRITON
 from tests.test_augment import photographs
 from tests.test_nt_xent_triton import fresh_process
 
-pytestmark = pytest.mark.skipif(not objective.HAS_TRITON, reason="this build of torch came without Triton")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="this build of torch came without Triton")
 HAS_CUDA = torch.cuda.is_available()
 SIZE = 33  # which no tile divides
 
@@ -27,16 +29,16 @@ def differences(size: int, device: str = "cpu") -> tuple[float, float]:
     Every order of jitter, and rows without; flip, grey and blur as drawn.
     """
     config, n = AugmentConfig(crop_size=size), 14
-    crops, (drawn, _) = photographs(n, size), A.draw(3, np.zeros(n, np.int64), np.arange(n), config)
+    crops, (drawn, _) = photographs(n, size), draw_views(3, np.zeros(n, np.int64), np.arange(n), config)
     drawn.flatten(0, 1)[:, A.ORDER] = torch.arange(2 * n) % 24
     drawn[5, :, A.BLUR] = 0  # products of matrices may be summed otherwise in another batch
     drawn.flatten(0, 1)[:, A.JITTER] = (torch.arange(2 * n) < 24).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(A, "_has_kernels", lambda _: False)
-        wanted = A.augment(crops, drawn, config)
-        patch.setattr(A, "_has_kernels", lambda _: True)
-        found = A.augment(crops.to(device), drawn, config).cpu()
-        again = A.augment(crops[5:6].to(device), drawn[5:6], config).cpu()
+        patch.setattr(views, "_has_kernels", lambda _: False)
+        wanted = augment(crops, drawn, config)
+        patch.setattr(views, "_has_kernels", lambda _: True)
+        found = augment(crops.to(device), drawn, config).cpu()
+        again = augment(crops[5:6].to(device), drawn[5:6], config).cpu()
     std = torch.tensor(config.std).view(3, 1, 1)
     return float(((found - wanted) * std).abs().max()), float((found[5] - again[0]).abs().max())
 
@@ -51,7 +53,7 @@ def compiled() -> list[dict[str, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dist_ssl.data import augment_triton as kernels
+    from dist_ssl.augment import cuda as kernels
 
     facts = []
     pointers = {"crops": "*u8", "table": "*fp32", "sums": "*i64", "means": "*fp32", "views": "*fp32", "S": "i32"}

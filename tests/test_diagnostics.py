@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dist_ssl.diagnostics import OnlineProbe, alarms, diagnose, effective_rank
+from dist_ssl.training.diagnostics import OnlineProbe, alarms, diagnose, effective_rank
 from tests.pool import ranks
 
 

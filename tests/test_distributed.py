@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_ssl import distributed
-from dist_ssl.distributed import GlobalBatchNorm
+from dist_ssl.models import GlobalBatchNorm, frozen_running_statistics
 from tests.pool import RankFailed, ranks
 
 
@@ -59,7 +59,7 @@ def test_outputs_are_the_same_bits_on_any_ranks():
 
 def test_frozen_statistics():
     layer = GlobalBatchNorm(3)
-    with distributed.frozen_running_statistics():
+    with frozen_running_statistics():
         layer(torch.randn(4, 3))
     assert layer.num_batches_tracked == 0
     assert torch.equal(layer.running_mean, torch.zeros(3))

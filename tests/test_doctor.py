@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dist_ssl import config as configuration
-from dist_ssl import doctor
 from dist_ssl.config import Config
+from dist_ssl.planning import doctor
 
 DEBUG = Path(__file__).parent.parent / "configs" / "debug_cpu.toml"
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_ssl import large_reads
 from dist_ssl.config import StorageConfig
-from dist_ssl.large_reads import CHUNK_BYTES, RANGE_BYTES, read_file, writer
-from dist_ssl.storage import StorageError
+from dist_ssl.storage import StorageError, large_reads
+from dist_ssl.storage.large_reads import CHUNK_BYTES, RANGE_BYTES, read_file, writer
 from tests.proxy import faulty_proxy
 from tests.s3 import S3Server, s3_server
 

@@ -15,9 +15,11 @@ import tempfile
 import pytest
 import torch
 
-from dist_ssl import nt_xent_tiles, objective
+from dist_ssl import objective
+from dist_ssl.objective import tiles
+from dist_ssl.objective.contrastive import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not objective.HAS_TRITON, reason="this build of torch came without Triton")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="this build of torch came without Triton")
 HAS_CUDA = torch.cuda.is_available()
 # M, own rows, d, dtype: one tile and many, edges that no tile divides, d beyond one block, splits of the columns.
 CASES = {
@@ -35,7 +37,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def kernel_errors(total: int, own: tuple[int, int], d: int, dtype: str, device: str = "cpu") -> list[float]:
     """Both kernels against the tiles in fp64, with a third of the keys equal to others."""
-    from dist_ssl import nt_xent_triton
+    from dist_ssl.objective import tiles_triton
 
     generator = torch.Generator().manual_seed(0)
     z = (3 * torch.randn(total, d, generator=generator)).to(getattr(torch, dtype))
@@ -45,10 +47,10 @@ def kernel_errors(total: int, own: tuple[int, int], d: int, dtype: str, device: 
     wide = (z.double(), inverse_norm.double(), key)
     here = [x.to(device) for x in (z, inverse_norm, key)]
     return [
-        relative(nt_xent_triton.exponential_sums(*here, rows, 10.0), nt_xent_tiles.exponential_sums(*wide, rows, 10.0)),
+        relative(tiles_triton.exponential_sums(*here, rows, 10.0), tiles.exponential_sums(*wide, rows, 10.0)),
         relative(
-            nt_xent_triton.weighted_sums(*here, weight.to(device), rows, 10.0),
-            nt_xent_tiles.weighted_sums(*wide, weight.double(), rows, 10.0),
+            tiles_triton.weighted_sums(*here, weight.to(device), rows, 10.0),
+            tiles.weighted_sums(*wide, weight.double(), rows, 10.0),
         ),
     ]
 
@@ -70,10 +72,10 @@ def loss_errors(form: str, dtype: str, device: str = "cpu", n: int = 150, d: int
 
 
 def in_the_interpreter() -> dict[str, list[float]]:
-    from dist_ssl import nt_xent_triton
+    from dist_ssl.objective import contrastive, tiles_triton
 
     errors = {name: kernel_errors(*case) for name, case in CASES.items()}
-    objective._kernels = lambda z: nt_xent_tiles if z.dtype == torch.float64 else nt_xent_triton
+    contrastive._kernels = lambda z: tiles if z.dtype == torch.float64 else tiles_triton
     return errors | {form: loss_errors(form, "float32") for form in ("nt_xent", "decoupled", "supervised")}
 
 
@@ -109,7 +111,7 @@ def compiled() -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dist_ssl import nt_xent_triton as kernels
+    from dist_ssl.objective import tiles_triton as kernels
 
     facts = []
     for capability, dtype, blocks in [

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from dist_ssl import distributed, nt_xent_tiles, objective
+from dist_ssl import distributed, objective
+from dist_ssl.objective import tiles
 from tests import wrong_objectives
 from tests.counting import Count
 from tests.pool import RankFailed, ranks
@@ -178,8 +179,8 @@ def test_any_shape_any_tile(n, d, rows, width, data):
     key, index = ids.repeat_interleave(2), torch.arange(2 * n)
     s_negative = s.masked_fill((key[:, None] == key) & (index[:, None] ^ 1 != index), -torch.inf)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nt_xent_tiles, "TILE_ROWS", rows)
-        patch.setattr(nt_xent_tiles, "TILE_ENTRIES_CPU", rows * width)
+        patch.setattr(tiles, "TILE_ROWS", rows)
+        patch.setattr(tiles, "TILE_ENTRIES_CPU", rows * width)
         got = gradients(objective.nt_xent(z1, z2, 0.3, sample_ids=ids), z1, z2)
     torch.testing.assert_close(got, gradients(F.cross_entropy(s_negative, index ^ 1), z1, z2), rtol=1e-10, atol=1e-12)
 
@@ -277,7 +278,7 @@ def test_the_count_sees_collectives_in_backward():
 def test_no_tensor_grows_with_the_square_of_the_batch():
     n, d = 2048, 8
     _, _, largest = counted(objective.nt_xent, n, d, torch.float32, True)
-    assert largest <= max(nt_xent_tiles.TILE_ENTRIES_CPU, 2 * n * d + 2 * n)
+    assert largest <= max(tiles.TILE_ENTRIES_CPU, 2 * n * d + 2 * n)
     _, _, largest = counted(wrong_objectives.textbook, n, d, torch.float32, True)
     assert largest == (2 * n) ** 2
 

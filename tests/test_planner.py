@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_ssl import checkpoint, distributed, engine, objective, planner
+from dist_ssl import checkpoint, distributed, engine, objective
 from dist_ssl import config as configuration
-from dist_ssl.checkpoint import RunState
-from dist_ssl.checkpoint_writer import Checkpointer, take_incarnation
+from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
 from dist_ssl.data.index import Manifest, Shard
 from dist_ssl.data.stream import _rank_streams
 from dist_ssl.models import build_model
+from dist_ssl.planning import planner
 from tests.counting import Count
 from tests.pool import ranks
 

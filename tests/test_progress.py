@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from dist_ssl import progress
-from dist_ssl.progress import Progress, track
+from dist_ssl.data import progress
+from dist_ssl.data.progress import Progress, track
 
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
@@ -39,7 +39,7 @@ def test_seldom_and_not_where_it_is_not_shown(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_terminal_gets_a_bar() -> None:
-    code = "from dist_ssl.progress import track; list(track(range(5), 5, 'reading'))"
+    code = "from dist_ssl.data.progress import track; list(track(range(5), 5, 'reading'))"
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.DEVNULL) as process:
         os.close(theirs)

@@ -10,21 +10,20 @@ from pathlib import Path
 import pytest
 
 from dist_ssl import config as configuration
-from dist_ssl import ranks
-from dist_ssl.config import Config, UserError
+from dist_ssl.config import Config, UserError, environment
 from launch import profile, queue, snapshot, supervisor, sweep
 
 
 def test_ports_stay_below_the_ephemeral_range_and_differ_between_restarts():
     jobs = [1, 2, 3, 12345, 2**31, 67043328]
     ports = {
-        (j, r): ranks.slurm_port({"SLURM_JOB_ID": str(j), "SLURM_RESTART_COUNT": str(r)})
+        (j, r): environment.slurm_port({"SLURM_JOB_ID": str(j), "SLURM_RESTART_COUNT": str(r)})
         for j in jobs
         for r in range(6)
     }
     assert all(1024 < port < 32768 for port in ports.values())
     assert all(ports[j, r] != ports[j, r + 1] for j in jobs for r in range(5))
-    assert ranks.slurm_port({"SLURM_JOB_ID": "7"}) == ranks.slurm_port(
+    assert environment.slurm_port({"SLURM_JOB_ID": "7"}) == environment.slurm_port(
         {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
     )
 
@@ -32,7 +31,7 @@ def test_ports_stay_below_the_ephemeral_range_and_differ_between_restarts():
 def test_ranks_come_from_the_environment_of_torchrun_or_of_srun(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD", "LOCAL_", "MASTER_"))]:
         monkeypatch.delenv(name)
-    assert ranks.ranks_in_environment() is None
+    assert environment.ranks_in_environment() is None
     batch_script = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
     step = {
         "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
@@ -40,18 +39,18 @@ def test_ranks_come_from_the_environment_of_torchrun_or_of_srun(monkeypatch):
     }  # fmt: skip
     for name, value in batch_script.items():
         monkeypatch.setenv(name, value)
-    assert ranks.ranks_in_environment() is None
+    assert environment.ranks_in_environment() is None
     for name, value in step.items():
         monkeypatch.setenv(name, value)
-    assert ranks.ranks_in_environment() == {
+    assert environment.ranks_in_environment() == {
         "RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "host",
-        "MASTER_PORT": str(ranks.slurm_port({"SLURM_JOB_ID": "5"})),
+        "MASTER_PORT": str(environment.slurm_port({"SLURM_JOB_ID": "5"})),
     }  # fmt: skip
     monkeypatch.setenv("SLURM_NODEID", "1")
-    assert ranks.tasks_on_node(os.environ) == 2
+    assert environment.tasks_on_node(os.environ) == 2
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    torchrun = ranks.ranks_in_environment()
+    torchrun = environment.ranks_in_environment()
     assert torchrun is not None
     assert (torchrun["RANK"], torchrun["WORLD_SIZE"]) == ("1", "2")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.storage import files as storage
 from tests.proxy import faulty_proxy
 from tests.s3 import S3Server, s3_server
 

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ssl import config as config_module
-from dist_ssl import distributed, engine, objective, optim
+from dist_ssl import distributed, engine, objective
+from dist_ssl.augment import augment
 from dist_ssl.config import Config
-from dist_ssl.data.augment import augment
 from dist_ssl.data.index import load_manifest
 from dist_ssl.data.stream import plan_of, training_batches
+from dist_ssl.engine import optimizers
 from dist_ssl.models import build_model
-from dist_ssl.step import Step
+from dist_ssl.training.step import Step
 
 
 def small_config(run_dir: Any, shards: Any, *overrides: str) -> Config:
@@ -40,7 +41,7 @@ def small_config(run_dir: Any, shards: Any, *overrides: str) -> Config:
 
 
 def pretrain(config: Config, **options: Any) -> int:
-    from dist_ssl import train
+    from dist_ssl.training import train
 
     logging.getLogger().setLevel("ERROR")
     return train.pretrain(config, **options)
@@ -48,7 +49,7 @@ def pretrain(config: Config, **options: Any) -> int:
 
 def pretrain_warnings(config: Config, **options: Any) -> list[str]:
     """What `pretrain` warned of on this rank."""
-    from dist_ssl import train
+    from dist_ssl.training import train
 
     with messages() as said:
         train.pretrain(config, **options)
@@ -148,7 +149,7 @@ def fp64_losses(config: Config) -> list[float]:
     """The whole computation in fp64 on plain torch: model, loss, averaged gradients, AdamW."""
     manifest = load_manifest(config.data.shards, config.storage)
     model = build_model(config).double()
-    optimizer = torch.optim.AdamW(optim.parameter_groups(model, 1e-4), lr=1e-3)
+    optimizer = torch.optim.AdamW(optimizers.parameter_groups(model, 1e-4), lr=1e-3)
     size = distributed.world_size()
     found = []
     rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, size)[0]

@@ -34,9 +34,9 @@ from dist_ssl.data.index import (
     read_member_index,
 )
 from dist_ssl.data.processes import in_threads
+from dist_ssl.data.progress import track
 from dist_ssl.data.tar import index_tar
-from dist_ssl.large_reads import read_file, writer
-from dist_ssl.progress import track
+from dist_ssl.storage.large_reads import read_file, writer
 
 log = logging.getLogger(__name__)
 

@@ -59,6 +59,19 @@ def uniforms(random_words: Words) -> NDArray[np.float64]:
     return (random_words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def view_uniforms(
+    seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], num_views: int, count: int
+) -> NDArray[np.float64]:
+    """(n, num_views, count) uniforms for the augmentation, each view's a function of (seed, epoch, sample, view)."""
+    counters = np.empty((len(sample_ids), num_views, -(-count // 4), 4), dtype=np.uint64)
+    counters[..., 0] = np.arange(counters.shape[2], dtype=np.uint64)
+    counters[..., 1] = np.arange(num_views, dtype=np.uint64)[:, None]
+    counters[..., 2] = np.asarray(sample_ids).astype(np.uint64)[:, None, None]
+    counters[..., 3] = np.asarray(epochs).astype(np.uint64)[:, None, None]
+    drawn = uniforms(philox(key_of("augment", seed), counters.reshape(-1, 4)))
+    return drawn.reshape(*counters.shape[:2], -1)[..., :count]
+
+
 def permutation(key: tuple[int, int], count: int, *counter: int) -> NDArray[np.int64]:
     """A random permutation of range(count).
 

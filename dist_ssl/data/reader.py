@@ -24,7 +24,7 @@ from dist_ssl.data.cache import FetchAhead, ShardCache
 from dist_ssl.data.decode import BadSample
 from dist_ssl.data.index import Manifest, MemberIndex, read_member_index
 from dist_ssl.data.tar import MAX_JSON_BYTES
-from dist_ssl.large_reads import RANGE_BYTES
+from dist_ssl.storage.large_reads import RANGE_BYTES
 
 CONCURRENT_REQUESTS = 8
 MAX_GAP_BYTES = 2**19  # between samples that one request reads: what a store sends in the time that a request costs

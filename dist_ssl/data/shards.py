@@ -25,10 +25,10 @@ from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.decode import BadSample, check_header, decode
 from dist_ssl.data.index import MANIFEST, Manifest, MemberIndex, Shard
 from dist_ssl.data.processes import in_processes
+from dist_ssl.data.progress import track
 from dist_ssl.data.random import key_of, permutation
 from dist_ssl.data.sources import Source, SourceSample
 from dist_ssl.data.tar import index_tar
-from dist_ssl.progress import track
 
 PROGRESS = "writing.json"
 SAMPLES_SIZED = 256  # how many samples tell the mean size of one

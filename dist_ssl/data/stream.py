@@ -26,11 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dist_ssl import storage as storage_module
-from dist_ssl.config import Config, DataConfig, StorageConfig, UserError
-from dist_ssl.data.augment import crop_box, draw
+from dist_ssl.augment import crop_box, draw
+from dist_ssl.augment.parameters import NUM_UNIFORMS
+from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
 from dist_ssl.data.decode import BadSample, decode
 from dist_ssl.data.index import Manifest
 from dist_ssl.data.plan import Plan
+from dist_ssl.data.random import view_uniforms
 from dist_ssl.data.reader import Reader
 
 # A fork of the rank itself would inherit locks that its threads hold; a fresh start takes seconds a worker.
@@ -177,7 +179,7 @@ class _Training(Dataset[Any]):
         self._aim(self.cursor + step * batch_size)
         epochs, shards, members = self.plan.locate(positions)
         sample_ids = self.starts[shards] + members
-        parameters, uniforms = draw(config.run.seed, epochs, sample_ids, config.augment)
+        parameters, uniforms = draw_views(config.run.seed, epochs, sample_ids, config.augment)
         size = config.augment.crop_size
         crops = torch.from_numpy(np.empty((len(positions), 2, 3, size, size), np.uint8))
         labels, replaced, quarantined = np.empty(len(positions), np.int64), {}, []
@@ -246,6 +248,13 @@ class _Evaluation(Dataset[Any]):
             images.numpy()[row] = _channels_first(_centre_crop(image, self.size, self.ratio))
         factors = self.reader.factors(shards, np.array(used_members))
         return EvaluationBatch(images, torch.from_numpy(labels), torch.from_numpy(ids), factors, quarantined)
+
+
+def draw_views(
+    seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], config: AugmentConfig
+) -> tuple[Tensor, NDArray[np.float64]]:
+    """The augmentation of n samples: parameters (n, 2, P) float32, and uniforms (n, 2, 22) for `crop_box`."""
+    return draw(view_uniforms(seed, epochs, sample_ids, 2, NUM_UNIFORMS), config)
 
 
 def plan_of(config: Config, manifest: Manifest) -> Plan:

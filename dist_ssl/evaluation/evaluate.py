@@ -20,6 +20,7 @@ from dist_ssl import config as configuration
 from dist_ssl import distributed
 from dist_ssl.checkpoint import load_run, step_url
 from dist_ssl.config import Config, UserError
+from dist_ssl.data.progress import Progress
 from dist_ssl.evaluation import features as feature_files
 from dist_ssl.evaluation import pictures, sgd
 from dist_ssl.evaluation.features import Features, Split
@@ -30,7 +31,6 @@ from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
 from dist_ssl.evaluation.linear import Rows, linear_probe
 from dist_ssl.evaluation.results import FORMAT, versions, write_json
-from dist_ssl.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from dist_ssl import distributed
+from dist_ssl.data.progress import Progress, track
 from dist_ssl.evaluation.features import RowWriter, Split, layer_dims
 from dist_ssl.evaluation.frozen import Readable
 from dist_ssl.evaluation.intervals import bootstrap_interval
 from dist_ssl.evaluation.mlp_probe import mlp_log_probabilities
-from dist_ssl.progress import Progress, track
 
 FACTOR_BINS = 8  # of a factor that is a real number: bins of equal population
 NOISE_STD = 0.1

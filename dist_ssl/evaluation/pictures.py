@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_ssl import augment
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
-from dist_ssl.data import augment, stream
+from dist_ssl.data import stream
 from dist_ssl.data.index import load_manifest
 from dist_ssl.evaluation.features import Features, Split
 from dist_ssl.evaluation.knn import nearest

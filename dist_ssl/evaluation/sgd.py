@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
+from dist_ssl import augment, distributed
 from dist_ssl import config as configuration
-from dist_ssl import distributed
+from dist_ssl.augment.parameters import FLIP
 from dist_ssl.config import UserError
-from dist_ssl.data import augment, stream
+from dist_ssl.data import stream
+from dist_ssl.data.progress import track
 from dist_ssl.evaluation.features import Split
 from dist_ssl.evaluation.frozen import Readable
-from dist_ssl.progress import track
 
 BATCH = 1024
 
@@ -144,13 +145,13 @@ def _in_memory(train: Split, few: Images, batch_size: int, steps: int, seed: int
         mine = np.array_split(rows, distributed.world_size())[distributed.rank()]
         ids = few.sample_ids[mine].numpy()
         # The step stands for the epoch: an image that comes back is cropped anew.
-        drawn, uniforms = augment.draw(seed, np.full(len(mine), step), ids, settings)
+        drawn, uniforms = stream.draw_views(seed, np.full(len(mine), step), ids, settings)
         crops = []
         for position, row in enumerate(mine):
             side = few.images.shape[-1]
             top, left, height, width = augment.crop_box(uniforms[position, 0], side, side, 0.08)
             crop = TF.resized_crop(few.images[row], top, left, height, width, [size, size], antialias=True)
-            crops.append(crop.flip(2) if drawn[position, 0, augment.FLIP] > 0 else crop)
+            crops.append(crop.flip(2) if drawn[position, 0, FLIP] > 0 else crop)
         pixels = torch.stack(crops) if crops else few.images[:0]
         yield train.pixels(pixels), few.labels[mine].to(train.device)
 

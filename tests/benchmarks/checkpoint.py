@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ssl import checkpoint, distributed
-from dist_ssl.checkpoint import RunState
-from dist_ssl.checkpoint_writer import Checkpointer, take_incarnation
+from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from tests import engines
 from tests.pool import ranks
 from tests.trajectory import small_config

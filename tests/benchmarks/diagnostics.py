@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from dist_ssl.config import Config, HeadConfig
-from dist_ssl.diagnostics import OnlineProbe, diagnose
 from dist_ssl.models import ContrastiveModel, ProjectionHead, build_encoder
 from dist_ssl.objective import nt_xent
+from dist_ssl.training.diagnostics import OnlineProbe, diagnose
 
 LIMIT = 0.02
 

@@ -28,9 +28,9 @@ from PIL import Image
 
 from dist_ssl import config as configuration
 from dist_ssl import storage
+from dist_ssl.augment import augment, crop_box
+from dist_ssl.augment import views as views_module
 from dist_ssl.config import AugmentConfig, Config, StorageConfig
-from dist_ssl.data import augment as augment_module
-from dist_ssl.data.augment import augment, crop_box, draw
 from dist_ssl.data.cache import ShardCache
 from dist_ssl.data.index import load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards
@@ -38,7 +38,7 @@ from dist_ssl.data.plan import Plan
 from dist_ssl.data.reader import Reader
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
-from dist_ssl.data.stream import training_batches
+from dist_ssl.data.stream import draw_views, training_batches
 from tests.s3 import s3_server
 
 ROUNDS = 5
@@ -135,7 +135,7 @@ def decode_and_crop(data: list[bytes], config: AugmentConfig) -> tuple[torch.Ten
     from dist_ssl.data.decode import decode
     from dist_ssl.data.stream import crop_and_resize
 
-    parameters, uniforms = draw(0, np.zeros(len(data), np.int64), np.arange(len(data)), config)
+    parameters, uniforms = draw_views(0, np.zeros(len(data), np.int64), np.arange(len(data)), config)
     crops = torch.from_numpy(np.empty((len(data), 2, 3, config.crop_size, config.crop_size), np.uint8))
     for row, one in enumerate(data):
         image = decode(one, 10**8)
@@ -147,7 +147,7 @@ def decode_and_crop(data: list[bytes], config: AugmentConfig) -> tuple[torch.Ten
 
 def bare(data: list[bytes], config: AugmentConfig) -> None:
     """The least that such a worker could do: the same boxes, drawn before, and nothing checked or kept."""
-    _, uniforms = draw(0, np.zeros(len(data), np.int64), np.arange(len(data)), config)
+    _, uniforms = draw_views(0, np.zeros(len(data), np.int64), np.arange(len(data)), config)
     for row, one in enumerate(data):
         image = Image.open(io.BytesIO(one))
         image.load()
@@ -320,10 +320,10 @@ def gpu(n: int = 256) -> None:
         return
     config = AugmentConfig()
     crops = torch.randint(0, 256, (n, 2, 3, 224, 224), dtype=torch.uint8, device="cuda")
-    drawn, _ = draw(0, np.zeros(n, np.int64), np.arange(n), config)
+    drawn, _ = draw_views(0, np.zeros(n, np.int64), np.arange(n), config)
 
     def run(kernels: bool) -> None:
-        with mock.patch.object(augment_module, "_has_kernels", return_value=kernels):
+        with mock.patch.object(views_module, "_has_kernels", return_value=kernels):
             augment(crops, drawn, config)
         torch.cuda.synchronize()
 

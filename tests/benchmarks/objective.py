@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_ssl import distributed, nt_xent_tiles
-from dist_ssl.objective import nt_xent
+from dist_ssl import distributed
+from dist_ssl.objective import nt_xent, tiles
 from tests.counting import Count
 from tests.pool import Pool
 from tests.wrong_objectives import textbook
@@ -48,7 +48,7 @@ def candidate(name: str) -> Loss:
         case "dist_ssl":
             return lambda z1, z2: nt_xent(z1, z2, TEMPERATURE, rows_per_rank=[len(z1)] * size)
         case "dist_ssl, no symmetry":
-            nt_xent_tiles._tiles = functools.partial(_TILES, symmetric=False)
+            tiles._tiles = functools.partial(_TILES, symmetric=False)
             return candidate("dist_ssl")
         case "textbook":
             return lambda z1, z2: textbook(z1, z2, TEMPERATURE)
@@ -72,7 +72,7 @@ def candidate(name: str) -> Loss:
     raise ValueError(name)
 
 
-_TILES = nt_xent_tiles._tiles
+_TILES = tiles._tiles
 
 
 def inputs(views: int, d: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -99,7 +99,7 @@ def time_on_rank(names: list[str], views: int, d: int, repetitions: int) -> dict
             dist.barrier()
             if repetition:  # the first is a warm-up
                 seconds[name].append((time.perf_counter() - start[0], busy))
-            nt_xent_tiles._tiles = _TILES
+            tiles._tiles = _TILES
     return seconds
 
 
@@ -187,7 +187,7 @@ def measure_gpu(name: str, views: int, d: int, dtype: torch.dtype, repetitions: 
         row |= spread(seconds[2:])
     except torch.OutOfMemoryError:
         row["ms"] = "out of memory"
-    nt_xent_tiles._tiles = _TILES
+    tiles._tiles = _TILES
     gc.collect()
     torch.cuda.empty_cache()
     return row
@@ -195,19 +195,19 @@ def measure_gpu(name: str, views: int, d: int, dtype: torch.dtype, repetitions: 
 
 def sweep(views: int, d: int) -> list[dict[str, Any]]:
     """Other tile sizes of both kernels, one changed at a time."""
-    from dist_ssl import nt_xent_triton
+    from dist_ssl.objective import tiles_triton
 
     rows = []
     for which in ("FORWARD", "BACKWARD"):
-        kept = getattr(nt_xent_triton, which)
+        kept = getattr(tiles_triton, which)
         for block_m, block_n, warps, stages in [
             (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
             (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2), (128, 256, 8, 2), (256, 64, 8, 2),
         ]:  # fmt: skip
             tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-            setattr(nt_xent_triton, which, tile)
+            setattr(tiles_triton, which, tile)
             rows.append({which: str(tuple(tile.values()))} | measure_gpu("dist_ssl", views, d, torch.bfloat16, 5))
-        setattr(nt_xent_triton, which, kept)
+        setattr(tiles_triton, which, kept)
     return rows
 
 

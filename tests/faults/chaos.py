@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from dist_ssl import checkpoint
-from dist_ssl.checkpoint_writer import newest_incarnation
+from dist_ssl.checkpoint import newest_incarnation
 from dist_ssl.config import Config, StorageConfig
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-import dist_ssl.train  # noqa: F401  imported here, so that no rank has to
+import dist_ssl.training.train  # noqa: F401  imported here, so that no rank has to
 from dist_ssl import cli
 from dist_ssl.config import Config
 from tests.faults.harness import Launch, children, write_config

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dist_ssl import distributed, train
+from dist_ssl import distributed
+from dist_ssl.augment.parameters import BRIGHTNESS, JITTER
 from dist_ssl.config import Config
-from dist_ssl.data.augment import BRIGHTNESS, JITTER
 from dist_ssl.data.stream import Batch, Batches
+from dist_ssl.training import train
 from tests.faults.harness import last_step
 
 

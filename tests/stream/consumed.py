@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_ssl import config as configuration
+from dist_ssl.augment import augment
 from dist_ssl.config import Config
-from dist_ssl.data.augment import augment
 from dist_ssl.data.cache import ShardCache
 from dist_ssl.data.index import Manifest, load_manifest
 from dist_ssl.data.stream import training_batches

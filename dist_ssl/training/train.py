@@ -14,20 +14,22 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_ssl import checkpoint, diagnostics, distributed, engine, optim
+from dist_ssl import checkpoint, distributed, engine
 from dist_ssl import config as config_module
 from dist_ssl.checkpoint import RunState
-from dist_ssl.checkpoint_writer import Checkpointer
+from dist_ssl.checkpoint.write import Checkpointer
 from dist_ssl.config import Config
 from dist_ssl.data.index import load_manifest
 from dist_ssl.data.quarantine import Quarantine
 from dist_ssl.data.stream import Batch, Batches, plan_of, training_batches
 from dist_ssl.distributed import World
-from dist_ssl.interrupts import EXIT_RUN_ME_AGAIN, StopRequest, Watchdog
+from dist_ssl.engine import optimizers
 from dist_ssl.models import build_model
-from dist_ssl.observability import Observer
-from dist_ssl.run_directory import open_run, versions
-from dist_ssl.step import Statistics, Step, StepResult
+from dist_ssl.training import diagnostics
+from dist_ssl.training.interrupts import EXIT_RUN_ME_AGAIN, StopRequest, Watchdog
+from dist_ssl.training.observability import Observer
+from dist_ssl.training.run_directory import open_run, versions
+from dist_ssl.training.step import Statistics, Step, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ class Run:
             )
             if save_failed:
                 self.checkpointer.wait()  # raises on all ranks
-            rate = optim.learning_rate(self.config, self.step, self.total_steps, self.samples_per_epoch)
+            rate = optimizers.learning_rate(self.config, self.step, self.total_steps, self.samples_per_epoch)
             if not math.isfinite(loss):
                 statistics.restore()
             measured = self._is_due(self.step + 1, self.config.diagnostics.every_steps)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dist_ssl import storage
 from dist_ssl.config import Config
-from dist_ssl.ranks import FIRST_PORT, NUM_PORTS, ranks_in_environment
+from dist_ssl.config.environment import FIRST_PORT, NUM_PORTS, ranks_in_environment
 
 PROBE_BYTES = 64 * 2**20
 SLOW_GBIT = {"nccl": 20.0, "gloo": 0.5}  # below it the finding is red: something is wrong with the network
@@ -101,7 +101,7 @@ def collectives() -> Iterator[Finding]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "dist_ssl.doctor"]
+        command = [sys.executable, "-m", "dist_ssl.planning.doctor"]
         base = os.environ | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
         processes = [
             subprocess.Popen(
@@ -224,7 +224,7 @@ def commits(config: Config) -> Iterator[Finding]:
 
 def disk(config: Config) -> Iterator[Finding]:
     """Room for the checkpoints that are kept, and for the shard cache."""
-    from dist_ssl import planner
+    from dist_ssl.planning import planner
 
     if "://" not in (config.checkpoint.url or ""):
         place = Path(config.checkpoint.url or config.run.dir).absolute()

@@ -17,8 +17,7 @@ from torch import Tensor
 from dist_ssl import config as configuration
 from dist_ssl.config import Config
 from dist_ssl.data.index import Manifest
-from dist_ssl.distributed import GlobalBatchNorm
-from dist_ssl.models import ContrastiveModel, build_model
+from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 
 BUCKET = 50_000_000  # elements; the largest that engine.py gives to DeepSpeed's reductions
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold

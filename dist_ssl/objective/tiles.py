@@ -1,6 +1,6 @@
 """The two passes over all pairs of views, in plain torch: tile by tile, each tile made, used and forgotten.
 
-The path of CPUs, of fp64 and of very small temperatures, and the oracle of the GPU kernels in `nt_xent_triton`,
+The path of CPUs, of fp64 and of very small temperatures, and the oracle of the GPU kernels in `tiles_triton`,
 which offers the same two functions. Memory is O(M d + tile); a tile stays in a core's cache, in a reused buffer.
 
 Legend: M views of all ranks, m of this rank (rows `own` of M), d dimensions; u_i = z_i / |z_i|, s_ij = scale u_i.u_j.

@@ -1,102 +1,40 @@
-"""SimCLR's augmentation (Chen et al. 2020, appendix A): drawn per sample and view, applied to a batch.
+"""The augmentation on a CPU: rows that share flip and order of jitter go through together, in place, as many as stay in
+a core's cache. A row's pixels are the same bits in whatever batch it stands and however many threads compute it:
+operations are elementwise, or sums whose order does not matter.
 
-`draw` fixes every parameter from (seed, epoch, sample, view), wherever and whenever it is called. A worker crops
-(`crop_box`), and `augment` does the rest on the training device: flip, colour jitter in the drawn order, grey, blur,
-normalise, in torchvision's definitions for float tensors. A row's pixels are the same bits in whatever batch it
-stands and however many threads compute it: operations are elementwise, or sums whose order does not matter.
-
-On CUDA all rows go through two kernels at once (`augment_triton`). Elsewhere rows that share flip and order of jitter
-go through together, in place, as many as stay in a core's cache.
-
-Legend: n samples, 2 views each, R rows (n times 2), S pixels a side, P parameters.
+Legend: R rows (views), S pixels a side, P parameters.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import permutations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from dist_ssl.augment.parameters import (
+    BLUR,
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GREY,
+    JITTER,
+    ORDER,
+    ORDERS,
+    SATURATION,
+    SIGMA,
+    blur_size,
+)
 from dist_ssl.config import AugmentConfig
-from dist_ssl.data.random import key_of, philox, uniforms
 
-# The columns of the parameters.
-FLIP, JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA = range(10)
-NUM_PARAMETERS = 10
-ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-ATTEMPTS = 10  # of torchvision's RandomResizedCrop to find a crop that fits
-RATIOS = (3 / 4, 4 / 3)
-SIGMAS = (0.1, 2.0)
 CACHED_PIXELS = 2**16  # rows of a block on a CPU: with its scratch space it should fit in a core's second-level cache
-_WORDS = 32  # random words a view: two for each attempt, two for the place, ten parameters
 
 
-def draw(
-    seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], config: AugmentConfig
-) -> tuple[Tensor, NDArray[np.float64]]:
-    """The augmentation of n samples: parameters (n, 2, P) float32, and uniforms (n, 2, 22) for `crop_box`."""
-    n = len(sample_ids)
-    counters = np.empty((n, 2, _WORDS // 4, 4), dtype=np.uint64)
-    counters[..., 0] = np.arange(_WORDS // 4, dtype=np.uint64)
-    counters[..., 1] = np.arange(2, dtype=np.uint64)[:, None]
-    counters[..., 2] = np.asarray(sample_ids).astype(np.uint64)[:, None, None]
-    counters[..., 3] = np.asarray(epochs).astype(np.uint64)[:, None, None]
-    u = uniforms(philox(key_of("augment", seed), counters.reshape(-1, 4))).reshape(n, 2, _WORDS)
-    crop, u = u[..., : 2 * ATTEMPTS + 2], u[..., 2 * ATTEMPTS + 2 :]
-    strength = 0.8 * config.jitter_strength
-    drawn = np.empty((n, 2, NUM_PARAMETERS))
-    drawn[..., FLIP] = u[..., FLIP] < config.flip_probability
-    drawn[..., JITTER] = u[..., JITTER] < config.jitter_probability
-    drawn[..., ORDER] = np.floor(u[..., ORDER] * len(ORDERS))
-    for factor in (BRIGHTNESS, CONTRAST, SATURATION):
-        drawn[..., factor] = 1 + strength * (2 * u[..., factor] - 1)
-    drawn[..., HUE] = 0.2 * config.jitter_strength * (2 * u[..., HUE] - 1)
-    drawn[..., GREY] = u[..., GREY] < config.grey_probability
-    drawn[..., BLUR] = u[..., BLUR] < config.blur_probability
-    drawn[..., SIGMA] = SIGMAS[0] + (SIGMAS[1] - SIGMAS[0]) * u[..., SIGMA]
-    return torch.from_numpy(drawn.astype(np.float32)), crop
-
-
-def crop_box(u: NDArray[np.float64], height: int, width: int, min_scale: float) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of torchvision's RandomResizedCrop, from 22 uniforms."""
-    for attempt in range(ATTEMPTS):
-        area = height * width * (min_scale + (1 - min_scale) * float(u[2 * attempt]))
-        ratio = math.exp(math.log(RATIOS[0]) + math.log(RATIOS[1] / RATIOS[0]) * float(u[2 * attempt + 1]))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w
-    # No attempt fits a very long image: the largest centred crop of an allowed ratio.
-    h, w = height, width
-    if width / height < RATIOS[0]:
-        h = round(w / RATIOS[0])
-    elif width / height > RATIOS[1]:
-        w = round(h * RATIOS[1])
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tensor:
-    """uint8 crops (n, 2, 3, S, S) on any device, parameters (n, 2, P) -> float32 views like the crops, normalised.
-
-    Parameters are read on the host: keep them on the CPU, or this waits for the device.
-    """
-    rows_u8, drawn = crops_u8.flatten(0, 1), parameters.flatten(0, 1).cpu()
-    device, size = crops_u8.device, crops_u8.shape[-1]
-    if _has_kernels(crops_u8):
-        from dist_ssl.data import augment_triton  # torch's builds without CUDA bring no triton
-
-        views = augment_triton.colours(rows_u8, drawn, config)
-        _blur_rows(views, drawn)  # after the normalisation, with which it commutes
-        return views.view(crops_u8.shape)
+def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
+    """uint8 (R, 3, S, S), parameters (R, P) on the CPU -> float32 (R, 3, S, S), blurred and normalised."""
+    device, size = rows_u8.device, rows_u8.shape[-1]
     largest = max(1, CACHED_PIXELS // size**2)
     std = torch.tensor(config.std, device=device).view(3, 1, 1)
     scale, shift = 1 / std, torch.tensor(config.mean, device=device).view(3, 1, 1) / -std
@@ -123,18 +61,7 @@ def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tens
         x.mul_(scale).add_(shift)
         if alone is None:
             views[rows.to(device)] = x
-    return views.view(crops_u8.shape)
-
-
-def _has_kernels(crops_u8: Tensor) -> bool:
-    return crops_u8.is_cuda and HAS_TRITON
-
-
-def normalize(images_u8: Tensor, config: AugmentConfig) -> Tensor:
-    """uint8 (..., 3, S, S) -> float32, scaled to [0, 1], then by the config's mean and standard deviation."""
-    device = images_u8.device
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std))
-    return images_u8.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+    return views
 
 
 def _blocks(drawn: Tensor, largest: int) -> Iterator[Tensor]:
@@ -211,19 +138,10 @@ def _shift_hue(x: Tensor, shift: Tensor, spare: Tensor, other: Tensor) -> None:
     torch.add(value, a, out=red)
 
 
-def blur_size(size: int) -> int:
-    """The blur's kernel: a tenth of the crop, made odd."""
-    return 2 * (size // 10 // 2) + 1
-
-
 def _blur_rows(x: Tensor, drawn: Tensor) -> None:
     """Gaussian blur of the rows of (R, 3, S, S) that are to be blurred, in place, reflecting at the edges."""
     rows = drawn[:, BLUR].nonzero().flatten()
     if not len(rows) or blur_size(x.shape[-1]) == 1:
-        return
-    if x.is_cuda:
-        chosen = rows.to(x.device)
-        x[chosen] = blur_by_matrices(x[chosen], drawn[rows, SIGMA].to(x.device))
         return
     for row in rows.tolist():
         x[row] = _blur_by_convolution(x[row : row + 1], float(drawn[row, SIGMA]))
@@ -243,25 +161,3 @@ def _blur_by_convolution(x: Tensor, sigma: float) -> Tensor:
         lines = functional.pad(x, (radius, radius, 0, 0), "reflect").reshape(1, 3 * size, 1, -1)
         x = functional.conv2d(lines, along, groups=3 * size).view(1, 3, size, size).mT
     return x[0]
-
-
-def blur_by_matrices(x: Tensor, sigmas: Tensor) -> Tensor:
-    """(R, 3, S, S), (R,) sigmas -> blurred, as two batched matrix products, which a GPU does at once."""
-    taps = _taps(x.shape[-1]).to(x.device)
-    steps = torch.arange(len(taps), dtype=torch.float32, device=x.device) - len(taps) // 2
-    kernels = torch.exp(-0.5 * (steps / sigmas[:, None]).square())
-    kernels = kernels / kernels.sum(dim=1, keepdim=True)
-    matrices = (kernels @ taps.flatten(1)).view(-1, 1, *taps.shape[1:])
-    return matrices @ x @ matrices.mT
-
-
-@lru_cache(maxsize=4)
-def _taps(size: int) -> Tensor:
-    """(k, S, S): entry (t, i, j) is 1 where tap t of the blur at pixel i reads pixel j."""
-    radius = blur_size(size) // 2
-    i = torch.arange(size)
-    taps = torch.zeros(2 * radius + 1, size, size)
-    for t in range(2 * radius + 1):
-        j = (i + t - radius).abs()
-        taps[t, i, torch.minimum(j, 2 * (size - 1) - j)] = 1.0
-    return taps

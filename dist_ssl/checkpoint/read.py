@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from isal import isal_zlib
 from torch import Tensor
 
-from dist_ssl import config as config_module
 from dist_ssl import storage
-from dist_ssl.config import Config, StorageConfig, UserError
+from dist_ssl.checkpoint.file import FileReader
+from dist_ssl.checkpoint.layout import committed_steps, step_url
+from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.distributed import broadcast_object, gather_objects, rank, together, world_size
-from dist_ssl.fragments import FileReader
-from dist_ssl.models import ContrastiveModel, build_model
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -49,24 +46,6 @@ class RunState:
     optimizer_scalars: dict[str, float] = field(default_factory=dict)  # AdamW's count of its own steps
     skipped_steps: int = 0
     versions: dict[str, str] = field(default_factory=dict)
-
-
-def checkpoint_url(config: Config) -> str:
-    return config.checkpoint.url or storage.join(config.run.dir, "checkpoints")
-
-
-def step_url(url: str, step: int) -> str:
-    return storage.join(url, f"step-{step:08d}")
-
-
-def committed_steps(url: str, config: StorageConfig) -> list[int]:
-    """Steps that have a manifest, ascending; whether it holds is seen when it is read."""
-    return sorted(steps_in(url, config, "manifest.json"))
-
-
-def steps_in(url: str, config: StorageConfig, name: str = "") -> set[int]:
-    found = (re.search(r"step-(\d{8})/(?:.*/)?([^/]+)$", file) for file in storage.list_files(url, config))
-    return {int(match[1]) for match in found if match and (not name or match[2] == name)}
 
 
 @dataclass(frozen=True)
@@ -227,76 +206,3 @@ def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = No
                 probe.load_state_dict(held)
     checkpoint.close()
     return state
-
-
-# --- a run's model, for evaluation and export ------------------------------------------------------------------
-
-
-def read_run_config(run_dir: str | Path) -> Config:
-    """The resolved config of a run directory. Raises UserError where there is none."""
-    path = Path(run_dir, "config.toml")
-    if not path.exists():
-        raise UserError(f"{run_dir}: not a run directory: it has no config.toml")
-    return config_module.with_overrides(config_module.load(path), [f"run.dir={json.dumps(str(run_dir))}"])
-
-
-def read_model_state(url: str, step: int, config: StorageConfig) -> dict[str, Tensor]:
-    """All parameters and buffers of the model at a step, whole, fp32, by name, on the CPU."""
-    found = open_checkpoint(url, step, config)
-    problems = [problem for name in found.manifest["files"] if (problem := found.verify(name))]
-    if problems:
-        raise UserError(f"{found.url}: damaged: {'; '.join(problems)}")
-    buffers = {n: t for n, t in found.tensors("replicated").items() if not n.startswith("probe.")}
-    return found.tensors("master") | buffers
-
-
-def load_run(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, ContrastiveModel]:
-    """(config, step, model in evaluation mode on the CPU) of a run, at its newest or the given step."""
-    config = read_run_config(run_dir)
-    url = checkpoint_url(config)
-    step = _existing_step(url, step, config.storage)
-    model = build_model(config)
-    model.load_state_dict(read_model_state(url, step, config.storage))
-    return config, step, model.eval().requires_grad_(False)
-
-
-def _existing_step(url: str, step: int | None, config: StorageConfig) -> int:
-    """The step, or for None the newest. Raises UserError where there is no checkpoint of it."""
-    steps = committed_steps(url, config)
-    if not steps:
-        raise UserError(
-            f"{url}: expected a checkpoint, there are none; pretrain first, or give another run's directory"
-        )
-    if step is not None and step not in steps:
-        raise UserError(f"{url}: expected a checkpoint of step {step}; there are {steps}")
-    return steps[-1] if step is None else step
-
-
-def export_encoder(run_dir: str | Path, file: str | Path, *, with_head: bool = False, step: int | None = None) -> int:
-    """Write a run's encoder as safetensors, with its JSON beside it; returns the step it was taken at."""
-    if Path(file).suffix != ".safetensors":
-        raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
-    config = read_run_config(run_dir)
-    step = _existing_step(checkpoint_url(config), step, config.storage)
-    write_export(config, step, Path(file), with_head)
-    return step
-
-
-def write_export(config: Config, step: int, file: Path, with_head: bool = False) -> None:
-    """The encoder at a step under torchvision's parameter names (the head's as `head.*`), and a JSON of what it is."""
-    from safetensors.torch import save
-
-    state = read_model_state(checkpoint_url(config), step, config.storage)
-    tensors = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
-    if with_head:
-        tensors |= {name: t for name, t in state.items() if name.startswith("head.")}
-    described = {
-        "encoder": config.model.encoder,
-        "image_size": config.augment.crop_size,
-        "mean": config.augment.mean,
-        "std": config.augment.std,
-        "step": step,
-        "head": config.model.head.model_dump() if with_head else None,
-    }
-    storage.write_bytes(str(file), save(tensors, metadata={"format": "pt"}), config.storage)
-    storage.write_bytes(str(file.with_suffix(".json")), json.dumps(described, indent=1).encode(), config.storage)

@@ -1,4 +1,4 @@
-"""The two passes over all pairs of views as Triton kernels: what `nt_xent_tiles` does, for CUDA.
+"""The two passes over all pairs of views as Triton kernels: what `tiles` does, for CUDA.
 
 A program owns a tile of this rank's views and walks over the columns, as attention does, without a running maximum
 (see `objective.MAX_SCALE_FP32`) and without atomics, so results are the same bits every time. Tensor cores multiply

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig
-from dist_ssl.large_reads import read_file
+from dist_ssl.storage.large_reads import read_file
 
 _NAMES = {
     torch.float32: "F32",

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssl import objective
+from dist_ssl.augment import augment
 from dist_ssl.config import Config
-from dist_ssl.data.augment import augment
 from dist_ssl.data.stream import Batch
-from dist_ssl.distributed import frozen_running_statistics, rank
+from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
+from dist_ssl.models import frozen_running_statistics
 
 
 @dataclass(frozen=True)

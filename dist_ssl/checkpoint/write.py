@@ -17,31 +17,16 @@ from isal import isal_zlib
 from torch import Tensor
 
 from dist_ssl import storage
-from dist_ssl.checkpoint import FORMAT, RunState, checkpoint_url, committed_steps, step_url, steps_in, write_export
+from dist_ssl.checkpoint.export import write_export
+from dist_ssl.checkpoint.file import HostBuffer
+from dist_ssl.checkpoint.layout import checkpoint_url, committed_steps, newest_incarnation, step_url, steps_in
+from dist_ssl.checkpoint.read import FORMAT, RunState
 from dist_ssl.config import Config
 from dist_ssl.distributed import rank, world_size
-from dist_ssl.fragments import HostBuffer
 
 
 class Fenced(RuntimeError):
     """A newer incarnation of this run has started: this one must not write any more. Not to be started again."""
-
-
-def newest_incarnation(run_dir: str | Path) -> int:
-    return max((int(path.name) for path in Path(run_dir, "incarnations").glob("[0-9]*")), default=0)
-
-
-def take_incarnation(run_dir: str | Path) -> int:
-    """The next incarnation number of a run directory, taken by creating its file. Call on rank 0 only."""
-    directory = Path(run_dir, "incarnations")
-    directory.mkdir(parents=True, exist_ok=True)
-    while True:
-        number = newest_incarnation(run_dir) + 1
-        try:
-            (directory / f"{number:04d}").touch(exist_ok=False)
-        except FileExistsError:  # another start took it in the same moment
-            continue
-        return number
 
 
 class Checkpointer:

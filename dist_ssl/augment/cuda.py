@@ -12,13 +12,15 @@ Legend: R rows (views), S pixels a side, P parameters, T tiles of a row.
 # (a kernel's arguments are pointers, numbers of the device and constants of the compiler)
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_ssl.augment import parameters as columns
 from dist_ssl.config import AugmentConfig
-from dist_ssl.data import augment as columns
 
 BLOCK = 1024  # pixels of a program
 ONE = tl.constexpr(2**20)  # a luma of 1 in the whole numbers that are summed: the CPU's rounding
@@ -31,7 +33,7 @@ _WIDTH = tl.constexpr(columns.NUM_PARAMETERS + 4)
 
 
 def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
-    """uint8 (R, 3, S, S) on a device, parameters (R, P) on the CPU -> float32 (R, 3, S, S), normalised, not blurred."""
+    """uint8 (R, 3, S, S) on a device, parameters (R, P) on the CPU -> float32 (R, 3, S, S), normalised and blurred."""
     rows_u8 = rows_u8.contiguous()
     device, size = rows_u8.device, rows_u8.shape[-1]
     steps = torch.tensor(columns.ORDERS)[drawn[:, columns.ORDER].long()] * drawn[:, columns.JITTER, None]
@@ -44,6 +46,10 @@ def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
     scale = [1 / std for std in config.std]
     shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
     _colours[grid](rows_u8, table, means, views, size, *scale, *shift, BLOCK=BLOCK)
+    blurred = drawn[:, columns.BLUR].nonzero().flatten()
+    if len(blurred) and columns.blur_size(size) > 1:
+        chosen = blurred.to(device)
+        views[chosen] = blur_by_matrices(views[chosen], drawn[blurred, columns.SIGMA].to(device))
     return views
 
 
@@ -136,3 +142,25 @@ def _colours(
     tl.store(place, red * scale_r + shift_r, mask=inside)
     tl.store(place + S * S, green * scale_g + shift_g, mask=inside)
     tl.store(place + 2 * S * S, blue * scale_b + shift_b, mask=inside)
+
+
+def blur_by_matrices(x: Tensor, sigmas: Tensor) -> Tensor:
+    """(R, 3, S, S), (R,) sigmas -> blurred, as two batched matrix products, which a GPU does at once."""
+    taps = _taps(x.shape[-1]).to(x.device)
+    steps = torch.arange(len(taps), dtype=torch.float32, device=x.device) - len(taps) // 2
+    kernels = torch.exp(-0.5 * (steps / sigmas[:, None]).square())
+    kernels = kernels / kernels.sum(dim=1, keepdim=True)
+    matrices = (kernels @ taps.flatten(1)).view(-1, 1, *taps.shape[1:])
+    return matrices @ x @ matrices.mT
+
+
+@lru_cache(maxsize=4)
+def _taps(size: int) -> Tensor:
+    """(k, S, S): entry (t, i, j) is 1 where tap t of the blur at pixel i reads pixel j."""
+    radius = columns.blur_size(size) // 2
+    i = torch.arange(size)
+    taps = torch.zeros(2 * radius + 1, size, size)
+    for t in range(2 * radius + 1):
+        j = (i + t - radius).abs()
+        taps[t, i, torch.minimum(j, 2 * (size - 1) - j)] = 1.0
+    return taps

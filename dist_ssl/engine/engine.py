@@ -32,11 +32,11 @@ del os.environ["TORCHDYNAMO_DISABLE"]
 if _before is not None:
     os.environ["TORCHDYNAMO_DISABLE"] = _before
 
-from dist_ssl import partition  # noqa: E402
 from dist_ssl.config import Config, UserError  # noqa: E402
 from dist_ssl.distributed import World, world_size  # noqa: E402
+from dist_ssl.engine import partition  # noqa: E402
+from dist_ssl.engine.optimizers import LARS, build_optimizer  # noqa: E402
 from dist_ssl.models import ContrastiveModel  # noqa: E402
-from dist_ssl.optim import LARS, build_optimizer  # noqa: E402
 
 
 class Engine:

@@ -12,12 +12,11 @@ from typing import Any
 
 from dist_ssl import checkpoint, storage
 from dist_ssl import config as config_module
-from dist_ssl.checkpoint import Checkpoint, RunState
-from dist_ssl.checkpoint_writer import take_incarnation
+from dist_ssl.checkpoint import Checkpoint, RunState, take_incarnation
 from dist_ssl.config import Config, UserError
 from dist_ssl.distributed import broadcast_object, raise_together, rank, together
-from dist_ssl.observability import trim_run
-from dist_ssl.optim import learning_rate
+from dist_ssl.engine.optimizers import learning_rate
+from dist_ssl.training.observability import trim_run
 
 log = logging.getLogger(__name__)
 

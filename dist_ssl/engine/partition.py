@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ssl.distributed import gather_objects
-from dist_ssl.optim import Segment
+from dist_ssl.engine.optimizers import Segment
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ With s_ij = u_i.u_j / tau of unit vectors u and the positive p(i), the other vie
 
 s is symmetric, so a rank that knows all z and all LSE has its own rows' whole gradient at hand: one all-gather of z
 and one of M numbers forward, no collective in backward. The pairs are visited in tiles that are computed again in
-backward (`nt_xent_tiles`; `nt_xent_triton` on CUDA), so memory is O(M d), never O(M m).
+backward (`tiles`; `tiles_triton` on CUDA), so memory is O(M d), never O(M m).
 
 Legend: W ranks; n images of this rank, N of all; m = 2n and M = 2N views; d dimensions. Rows of (M, d) are ordered
 by rank, image, view: row r belongs to image r // 2 and its positive is row r ^ 1.
@@ -24,10 +24,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dist_ssl import distributed, nt_xent_tiles, objective_checks
+from dist_ssl import distributed
 
 # |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
-# temperature is computed in fp64, whose range ends at `objective_checks.MIN_TEMPERATURE`.
+from dist_ssl.objective import checks, tiles
+
+# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
+# temperature is computed in fp64, whose range ends at `checks.MIN_TEMPERATURE`.
 MAX_SCALE_FP32 = 64.0
 CHUNK_VIEWS = 8192  # even: both views of an image in one chunk
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -99,7 +102,7 @@ def _contrast(
     validate: bool,
 ) -> Tensor:
     value = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
-    rows_per_rank = objective_checks.agree(form, z1, z2, value, rows_per_rank, sample_ids, labels)
+    rows_per_rank = checks.agree(form, z1, z2, value, rows_per_rank, sample_ids, labels)
     device = z1.device
     ids = None if sample_ids is None else sample_ids.to(device, torch.int64)
     if labels is not None:
@@ -128,7 +131,7 @@ class _Contrast(torch.autograd.Function):
     ) -> Tensor:
         z, ids = _gather(z1, z2, ids, rows_per_rank)
         if validate:
-            objective_checks.check_finite(form, z, rows_per_rank)
+            checks.check_finite(form, z, rows_per_rank)
         first = 2 * sum(rows_per_rank[: distributed.rank()])
         own = slice(first, first + 2 * len(z1))
         if scale > MAX_SCALE_FP32:
@@ -181,10 +184,10 @@ class _Contrast(torch.autograd.Function):
 def _kernels(z: Tensor) -> Any:
     """The module whose `exponential_sums` and `weighted_sums` suit this device and dtype."""
     if not z.is_cuda or z.dtype == torch.float64 or not HAS_TRITON:
-        return nt_xent_tiles
-    from dist_ssl import nt_xent_triton  # torch's builds without CUDA bring no triton
+        return tiles
+    from dist_ssl.objective import tiles_triton  # torch's builds without CUDA bring no triton
 
-    return nt_xent_triton
+    return tiles_triton
 
 
 def _gather(z1: Tensor, z2: Tensor, ids: Tensor | None, rows_per_rank: Sequence[int]) -> tuple[Tensor, Tensor | None]:

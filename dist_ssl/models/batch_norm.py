@@ -1,0 +1,130 @@
+"""Batch norm whose training statistics are those of the global batch, on any device and any number of ranks.
+
+Legend: W world size, B rows of a tensor on this rank, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dist_ssl.distributed import all_gather_single, world_size
+
+MOMENTS_BLOCK = 2**18  # elements
+_statistics_frozen = False
+
+
+@contextlib.contextmanager
+def frozen_running_statistics() -> Iterator[None]:
+    """Batch norm still normalises by its batch in here, but leaves its running statistics as they are.
+
+    For forwards that are run a second time: activation checkpointing's recomputation, GradCache's first pass.
+    """
+    global _statistics_frozen
+    before, _statistics_frozen = _statistics_frozen, True
+    try:
+        yield
+    finally:
+        _statistics_frozen = before
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose training statistics are those of all ranks' rows, for (B, C) and (B, C, H, W), on any device.
+
+    torch's SyncBatchNorm refuses CPU tensors. Statistics are merged as counts, means and centred sums (Chan et al.
+    1979), never as E[x^2] - E[x]^2. They are merged in fp64, and on a CPU taken in fp64 too: rounded to fp32 they then
+    are the same bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a
+    last bit turns a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. Collective in training
+    mode: one all-gather of 2C + 1 fp64 numbers forward, one all-reduce of 2C numbers backward.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 4):
+            raise ValueError(f"expected (B, C) or (B, C, H, W), got {tuple(input.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            # Statistics of bf16 activations are taken in fp32.
+            wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            y, mean, variance, count = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps)
+        if self.track_running_stats and not _statistics_frozen:
+            self._track(mean, variance, count)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, sum of squared differences from it) of each channel of this rank's x, fp64 (C,) each.
+
+    On a CPU in two passes over blocks that stay in its cache: 3 to 5 times faster than torch.var_mean, whose running
+    updates do not vectorise. On a GPU by one fp32 kernel, which reads x once.
+    """
+    if x.is_cuda:
+        variance, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
+        return mean.double(), variance.double() * (x.numel() / x.shape[1])
+    rows_rc = x.movedim(1, -1).reshape(-1, x.shape[1])  # no copy where x is in channels-last format
+    blocks = rows_rc.split(max(1, MOMENTS_BLOCK // x.shape[1]))
+    total = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0)
+    mean = total / len(rows_rc)
+    centred = torch.stack([(block - mean).square_().sum(dim=0) for block in blocks]).sum(dim=0)
+    return mean, centred
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, centred = _moments(x)
+        count = mean.new_full((1,), x.numel() / x.shape[1])
+        if world_size() > 1:
+            sent = torch.cat([mean, centred, count])
+            received = sent.new_empty(world_size() * sent.numel())
+            all_gather_single(received, sent)
+            means_wc, centred_wc, counts_w1 = received.view(world_size(), -1).split([x.shape[1], x.shape[1], 1], dim=1)
+            count = counts_w1.sum(dim=0)
+            mean = (means_wc * counts_w1).sum(dim=0) / count
+            centred = (centred_wc + counts_w1 * (means_wc - mean).square()).sum(dim=0)
+        mean, variance, count = mean.to(x.dtype), (centred / count).to(x.dtype), count.to(x.dtype)
+        inverse_std = torch.rsqrt(variance + eps)
+        # In evaluation mode torch's kernel normalises by what it is given: one fused pass over x.
+        y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        ctx.save_for_backward(x, weight, mean, inverse_std, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, count = ctx.saved_tensors
+        dy = gradients[0]
+        # With train=False torch's kernel gives the two sums over rows, and dy * weight * inverse_std, in one pass.
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, inverse_std.reciprocal().square(), mean, inverse_std, False, 0.0, [True, True, True]
+        )
+        sums = torch.cat([dbias, dweight])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        mean_dy, mean_dy_xhat = (sums / count).chunk(2)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = weight * inverse_std
+        per_x = -(scale * inverse_std * mean_dy_xhat)
+        constant = -(scale * mean_dy) - per_x * mean
+        dx = dx.add_(constant.view(shape)).addcmul_(x, per_x.view(shape))
+        return dx, dweight, dbias, None

@@ -1,0 +1,91 @@
+"""Encoders f: pixels -> h.
+
+Legend: B rows (views), S side of a view, D width of h.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.vision_transformer import VisionTransformer
+
+from dist_ssl.config import UserError
+from dist_ssl.models.batch_norm import GlobalBatchNorm
+
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+ENCODERS = ("resnet_tiny", *_RESNETS, *(f"{name}_small" for name in _RESNETS), "vit_s_16", "vit_b_16")
+
+
+class ResNetTiny(nn.Module):
+    """Three stages of torchvision's basic blocks, 32 to 128 channels, for images of 32 to 64 pixels on a CPU."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), GlobalBatchNorm(width), nn.ReLU(inplace=True)
+        )
+        blocks, channels = [], width
+        for stage_width in (width, 2 * width, 4 * width):
+            stride = 1 if stage_width == channels else 2
+            shortcut = None
+            if stride != 1:
+                shortcut = nn.Sequential(
+                    nn.Conv2d(channels, stage_width, 1, stride=stride, bias=False), GlobalBatchNorm(stage_width)
+                )
+            blocks.append(BasicBlock(channels, stage_width, stride, shortcut, norm_layer=GlobalBatchNorm))
+            channels = stage_width
+        self.blocks = nn.Sequential(*blocks)
+        self.output_dim = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.blocks(self.stem(x)).mean(dim=(2, 3)))
+
+
+def build_encoder(name: str, image_size: int = 224) -> nn.Module:
+    """An untrained encoder, pixels (B, 3, S, S) -> h (B, D), with D in its attribute `output_dim`.
+
+    ResNets and ViTs are torchvision's, parameter names included, without their classifier; batch norm is global.
+    `_small` replaces the ResNet's stem by one 3x3 convolution (SimCLR, Chen et al. 2020, appendix B.9).
+    `image_size` matters to ViTs only. Raises UserError for another name.
+    """
+    match name.removesuffix("_small"):
+        case "resnet_tiny" if name == "resnet_tiny":
+            return ResNetTiny()
+        case ("resnet18" | "resnet34" | "resnet50" | "resnet101") as base:
+            return _resnet(base, small_stem=name.endswith("_small"))
+        case "vit_s_16" if name == "vit_s_16":
+            return _vit(image_size, num_heads=6, hidden_dim=384)
+        case "vit_b_16" if name == "vit_b_16":
+            return _vit(image_size, num_heads=12, hidden_dim=768)
+        case _:
+            raise UserError(f"model.encoder: expected one of {', '.join(ENCODERS)}; got {name!r}")
+
+
+def _resnet(name: str, small_stem: bool) -> ResNet:
+    # zero_init_residual: Goyal et al. 2017, section 5.1, as in SimCLR.
+    encoder = getattr(torchvision.models, name)(norm_layer=GlobalBatchNorm, zero_init_residual=True)
+    encoder.output_dim, encoder.fc = encoder.fc.in_features, nn.Identity()
+    if small_stem:
+        encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return cast(ResNet, encoder)
+
+
+def _vit(image_size: int, num_heads: int, hidden_dim: int) -> VisionTransformer:
+    if image_size % 16:
+        raise UserError(f"augment.crop_size: expected a multiple of the ViT's patch, 16; got {image_size}")
+    encoder = VisionTransformer(
+        image_size=image_size,
+        patch_size=16,
+        num_layers=12,
+        num_heads=num_heads,
+        hidden_dim=hidden_dim,
+        mlp_dim=4 * hidden_dim,
+    )
+    encoder.heads = nn.Identity()
+    encoder.output_dim = hidden_dim
+    return encoder

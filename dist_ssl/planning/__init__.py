@@ -1,0 +1,1 @@
+"""Before a run: what it will cost, by formulas (`planner`), and whether a machine can run it (`doctor`)."""
