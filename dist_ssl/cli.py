@@ -6,7 +6,6 @@ Commands import what they need when they are called: `--help` should not wait fo
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from dist_ssl import __version__
+from dist_ssl import config as configuration
 from dist_ssl.config import UserError
+from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment
 from dist_ssl.storage import StorageError
-
-EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,15 +60,15 @@ def pretrain(
 
     Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
     """
-    from dist_ssl import config as configuration
-
     checked = configuration.load(config, overrides)
     # Until the loop takes signals, a time limit's or a user's waits: by default it would kill a rank that starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     from dist_ssl import distributed
+    from dist_ssl.planning.before_start import check_before_start
     from dist_ssl.training import interrupts, train
 
     interrupts.end_with_the_launcher()
+    check_before_start(checked)
     code = train.pretrain(checked, restart=restart, extend=extend)
     interrupts.tell_the_launcher(code)
     distributed.shutdown()
@@ -298,24 +297,12 @@ def doctor(
 
     Example: srun -N2 --ntasks-per-node=8 --gpus-per-node=8 dist-ssl doctor CONFIG
     """
-    import os
-
     import rich
-    from rich.markup import escape
 
-    from dist_ssl import config as configuration
     from dist_ssl.planning import doctor as examination
 
-    checked = configuration.load(config, overrides) if config is not None else None
-    is_first = os.environ.get("SLURM_PROCID" if "SLURM_STEP_NUM_TASKS" in os.environ else "RANK", "0") == "0"
-    red = 0
-    for finding in examination.examine(checked):
-        red += finding.remedy is not None
-        if is_first:
-            word = "[green]ok [/green]" if finding.remedy is None else "[red]red[/red]"
-            remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            line = f"{word} {escape(f'{finding.question}: {finding.answer}{remedy}')}"
-            rich.get_console().print(line, soft_wrap=True, highlight=False)
+    findings = examination.examine(configuration.load(config, overrides) if config is not None else None)
+    red = examination.show(findings, rich.get_console().print if rank_in_environment() == 0 else None)
     raise typer.Exit(min(red, 1))
 
 
@@ -334,30 +321,47 @@ def plan(
     Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --nodes 64 --num-images 1281167
     """
     import rich
-    from rich.table import Table
 
-    from dist_ssl import config as configuration
     from dist_ssl.data.index import load_manifest
-    from dist_ssl.planning import planner
+    from dist_ssl.planning import estimate
 
     checked = configuration.load(config, overrides)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
-    table = Table("", "predicted", "formula", title=f"{config}: {nodes} x {gpus_per_node} GPUs")
     rates = (images_per_second, gigabits_per_second)
-    for prediction in planner.predict(checked, nodes, gpus_per_node, manifest, num_images, *rates):
-        table.add_row(prediction.name, planner.shown(prediction), prediction.formula)
-    rich.print(table)
+    estimates = estimate.of_run(checked, nodes, gpus_per_node, manifest, num_images, *rates)
+    rich.print(estimate.table(f"{config}: {nodes} x {gpus_per_node} GPUs", estimates))
+
+
+@app.command("config")
+def show_config(
+    file: Annotated[str, typer.Argument(help="A TOML file; see configs/. With --explain, a section's name.")] = "",
+    explained: Annotated[bool, typer.Option("--explain", help="Say what each key means instead.")] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Print every key of a config as TOML: those that its file sets, those of --set, and the defaults, told apart.
+
+    Example: dist-ssl config configs/quickstart.toml --set train.steps=20
+
+    Example: dist-ssl config --explain optimizer
+    """
+    if explained:
+        typer.echo("\n".join(configuration.explain(file or None)))
+        return
+    if not file:
+        raise UserError("config: expected a TOML file, or --explain; see configs/")
+    resolved = configuration.load(file, overrides)
+    typer.echo(configuration.dumps_with_origins(resolved, configuration.origins(file, overrides)), nl=False)
 
 
 def run(app: typer.Typer, is_first: bool = True) -> None:
     """Run a command line and exit with its code; a user's mistake is one line on stderr, of one rank, and code 2."""
     usage_error: Any = typer.BadParameter.__base__  # typer exports no name for it
-    code = 2
+    code = EXIT_USERS_MISTAKE
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except usage_error as error:
         if error.ctx is None or not error.format_message().strip():
-            sys.exit(2)  # called without arguments: its help is on the screen
+            sys.exit(EXIT_USERS_MISTAKE)  # called without arguments: its help is on the screen
         problem = f"{error.format_message().rstrip('.')}; see {error.ctx.command_path} --help"
     except UserError as error:
         problem = str(error)
@@ -378,7 +382,7 @@ def main() -> None:
     _set_up_logging()
     try:
         # Errors are raised on all ranks alike: one of them says it.
-        run(app, is_first=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0")
+        run(app, is_first=rank_in_environment() == 0)
     except RuntimeError as error:
         if type(error).__name__ != "Fenced":
             raise

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from dist_ssl import config as configuration
-from dist_ssl import storage
 from dist_ssl.config import Config, UserError
+from dist_ssl.planning.before_start import check_config, check_extras
 from launch import queue
 
 
@@ -25,16 +25,14 @@ def absolute(config: Config) -> Config:
     return configuration.with_overrides(config, [f"{key}={json.dumps(path)}" for key, path in local.items()])
 
 
-def check_run(config: Config, num_ranks: int) -> None:
-    """Raises UserError for what would stop the run on the cluster and can be seen here."""
-    if not config.data.shards:
-        raise UserError("data.shards: expected where the training shards are, got nothing; --set data.shards=URL")
-    storage.check_url(config.data.shards)
-    if config.train.global_batch_size < num_ranks:
-        raise UserError(
-            f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks; "
-            "take fewer nodes or a larger batch"
-        )
+def check_run(config: Config, num_ranks: int, same_environment: bool) -> None:
+    """Raises UserError for what would stop the run on the cluster and can be seen here.
+
+    `same_environment`: the ranks import what this process would, and not what a container holds.
+    """
+    check_config(config, num_ranks)
+    if same_environment:
+        check_extras(config)
     directory = Path(config.run.dir)
     existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK) or not _can_write(existing):

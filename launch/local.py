@@ -21,9 +21,11 @@ import typer
 
 from dist_ssl import cli
 from dist_ssl import config as configuration
+from dist_ssl.config.environment import EXIT_CODE_FILE, EXIT_FENCED, EXIT_RUN_ME_AGAIN, EXIT_USERS_MISTAKE
+from dist_ssl.planning import before_start
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
-FINAL_EXIT_CODES = (2, 75, 76)  # a user's mistake, run me again, fenced by a newer incarnation
+FINAL_EXIT_CODES = (EXIT_USERS_MISTAKE, EXIT_RUN_ME_AGAIN, EXIT_FENCED)  # another start would end as this one did
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -39,9 +41,12 @@ def pretrain(
 
     Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
     """
-    grace = configuration.load(config, overrides).engine.grace_seconds  # a mistake is found before any rank starts
+    checked = configuration.load(config, overrides)
+    size = ranks or _default_ranks()
+    before_start.check_config(checked, size)  # most mistakes are found before any rank starts
+    before_start.check_extras(checked)
     settings = [part for override in overrides for part in ("--set", override)]
-    run_ranks(["pretrain", str(config), *settings, *context.args], ranks, max_restarts, grace)
+    run_ranks(["pretrain", str(config), *settings, *context.args], size, max_restarts, checked.engine.grace_seconds)
 
 
 @app.command(context_settings=PASSED_ON)
@@ -53,19 +58,23 @@ def evaluate(
 
     Example: python -m launch.local evaluate runs/quickstart --ranks 2
     """
-    run_ranks(["evaluate", *context.args], ranks, 0, 5.0)
+    run_ranks(["evaluate", *context.args], ranks or _default_ranks(), 0, 5.0)
 
 
-def run_ranks(arguments: list[str], ranks: int | None, max_restarts: int, grace_seconds: float) -> NoReturn:
-    """Run `dist-ssl ARGUMENTS` on local ranks and exit as they did."""
+def _default_ranks() -> int:
     import torch
+
+    return torch.cuda.device_count() or 2
+
+
+def run_ranks(arguments: list[str], size: int, max_restarts: int, grace_seconds: float) -> NoReturn:
+    """Run `dist-ssl ARGUMENTS` on `size` local ranks and exit as they did."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # we say it in one line
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # dist_ssl sets its own number; torch warns otherwise
-    size = ranks or torch.cuda.device_count() or 2
     launch = elastic_launch(
         LaunchConfig(
             min_nodes=1,
@@ -83,7 +92,7 @@ def run_ranks(arguments: list[str], ranks: int | None, max_restarts: int, grace_
         sys.executable,
     )
     exit_code = Path(tempfile.mkdtemp(prefix="dist_ssl-")) / "exit_code"
-    os.environ["DIST_SSL_EXIT_CODE_FILE"] = str(exit_code)
+    os.environ[EXIT_CODE_FILE] = str(exit_code)
     atexit.register(shutil.rmtree, exit_code.parent, ignore_errors=True)
     for attempt in range(max_restarts + 1):
         exit_code.unlink(missing_ok=True)
@@ -92,7 +101,7 @@ def run_ranks(arguments: list[str], ranks: int | None, max_restarts: int, grace_
             sys.exit(0)
         except SignalException as stopped:
             code = int(exit_code.read_text()) if exit_code.exists() and exit_code.read_text() else 128 + stopped.sigval
-            said = "committed" if code == 75 else f"exit code {code}"
+            said = "committed" if code == EXIT_RUN_ME_AGAIN else f"exit code {code}"
             print(f"stopped by {stopped.sigval.name}, {said}; run the same command again to go on", file=sys.stderr)
             sys.exit(code)
         except ChildFailedError as failed:

@@ -73,7 +73,7 @@ def pretrain(
     base = checks.absolute(configuration.load(config, overrides))
     runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, sweep_keys)]
     for run in runs:
-        checks.check_run(run, nodes * tasks)
+        checks.check_run(run, nodes * tasks, same_environment=chosen.python is None)
     root = Path(base.run.dir)
     sizes = {
         "job_name": f"dist_ssl-{root.name}",

@@ -25,10 +25,16 @@ from pydantic import BaseModel, ConfigDict
 from dist_ssl import config as configuration
 from dist_ssl import storage
 from dist_ssl.config import Config
-from dist_ssl.config.environment import FIRST_PORT, NUM_PORTS, slurm_port
+from dist_ssl.config.environment import (
+    EXIT_FENCED,
+    EXIT_RUN_ME_AGAIN,
+    EXIT_USERS_MISTAKE,
+    FIRST_PORT,
+    NUM_PORTS,
+    slurm_port,
+)
 
 log = logging.getLogger(__name__)
-RUN_ME_AGAIN, USERS_MISTAKE, FENCED = 75, 2, 76
 POLL_SECONDS = 2.0
 # What a shell may carry from another launcher, and Slurm's counts from before the job's size was changed.
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "SLURM_NPROCS")
@@ -71,13 +77,13 @@ def supervise(job_file: str) -> None:
     # First of all: srun exits with 0 when it loses a node, and Slurm has then requeued the job.
     outside = _ended_from_outside(restart, code)
     if outside:
-        _stop(history, outside, RUN_ME_AGAIN)
+        _stop(history, outside, EXIT_RUN_ME_AGAIN)
     elif code == 0:
         log.info("the run is complete at step %s", now)
         history.write(event="complete", restart=restart, step=now)
-    elif code == USERS_MISTAKE:
-        _stop(history, "the ranks found a mistake of the user's; see the error above", USERS_MISTAKE)
-    elif code == FENCED:
+    elif code == EXIT_USERS_MISTAKE:
+        _stop(history, "the ranks found a mistake of the user's; see the error above", EXIT_USERS_MISTAKE)
+    elif code == EXIT_FENCED:
         _stop(history, "a newer start of this run has taken over")
     else:
         _requeue_or_stop(job, history, restart, step, now, code)
@@ -229,10 +235,10 @@ def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: i
     log.info("requeueing: exit code %d at step %d", code, now)
     history.write(event="requeue", restart=restart, step=now, exit_code=code)
     # Slurm ends this process as soon as it has requeued the job.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RUN_ME_AGAIN))
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_RUN_ME_AGAIN))
     subprocess.run(["scontrol", "requeue", own_job_id()], check=True, timeout=60)
     time.sleep(20)
-    raise SystemExit(RUN_ME_AGAIN)
+    raise SystemExit(EXIT_RUN_ME_AGAIN)
 
 
 def _stop(history: History, reason: str, code: int = 1) -> None:

@@ -5,7 +5,7 @@ reads a file and lays `--set section.key=value` over it, `dumps` gives the resol
 `resume_diff` says what a resumed run may not change. `environment` is apart: a launcher needs it and little else.
 """
 
-from dist_ssl.config.loading import dumps, known_keys, load, loads, resume_diff, total_steps, validate, with_overrides
+from dist_ssl.config.loading import load, loads, origins, resume_diff, total_steps, validate, with_overrides
 from dist_ssl.config.sections import (
     MAY_DIFFER_ON_RESUME,
     AugmentConfig,
@@ -27,6 +27,7 @@ from dist_ssl.config.sections import (
     TrainConfig,
     UserError,
 )
+from dist_ssl.config.writing import dumps, dumps_with_origins, explain, known_keys
 
 __all__ = [
     "MAY_DIFFER_ON_RESUME",
@@ -49,9 +50,12 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "dumps",
+    "dumps_with_origins",
+    "explain",
     "known_keys",
     "load",
     "loads",
+    "origins",
     "resume_diff",
     "total_steps",
     "validate",

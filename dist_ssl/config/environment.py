@@ -1,6 +1,6 @@
-"""Ranks, master address and port as torchrun or srun put them into the environment. Needs no torch.
+"""What a launcher and a rank tell each other: ranks, master address and port one way, exit codes the other way.
 
-A module of its own because the process that supervises a Slurm job asks for the port too, and should be small.
+Needs no torch: the process that supervises a Slurm job asks for the port too, and should be small.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ import subprocess
 from collections.abc import Mapping
 
 FIRST_PORT, NUM_PORTS = 20000, 12000  # ends below 32768, where Linux starts to hand out ports of its own
+
+EXIT_USERS_MISTAKE = 2  # one line said which: it would be the same again
+EXIT_HANGING = 70
+EXIT_RUN_ME_AGAIN = 75  # BSD's EX_TEMPFAIL: told to stop and committed, start the same command again
+EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
+
+# The local launcher's, for rank 0: a launcher that was signalled does not see its ranks' exit codes.
+EXIT_CODE_FILE = "DIST_SSL_EXIT_CODE_FILE"
 
 
 def ranks_in_environment() -> dict[str, str] | None:
@@ -38,6 +46,22 @@ def ranks_in_environment() -> dict[str, str] | None:
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_port(environment)),
     }
+
+
+def rank_in_environment() -> int:
+    """This process's rank, 0 where it was started alone. Asks no other program, unlike `ranks_in_environment`."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"])
+    return int(os.environ["SLURM_PROCID"]) if "SLURM_STEP_NUM_TASKS" in os.environ else 0
+
+
+def exit_code_file() -> str | None:
+    """Where this rank writes the code that it exits with: of rank 0 under `launch.local` only."""
+    return os.environ.get(EXIT_CODE_FILE) if rank_in_environment() == 0 else None
+
+
+def started_by_local_launcher() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:

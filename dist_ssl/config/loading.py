@@ -8,20 +8,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dist_ssl.config.sections import MAY_DIFFER_ON_RESUME, Config, UserError
+from dist_ssl.config.writing import known_keys
 
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All dotted keys, sections included: `run`, `run.dir`, ..."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+# What other libraries and papers call a key of ours.
+SYNONYMS = {
+    "optimizer.base_learning_rate": ("lr", "base_lr", "learning_rate", "eta"),
+    "optimizer.weight_decay": ("wd", "decay"),
+    "optimizer.trust_coefficient": ("eta_lars", "trust"),
+    "optimizer.warmup_epochs": ("warmup", "warmup_steps"),
+    "train.global_batch_size": ("batch_size", "batch", "bs", "bsz"),
+    "train.epochs": ("num_epochs", "max_epochs", "epoch"),
+    "train.steps": ("num_steps", "max_steps", "iterations"),
+    "objective.temperature": ("tau", "temp", "t"),
+    "objective.chunks": ("accumulate_grad_batches", "gradient_accumulation_steps", "accumulation"),
+    "model.encoder": ("arch", "backbone", "architecture"),
+    "model.head.output_dim": ("proj_dim", "projection_dim", "z_dim"),
+    "augment.crop_size": ("image_size", "img_size", "size", "resolution"),
+    "data.num_workers": ("workers",),
+    "data.shards": ("path", "url", "root", "data_dir", "dataset"),
+    "engine.precision": ("dtype", "amp", "bf16", "fp16"),
+    "engine.zero_stage": ("zero", "stage"),
+    "run.dir": ("output", "output_dir", "out", "save_dir"),
+    "log.wandb_project": ("wandb", "project"),
+}
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -29,15 +41,18 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
     Raises UserError naming the key, the file and, for a key that is not known, the nearest one that is.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not readable as TOML: {error}") from None
+    values = _read(path)
     for override in overrides:
         _set(values, override)
     return validate(values, str(path), [override.partition("=")[0] for override in overrides])
+
+
+def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, str]:
+    """Dotted key -> "file" or "--set", of the values of a config that `load` gave; the others are defaults."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        _set(given, override)
+    return dict.fromkeys(_flatten(_read(path)), "file") | dict.fromkeys(_flatten(given), "--set")
 
 
 def loads(text: str, source: str = "config") -> Config:
@@ -51,11 +66,6 @@ def validate(values: dict[str, Any], source: str, overridden: Sequence[str] = ()
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(_explain(one, source, overridden) for one in error.errors())) from None
-
-
-def dumps(config: Config) -> str:
-    """The complete config as TOML; keys whose value is None are left out, which reads back the same."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def with_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
@@ -92,10 +102,19 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not readable as TOML: {error}") from None
+
+
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or "." not in key:
-        raise UserError(f"--set {override}: expected section.key=value")
+        raise UserError(f"--set {override}: expected section.key=value, such as {nearest_key(key)}=...")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -110,12 +129,30 @@ def _set(values: dict[str, Any], override: str) -> None:
     values[name] = value
 
 
+def nearest_key(wrong: str) -> str:
+    """The known key that a wrong one most likely means: by its name in that section, elsewhere, in other libraries."""
+    keys = {key.dotted: key for key in known_keys()}
+    section, _, name = wrong.rpartition(".")
+    if section in Config.model_fields or any(key.section == section for key in keys.values()):
+        own = {key.name: dotted for dotted, key in keys.items() if key.section == section}
+        near = [own_name for own_name in own if name in own_name and len(name) > 3]
+        near += difflib.get_close_matches(name, own, n=1)
+        if near:
+            return own[near[0]]
+    elif not section and (near := difflib.get_close_matches(name, Config.model_fields, n=1)):
+        return near[0]  # a section of a file
+    alike = [dotted for dotted, key in keys.items() if name == key.name or name in SYNONYMS.get(dotted, ())]
+    return difflib.get_close_matches(wrong, alike or keys, n=1, cutoff=0.0)[0]
+
+
 def _explain(error: Any, source: str, overridden: Sequence[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    source = "--set" if key in overridden else source
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
-        return f"{source}: unknown key {key!r}; did you mean {near[0]!r}?"
+        # pydantic names the section where that is wrong already; --set said the whole key.
+        given = next((whole for whole in overridden if f"{whole}.".startswith(f"{key}.")), None)
+        source, key = ("--set", given) if given else (source, key)
+        return f"{source}: unknown key {key!r}; did you mean {nearest_key(key)!r}?"
+    source = "--set" if key in overridden else source
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if isinstance(error["input"], dict):

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
+Probe = Literal[
+    "linear", "knn", "head_information", "few_labels", "linear_augmented", "fine_tuned", "few_labels_fine_tuned"
+]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
 
 
@@ -18,85 +21,95 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: str = "runs/default"
-    seed: int = Field(0, ge=0, lt=2**63)
+    dir: str = Field("runs/default", description="the run's directory: config, metrics, checkpoints, evaluations")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of samples and every augmentation")
 
 
 class StorageConfig(Section):
     """How object stores are reached. Credentials come from the environment, files or roles only, never from here."""
 
-    endpoint_url: str | None = None
-    anonymous: bool = False
-    profile: str | None = None
-    retry_seconds: float = Field(120.0, ge=0)  # total budget of one read's or write's retries
-    timeout_seconds: float = Field(30.0, gt=0)  # one request
+    endpoint_url: str | None = Field(None, description="of an S3 store that is not Amazon's")
+    anonymous: bool = Field(False, description="read public buckets without credentials")
+    profile: str | None = Field(None, description="whose credentials of ~/.aws/credentials are taken")
+    retry_seconds: float = Field(120.0, ge=0, description="total budget of one read's or write's retries")
+    timeout_seconds: float = Field(30.0, gt=0, description="of one request")
 
 
 class DataConfig(Section):
-    shards: str = ""  # a directory that `shards write` filled, a brace pattern, or a manifest
-    num_workers: int = Field(2, ge=0)  # per rank
-    prefetch_batches: int = Field(2, ge=1)  # per worker
-    streams: int = Field(16, ge=1)  # K of the plan
-    block_shards: int = Field(4, ge=1)  # G of the plan
-    ledger: bool = False
-    cache_dir: str | None = None  # None: a folder of this user under the system's temporary directory
-    cache_gb: float = Field(20.0, gt=0)  # per node, only for remote shards
-    max_pixels: int = Field(50_000_000, ge=1)
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    shards: str = Field("", description="a directory that `shards write` filled, a brace pattern, or a manifest")
+    num_workers: int = Field(2, ge=0, description="processes that read and decode, per rank")
+    prefetch_batches: int = Field(2, ge=1, description="per worker, ready in shared memory")
+    streams: int = Field(16, ge=1, description="K of the plan: samples of so many shards stand side by side")
+    block_shards: int = Field(4, ge=1, description="G of the plan: a stream permutes its samples within so many shards")
+    ledger: bool = Field(False, description="write which samples each step consumed, a file a rank")
+    cache_dir: str | None = Field(
+        None, description="of remote shards; unset: a folder of this user under the system's temporary directory"
+    )
+    cache_gb: float = Field(20.0, gt=0, description="per node, only for remote shards")
+    max_pixels: int = Field(50_000_000, ge=1, description="a larger image is a bad sample")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="of the samples that a rank consumed; more bad ones stop the run"
+    )
 
 
 class AugmentConfig(Section):
     """SimCLR's augmentation (Chen et al. 2020, appendix A)."""
 
-    crop_size: int = Field(224, ge=8, le=4096)
-    min_scale: float = Field(0.08, gt=0, le=1)
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    jitter_probability: float = Field(0.8, ge=0, le=1)
-    jitter_strength: float = Field(1.0, ge=0, le=1.25)
-    grey_probability: float = Field(0.2, ge=0, le=1)
-    blur_probability: float = Field(0.5, ge=0, le=1)
-    mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
+    crop_size: int = Field(224, ge=8, le=4096, description="side of a view, in pixels")
+    min_scale: float = Field(0.08, gt=0, le=1, description="a crop's smallest share of the image's area")
+    flip_probability: float = Field(0.5, ge=0, le=1, description="of a horizontal flip")
+    jitter_probability: float = Field(
+        0.8, ge=0, le=1, description="of brightness, contrast, saturation and hue together"
+    )
+    jitter_strength: float = Field(1.0, ge=0, le=1.25, description="1 is the paper's: 0.8, 0.8, 0.8 and 0.2")
+    grey_probability: float = Field(0.2, ge=0, le=1, description="of a view without colour")
+    blur_probability: float = Field(0.5, ge=0, le=1, description="of a Gaussian blur, sigma 0.1 to 2")
+    mean: Triple = Field((0.485, 0.456, 0.406), description="subtracted from each channel, of values in [0, 1]")
+    std: Triple = Field((0.229, 0.224, 0.225), description="that each channel is divided by")
 
 
 class HeadConfig(Section):
-    kind: Literal["none", "linear", "mlp"] = "mlp"
-    num_layers: int = Field(2, ge=2)  # linear layers; only of kind "mlp"
-    hidden_dim: int = Field(2048, ge=1)
-    output_dim: int = Field(128, ge=1)
-    batch_norm: bool = True
+    kind: Literal["none", "linear", "mlp"] = Field("mlp", description="what stands between h and the loss")
+    num_layers: int = Field(2, ge=2, description="linear layers, only of kind mlp")
+    hidden_dim: int = Field(2048, ge=1, description="width of an mlp's hidden layers")
+    output_dim: int = Field(128, ge=1, description="width of z")
+    batch_norm: bool = Field(True, description="after each linear layer of an mlp")
 
 
 class ModelConfig(Section):
-    encoder: str = "resnet50"
-    activation_checkpointing: bool = False
+    encoder: str = Field("resnet50", description="its name; a wrong one lists what there is")
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in backward instead of keeping them"
+    )
     head: HeadConfig = HeadConfig()
 
 
 class ObjectiveConfig(Section):
-    name: Literal["nt_xent", "decoupled", "supervised"] = "nt_xent"
-    temperature: float = Field(0.1, gt=0)
-    chunks: int = Field(1, ge=1)  # GradCache: encoder passes a step, for large batches on few ranks
+    name: Literal["nt_xent", "decoupled", "supervised"] = Field("nt_xent", description="which contrastive loss")
+    temperature: float = Field(0.1, gt=0, description="tau: similarities are divided by it")
+    chunks: int = Field(1, ge=1, description="GradCache: encoder passes a step, for large batches on few ranks")
 
 
 class OptimizerConfig(Section):
-    name: Literal["lars", "adamw"] = "lars"
-    base_learning_rate: float = Field(0.3, gt=0)
-    scaling: Literal["linear", "sqrt", "none"] = "linear"
-    weight_decay: float = Field(1e-6, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)  # LARS
-    trust_coefficient: float = Field(0.001, gt=0)  # LARS
-    beta1: float = Field(0.9, ge=0, lt=1)  # AdamW
-    beta2: float = Field(0.95, ge=0, lt=1)  # AdamW
-    warmup_epochs: float = Field(10.0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    name: Literal["lars", "adamw"] = Field("lars", description="LARS for large batches, AdamW otherwise")
+    base_learning_rate: float = Field(0.3, gt=0, description="of a batch of 256, before `scaling`")
+    scaling: Literal["linear", "sqrt", "none"] = Field(
+        "linear", description="how the rate grows with global_batch_size / 256"
+    )
+    weight_decay: float = Field(1e-6, ge=0, description="not of biases and norms")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of LARS")
+    trust_coefficient: float = Field(0.001, gt=0, description="of LARS")
+    beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
+    beta2: float = Field(0.95, ge=0, lt=1, description="of AdamW")
+    warmup_epochs: float = Field(10.0, ge=0, description="in which the rate rises from 0")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
 
 
 class TrainConfig(Section):
-    global_batch_size: int = Field(4096, ge=2)
-    steps: int | None = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
-    max_skipped_steps: int = Field(10, ge=0)  # steps in a row with a loss that is not finite
+    global_batch_size: int = Field(4096, ge=2, description="images a step, of all ranks together")
+    steps: int | None = Field(None, ge=1, description="the run's length in optimizer steps; or give epochs")
+    epochs: int | None = Field(None, ge=1, description="the run's length in passes over the data; or give steps")
+    max_skipped_steps: int = Field(10, ge=0, description="steps in a row with a loss that is not finite")
 
     @model_validator(mode="after")
     def one_length(self) -> TrainConfig:
@@ -106,73 +119,79 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
-    deterministic: bool = False
-    compile: bool = False
-    hang_minutes: float = Field(30.0, gt=0)
-    grace_seconds: float = Field(25.0, gt=0)  # what a launcher leaves between SIGTERM and SIGKILL
-    threads_per_rank: int | None = Field(None, ge=1)  # CPU only; None: cores / ranks on the node
-    deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys; those that we derive are refused
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="partitioned over ranks: 1 optimizer state, 2 gradients too, 3 weights too"
+    )
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of autocast; weights and reductions are fp32")
+    deterministic: bool = Field(False, description="bit-identical on CUDA too, slower")
+    compile: bool = Field(False, description="run the model through torch.compile")
+    hang_minutes: float = Field(30.0, gt=0, description="without a step, then the process ends and shows its stacks")
+    grace_seconds: float = Field(25.0, gt=0, description="what a launcher leaves between SIGTERM and SIGKILL")
+    threads_per_rank: int | None = Field(None, ge=1, description="CPU only; unset: cores / ranks on the node")
+    deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed keys; those that we derive are refused")
 
 
 class CheckpointConfig(Section):
-    url: str | None = None  # None: RUN_DIR/checkpoints
-    every_steps: int = Field(1000, ge=1)
-    every_minutes: float | None = Field(None, gt=0)
-    keep_last: int = Field(3, ge=1)
-    keep_every_steps: int | None = Field(None, ge=1)
-    export_every_commits: int | None = Field(None, ge=1)  # also write export/step-<n>.safetensors
-    asynchronous: bool = True
-    wall_time_minutes: float | None = Field(None, gt=0)  # commit and exit 75 before this much time has passed
+    url: str | None = Field(None, description="where to; unset: RUN_DIR/checkpoints")
+    every_steps: int = Field(1000, ge=1, description="between two commits")
+    every_minutes: float | None = Field(None, gt=0, description="also after so much time")
+    keep_last: int = Field(3, ge=1, description="newest ones that are kept")
+    keep_every_steps: int | None = Field(None, ge=1, description="multiples of it are kept for good")
+    export_every_commits: int | None = Field(None, ge=1, description="also write export/step-<n>.safetensors")
+    asynchronous: bool = Field(True, description="write while training goes on")
+    wall_time_minutes: float | None = Field(
+        None, gt=0, description="commit and exit 75 before this much time has passed"
+    )
 
 
 class LogConfig(Section):
-    every_steps: int = Field(10, ge=1)
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    every_steps: int = Field(10, ge=1, description="between two lines of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write curves for TensorBoard too")
+    wandb_project: str | None = Field(
+        None, description="also log to this project of Weights & Biases, by the extra wandb"
+    )
 
 
 class DiagnosticsConfig(Section):
-    every_steps: int = Field(50, ge=1)
-    sample: int = Field(512, ge=16)  # views of this rank that the spectra are computed on
-    online_probe: bool = True  # where the shards carry labels
+    every_steps: int = Field(50, ge=1, description="between two measurements of h's and z's geometry")
+    sample: int = Field(512, ge=16, description="views of this rank that the spectra are computed on")
+    online_probe: bool = Field(True, description="train linear probes beside the run, where the shards carry labels")
 
 
 class EvaluationConfig(Section):
-    train_shards: str | None = None
-    test_shards: str | None = None
-    image_size: int | None = Field(None, ge=8)  # None: augment.crop_size
-    resize_ratio: float = Field(1.0, ge=1)  # resize to image_size * ratio, then a centre crop
-    batch_size_per_rank: int = Field(256, ge=1)
-    num_workers: int = Field(2, ge=0)
-    num_seeds: int = Field(3, ge=1)
-    knn_k: int = Field(20, ge=1)
-    knn_temperature: float = Field(0.07, gt=0)
-    probes: list[
-        Literal[
-            "linear", "knn", "head_information", "few_labels", "linear_augmented", "fine_tuned", "few_labels_fine_tuned"
-        ]
-    ] = ["linear", "knn", "head_information"]
-    few_label_fractions: list[float] = [0.01, 0.1]  # of the training images, the same number for each class
-    sgd_epochs: int = Field(90, ge=1)  # of linear_augmented (SimCLR, appendix B.5)
-    fine_tune_epochs: int = Field(60, ge=1)
-    fine_tune_from: str = "h"  # h, or a layer of the head such as "g1", as SimCLRv2 does
-    head_information_images: int = Field(6000, ge=64)  # two thirds train its probes, one third scores them
-    keep_features: bool = True  # False: cached features are removed once results are written
+    train_shards: str | None = Field(None, description="labelled, what probes are fitted on")
+    test_shards: str | None = Field(None, description="labelled, what they are scored on")
+    image_size: int | None = Field(None, ge=8, description="unset: augment.crop_size")
+    resize_ratio: float = Field(1.0, ge=1, description="resize to image_size * ratio, then a centre crop")
+    batch_size_per_rank: int = Field(256, ge=1, description="images of one forward")
+    num_workers: int = Field(2, ge=0, description="processes that read and decode, per rank")
+    num_seeds: int = Field(3, ge=1, description="of each probe; results are their mean and spread")
+    knn_k: int = Field(20, ge=1, description="neighbours that vote")
+    knn_temperature: float = Field(0.07, gt=0, description="of their votes' weights")
+    probes: list[Probe] = Field(["linear", "knn", "head_information"], description="what is measured")
+    few_label_fractions: list[float] = Field(
+        [0.01, 0.1], description="of the training images, the same number for each class"
+    )
+    sgd_epochs: int = Field(90, ge=1, description="of linear_augmented (SimCLR, appendix B.5)")
+    fine_tune_epochs: int = Field(60, ge=1, description="of fine_tuned and few_labels_fine_tuned")
+    fine_tune_from: str = Field("h", description="h, or a layer of the head such as g1, as SimCLRv2 does")
+    head_information_images: int = Field(6000, ge=64, description="two thirds train its probes, one third scores them")
+    keep_features: bool = Field(True, description="false: cached features are removed once results are written")
 
 
 class LabConfig(Section):
     """A matched grid of heads on one set of data; `run.dir` is its folder, the other sections are every cell's."""
 
-    source: str | None = None  # what to write shards of where data.shards is empty: shapes:COUNT, folder:DIR, ...
-    source_image_size: int = Field(64, ge=8)
-    test_fraction: float = Field(0.25, gt=0, lt=1)
-    heads: list[str] = ["none", "linear", "mlp2", "mlp3"]  # mlpN has N linear layers
-    batch_norm: list[bool] = [True]
-    output_dims: list[int] = [128]
-    num_seeds: int = Field(3, ge=1)
-    ranks: int = Field(1, ge=1)  # of each pretraining, started by launch.local when more than one
+    source: str | None = Field(
+        None, description="what to write shards of where data.shards is empty: shapes:COUNT, folder:DIR, ..."
+    )
+    source_image_size: int = Field(64, ge=8, description="shorter side of the images written, in pixels")
+    test_fraction: float = Field(0.25, gt=0, lt=1, description="of the source that is held out")
+    heads: list[str] = Field(["none", "linear", "mlp2", "mlp3"], description="none, linear, mlpN (N linear layers)")
+    batch_norm: list[bool] = Field([True], description="each value is tried")
+    output_dims: list[int] = Field([128], description="widths of z; each is tried")
+    num_seeds: int = Field(3, ge=1, description="runs of each head")
+    ranks: int = Field(1, ge=1, description="of each pretraining, started by launch.local when more than one")
 
 
 class Config(Section):
@@ -189,7 +208,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    lab: LabConfig | None = None  # only in files for `dist-ssl lab`
+    lab: LabConfig | None = Field(None, description="only in files for `dist-ssl lab`")
 
 
 # What a resumed run may change: everything about where and how it computes, nothing about what it computes.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import shutil
 import socket
@@ -16,13 +17,15 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
+
 from dist_ssl import storage
 from dist_ssl.config import Config
-from dist_ssl.config.environment import FIRST_PORT, NUM_PORTS, ranks_in_environment
+from dist_ssl.config.environment import FIRST_PORT, NUM_PORTS, rank_in_environment, ranks_in_environment
 
 PROBE_BYTES = 64 * 2**20
 SLOW_GBIT = {"nccl": 20.0, "gloo": 0.5}  # below it the finding is red: something is wrong with the network
@@ -39,7 +42,8 @@ class Finding:
 
 def examine(config: Config | None) -> Iterator[Finding]:
     """Findings, one after the other as they are made. Collective where ranks are in the environment."""
-    questions: list[Callable[[], Iterator[Finding]]] = [versions, gpus, collectives, memory_for_workers, ports, slurm]
+    questions: list[Callable[[], Iterator[Finding]]] = [versions, gpus, collectives, ports, slurm]
+    questions.append(lambda: memory_for_workers(config))
     if config is not None:
         questions += [lambda: store(config), lambda: commits(config), lambda: disk(config)]
     for question in questions:
@@ -48,6 +52,18 @@ def examine(config: Config | None) -> Iterator[Finding]:
         except Exception as error:
             name = getattr(question, "__name__", "check").strip("<>")
             yield Finding(name, f"{type(error).__name__}: {error}", "this check itself failed; the message says where")
+
+
+def show(findings: Iterable[Finding], say: Callable[..., object] | None) -> int:
+    """Tell each finding as it is made, by rich's `print` or to nobody; how many are red."""
+    red = 0
+    for finding in findings:
+        red += finding.remedy is not None
+        word = "[green]ok [/green]" if finding.remedy is None else "[red]red[/red]"
+        remedy = f" -> {finding.remedy}" if finding.remedy else ""
+        if say is not None:
+            say(f"{word} {escape(f'{finding.question}: {finding.answer}{remedy}')}", soft_wrap=True, highlight=False)
+    return red
 
 
 def versions() -> Iterator[Finding]:
@@ -132,13 +148,22 @@ def collectives() -> Iterator[Finding]:
     yield Finding("collectives", f"{gbit:.1f} Gbit/s all-reduce, {ranks} ranks, {backend}", remedy)
 
 
-def memory_for_workers() -> Iterator[Finding]:
+def memory_for_workers(config: Config | None) -> Iterator[Finding]:
     """Data workers hand their batches over in shared memory; containers give 64 MB of it unless told otherwise."""
     if not Path("/dev/shm").exists():
         return
-    free = shutil.disk_usage("/dev/shm").free
-    remedy = None if free >= 2**30 else "start the container with --shm-size=16g (or --ipc=host)"
-    yield Finding("shared memory", f"{free / 1e9:.1f} GB free in /dev/shm", remedy)
+    free, needed, said = shutil.disk_usage("/dev/shm").free, 2.0**30, ""
+    if config is not None:
+        from dist_ssl.planning import estimate
+
+        size, here = _ranks()
+        needed = estimate.shared_memory(config, size, here).value
+        said = f"{needed / 1e9:.1f} GB needed by {here} of {size} ranks, "
+    remedy = None
+    if free < needed:
+        remedy = f"start the container with --shm-size={max(1, math.ceil(1.1 * needed / 2**30))}g (or --ipc=host)"
+        remedy += ", or lower data.prefetch_batches or data.num_workers" if config is not None else ""
+    yield Finding("shared memory", f"{said}{free / 1e9:.1f} GB free in /dev/shm", remedy)
 
 
 def ports() -> Iterator[Finding]:
@@ -190,9 +215,10 @@ def store(config: Config) -> Iterator[Finding]:
         read = len(storage.read_bytes(largest.url, config.storage, 0, min(largest.num_bytes, PROBE_BYTES)))
         seconds = max(time.monotonic() - began, 1e-9)
     except Exception as error:
-        yield Finding(
-            "shards", storage.redact(str(error)), "check data.shards, storage.endpoint_url and the credentials"
-        )
+        remote = "check data.shards, storage.endpoint_url and the credentials"
+        local = "give the place that `dist-ssl shards write` or `index` filled: --set data.shards=PLACE"
+        is_local = storage.is_local(config.data.shards)
+        yield Finding("shards", storage.redact(str(error)), local if is_local else remote)
         return
     yield Finding("shards", f"{manifest.num_samples} images in {len(manifest.shards)} shards")
     mean = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_samples
@@ -224,13 +250,13 @@ def commits(config: Config) -> Iterator[Finding]:
 
 def disk(config: Config) -> Iterator[Finding]:
     """Room for the checkpoints that are kept, and for the shard cache."""
-    from dist_ssl.planning import planner
+    from dist_ssl.planning import estimate
 
     if "://" not in (config.checkpoint.url or ""):
         place = Path(config.checkpoint.url or config.run.dir).absolute()
         existing = next(folder for folder in (place, *place.parents) if folder.exists())
         free = shutil.disk_usage(existing).free
-        needed = planner.checkpoint(config, planner.Sizes.of(config, 1, measure=False))[1].value
+        needed = estimate.checkpoint(config, estimate.Sizes.of(config, 1, measure=False))[1].value
         remedy = None if free > needed else "free space, or lower checkpoint.keep_last"
         yield Finding("disk for checkpoints", f"{needed / 1e9:.2f} GB needed, {free / 1e9:.0f} GB free", remedy)
     if "://" in config.data.shards and not config.data.shards.startswith("file:"):
@@ -241,6 +267,16 @@ def disk(config: Config) -> Iterator[Finding]:
         yield Finding(
             "disk for the cache", f"{config.data.cache_gb:g} GB wanted, {room:.0f} GB free in {existing}", remedy
         )
+
+
+def _ranks() -> tuple[int, int]:
+    """(all ranks, those of this node): the environment's, or what `launch.local` would start here."""
+    import torch
+
+    values = ranks_in_environment()
+    if values is not None:
+        return int(values["WORLD_SIZE"]), int(values["LOCAL_WORLD_SIZE"])
+    return (torch.cuda.device_count() or 2,) * 2
 
 
 def _all_reduce() -> tuple[float, int, str]:
@@ -267,5 +303,5 @@ def _all_reduce() -> tuple[float, int, str]:
 
 if __name__ == "__main__":
     measured, _, backend = _all_reduce()
-    if os.environ["RANK"] == "0":
+    if rank_in_environment() == 0:
         sys.stdout.write(f"{measured} {backend}\n")

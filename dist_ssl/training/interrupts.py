@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dist_ssl.config.environment import EXIT_HANGING, exit_code_file, started_by_local_launcher
 from dist_ssl.distributed import rank
 
 log = logging.getLogger(__name__)
-
-EXIT_RUN_ME_AGAIN = 75  # BSD's EX_TEMPFAIL: committed, start the same command again
-EXIT_HANGING = 70
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -112,12 +110,12 @@ class Watchdog:
 
 def end_with_the_launcher() -> None:
     """Where the local launcher is killed with -9, its ranks get SIGTERM: they commit and end, not train on unseen."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if started_by_local_launcher() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def tell_the_launcher(code: int) -> None:
     """A launcher that was signalled does not see its ranks' exit codes: rank 0 writes its own."""
-    path = os.environ.get("DIST_SSL_EXIT_CODE_FILE")
-    if path and os.environ.get("RANK", "0") == "0":
+    path = exit_code_file()
+    if path is not None:
         Path(path).write_text(str(code))

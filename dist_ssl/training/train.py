@@ -19,6 +19,7 @@ from dist_ssl import config as config_module
 from dist_ssl.checkpoint import RunState
 from dist_ssl.checkpoint.write import Checkpointer
 from dist_ssl.config import Config
+from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.data.index import load_manifest
 from dist_ssl.data.quarantine import Quarantine
 from dist_ssl.data.stream import Batch, Batches, plan_of, training_batches
@@ -26,7 +27,7 @@ from dist_ssl.distributed import World
 from dist_ssl.engine import optimizers
 from dist_ssl.models import build_model
 from dist_ssl.training import diagnostics
-from dist_ssl.training.interrupts import EXIT_RUN_ME_AGAIN, StopRequest, Watchdog
+from dist_ssl.training.interrupts import StopRequest, Watchdog
 from dist_ssl.training.observability import Observer
 from dist_ssl.training.run_directory import open_run, versions
 from dist_ssl.training.step import Statistics, Step, StepResult

@@ -17,7 +17,7 @@ from dist_ssl.config import Config
 from dist_ssl.data.index import Manifest, Shard
 from dist_ssl.data.stream import _rank_streams
 from dist_ssl.models import build_model
-from dist_ssl.planning import planner
+from dist_ssl.planning import estimate
 from tests.counting import Count
 from tests.pool import ranks
 
@@ -81,10 +81,10 @@ def measure(stage: int, optimizer: str, directory: str) -> tuple[int, int, int]:
 @pytest.mark.parametrize(("stage", "optimizer"), [(0, "adamw"), (1, "lars"), (2, "adamw"), (3, "lars")])
 def test_predictions_are_what_two_ranks_measure(stage, optimizer, tmp_path):
     config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}")
-    sizes = planner.Sizes.of(config, 2, measure=False)
-    state = planner.state_bytes(sizes, stage).value
-    wire = planner.wire(config, sizes)[-1].value
-    written = planner.checkpoint(config, sizes)[0].value
+    sizes = estimate.Sizes.of(config, 2, measure=False)
+    state = estimate.state_bytes(sizes, stage).value
+    wire = estimate.wire(config, sizes)[-1].value
+    written = estimate.checkpoint(config, sizes)[0].value
     for held, sent, file_bytes in ranks(2).run(measure, stage, optimizer, str(tmp_path)):
         assert held == pytest.approx(state, rel=0.05)
         assert sent == pytest.approx(wire, rel=0.02)
@@ -92,20 +92,20 @@ def test_predictions_are_what_two_ranks_measure(stage, optimizer, tmp_path):
 
 
 def test_activations_are_linear_in_the_batch_and_half_in_bf16_or_recomputed():
-    plain = planner.activation_bytes(build_model(config_of()), config_of())
+    plain = estimate.activation_bytes(build_model(config_of()), config_of())
     bigger = config_of("augment.crop_size=64")
-    assert planner.activation_bytes(build_model(bigger), bigger) == pytest.approx(4 * plain, rel=0.05)
+    assert estimate.activation_bytes(build_model(bigger), bigger) == pytest.approx(4 * plain, rel=0.05)
     recomputed = config_of("model.activation_checkpointing=true")
-    assert planner.activation_bytes(build_model(recomputed), recomputed) < 0.6 * plain
+    assert estimate.activation_bytes(build_model(recomputed), recomputed) < 0.6 * plain
 
 
 def test_the_working_set_is_that_of_the_stream():
-    """The planner's closed form against the stream's own list of a rank's shards' streams."""
+    """The estimate's closed form against the stream's own list of a rank's shards' streams."""
     for streams, num_ranks in ((16, 2), (16, 8), (64, 512), (10, 4), (16, 16)):
         config = config_of(f"data.streams={streams}", "train.global_batch_size=4096")
         shards = [Shard(f"s3://b/{i:06d}.tar", f"s3://b/{i:06d}.index", 1000, 10, 0) for i in range(4 * streams)]
         manifest = Manifest("s3://b", tuple(shards))
-        predicted = planner.data(config, manifest, num_ranks, num_ranks, None)[0].value
+        predicted = estimate.data(config, manifest, num_ranks, num_ranks, None)[0].value
         block = min(config.data.block_shards, -(-len(shards) // streams) + 1)
         worst = max(len(_rank_streams(config, rank, num_ranks)) for rank in range(num_ranks))
         assert predicted == min(worst * block * 1000, 4000 * streams), (streams, num_ranks)
@@ -115,15 +115,15 @@ def test_the_working_set_is_that_of_the_stream():
 def test_a_plan_for_512_gpus_and_a_billion_images():
     path = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
     config = configuration.load(path, ["train.global_batch_size=65536", "train.epochs=10", "engine.zero_stage=1"])
-    found = {p.name: p for p in planner.predict(config, 64, 8, None, 1_000_000_000, 1000.0, 100.0)}
+    found = {p.name: p for p in estimate.of_run(config, 64, 8, None, 1_000_000_000, 1000.0, 100.0)}
     assert found["steps"].value == -(-10 * 1_000_000_000 // 65536)
     assert found["hours"].value == pytest.approx(10 * 1e9 / (512 * 1000) / 3600, rel=1e-3)
     assert found["z and its log-sum-exps"].value == pytest.approx(4 * 131072 * 129 * 511 / 512)
-    assert all(prediction.formula for prediction in found.values())
+    assert all(one.formula for one in found.values())
 
 
 def test_numbers_read_well():
-    assert planner.shown(planner.Prediction("", 1_572_864_000, "bytes", "")) == "1.57 GB"
-    assert planner.shown(planner.Prediction("", 2.5e9, "bytes/s", "")) == "2.5 GB/s"
-    assert planner.shown(planner.Prediction("", 31279, "", "")) == "31,279"
-    assert planner.shown(planner.Prediction("", 0.0853, "s", "")) == "0.0853 s"
+    assert estimate.shown(estimate.Estimate("", 1_572_864_000, "bytes", "")) == "1.57 GB"
+    assert estimate.shown(estimate.Estimate("", 2.5e9, "bytes/s", "")) == "2.5 GB/s"
+    assert estimate.shown(estimate.Estimate("", 31279, "", "")) == "31,279"
+    assert estimate.shown(estimate.Estimate("", 0.0853, "s", "")) == "0.0853 s"

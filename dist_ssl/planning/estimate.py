@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from dist_ssl import config as configuration
@@ -25,7 +26,7 @@ FP32, FP64 = 4, 8
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Estimate:
     """A number with its unit, and the formula that it came from."""
 
     name: str
@@ -87,33 +88,31 @@ def activation_bytes(model: ContrastiveModel, config: Config) -> int:
     return (kept(4) - kept(2)) // 2
 
 
-def state_bytes(sizes: Sizes, zero_stage: int) -> Prediction:
+def state_bytes(sizes: Sizes, zero_stage: int) -> Estimate:
     """Bytes that a rank holds between steps: weights, fp32 masters, optimizer state."""
     p, w, k = sizes.parameters, sizes.ranks, sizes.optimizer_values
     match zero_stage:
         case 0:
-            return Prediction("model and optimizer state", FP32 * p * (1 + k), "bytes", "4 P (1 + k)")
+            return Estimate("model and optimizer state", FP32 * p * (1 + k), "bytes", "4 P (1 + k)")
         case 1 | 2:
-            return Prediction(
-                "model and optimizer state", FP32 * p * (1 + (1 + k) / w), "bytes", "4 P (1 + (1 + k) / W)"
-            )
+            return Estimate("model and optimizer state", FP32 * p * (1 + (1 + k) / w), "bytes", "4 P (1 + (1 + k) / W)")
         case 3:
             value = FP32 * (p * (3 + k) / w + min(p, BUCKET) + sizes.small_parameters)
             formula = "4 (P (3 + k) / W + min(P, 5e7) + P in tensors below 1e5)"
-            return Prediction("model and optimizer state", value, "bytes", formula)
+            return Estimate("model and optimizer state", value, "bytes", formula)
     raise ValueError(f"expected a ZeRO stage of 0 to 3, got {zero_stage}")
 
 
-def gradient_bytes(sizes: Sizes, zero_stage: int) -> Prediction:
+def gradient_bytes(sizes: Sizes, zero_stage: int) -> Estimate:
     """Bytes more while backward runs: gradients, reduction bucket; under ZeRO 3 the gathered weights."""
     p, w = sizes.parameters, sizes.ranks
     if zero_stage in (0, 3):
-        return Prediction("gradients" if zero_stage == 0 else "gathered weights", FP32 * p, "bytes", "4 P")
+        return Estimate("gradients" if zero_stage == 0 else "gathered weights", FP32 * p, "bytes", "4 P")
     value = FP32 * (p / w + min(p, BUCKET))
-    return Prediction("gradients and reduction bucket", value, "bytes", "4 (P / W + min(P, 5e7))")
+    return Estimate("gradients and reduction bucket", value, "bytes", "4 (P / W + min(P, 5e7))")
 
 
-def memory(config: Config, sizes: Sizes) -> list[Prediction]:
+def memory(config: Config, sizes: Sizes) -> list[Estimate]:
     """Of one rank's device, at its fullest: the end of the forward, and backward."""
     stage, side, width = config.engine.zero_stage, config.augment.crop_size, config.model.head.output_dim
     images = -(-config.train.global_batch_size // sizes.ranks)
@@ -122,21 +121,32 @@ def memory(config: Config, sizes: Sizes) -> list[Prediction]:
     parts = [
         state_bytes(sizes, stage),
         gradient_bytes(sizes, stage),
-        Prediction(
+        Estimate(
             "activations", 2.0 * chunk * sizes.activation_bytes, "bytes",
             f"2 n / chunks * a, a = {sizes.activation_bytes / 1e6:.1f} MB a view, measured here",
         ),
         # uint8 crops of this step and the next, and their normalised fp32 views
-        Prediction("pixels", 2.0 * images * pixels * (1 + 1 + FP32), "bytes", "2 n * 3 S^2 * (1 + 1 + 4)"),
-        Prediction("loss", 3.0 * FP32 * views * width + 2.0 * FP32 * views, "bytes", "3 * 4 M d + 2 * 4 M"),
+        Estimate("pixels", 2.0 * images * pixels * (1 + 1 + FP32), "bytes", "2 n * 3 S^2 * (1 + 1 + 4)"),
+        Estimate("loss", 3.0 * FP32 * views * width + 2.0 * FP32 * views, "bytes", "3 * 4 M d + 2 * 4 M"),
     ]  # fmt: skip
     if config.engine.precision == "bf16":
-        parts.append(Prediction("weights cast to bf16", 2.0 * sizes.parameters, "bytes", "2 P"))
+        parts.append(Estimate("weights cast to bf16", 2.0 * sizes.parameters, "bytes", "2 P"))
     total = sum(part.value for part in parts)
-    return [*parts, Prediction("memory a GPU", total, "bytes", "the sum; allocator and kernels' workspace come on top")]
+    return [*parts, Estimate("memory a GPU", total, "bytes", "the sum; allocator and kernels' workspace come on top")]
 
 
-def wire(config: Config, sizes: Sizes) -> list[Prediction]:
+def shared_memory(config: Config, ranks: int, ranks_of_node: int) -> Estimate:
+    """Of a node's /dev/shm: the crops that its data workers hold ready, and the two batches that a rank works on."""
+    data, side = config.data, config.augment.crop_size
+    if data.num_workers == 0:
+        return Estimate("shared memory, a node", 0.0, "bytes", "no workers, none")
+    images = -(-config.train.global_batch_size // ranks)
+    batches = data.num_workers * data.prefetch_batches + 2
+    value = float(ranks_of_node * batches * 2 * images * 3 * side * side)
+    return Estimate("shared memory, a node", value, "bytes", "ranks of it * (workers * prefetch + 2) * 2 n * 3 S^2")
+
+
+def wire(config: Config, sizes: Sizes) -> list[Estimate]:
     """Bytes that one rank sends in a step, by ring algorithms: what a ring can't undercut."""
     p, w, stage = sizes.parameters, sizes.ranks, config.engine.zero_stage
     share, views, width = (w - 1) / w, 2 * config.train.global_batch_size, config.model.head.output_dim
@@ -152,31 +162,29 @@ def wire(config: Config, sizes: Sizes) -> list[Prediction]:
     passes, forwards = config.objective.chunks, 2 if config.objective.chunks > 1 else 1
     norms = passes * (forwards * gathered + 2 * 2 * channels * FP32 * share)
     parts = [
-        Prediction("gradients and weights", reduction[0] * FP32 * p * share, "bytes", reduction[1]),
-        Prediction("z and its log-sum-exps", FP32 * views * (width + 1) * share, "bytes", "4 M (d + 1) (W-1)/W"),
-        Prediction(
+        Estimate("gradients and weights", reduction[0] * FP32 * p * share, "bytes", reduction[1]),
+        Estimate("z and its log-sum-exps", FP32 * views * (width + 1) * share, "bytes", "4 M (d + 1) (W-1)/W"),
+        Estimate(
             "batch norm", norms, "bytes",
             "8 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers",
         ),
     ]  # fmt: skip
-    return [*parts, Prediction("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]
+    return [*parts, Estimate("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]
 
 
-def checkpoint(config: Config, sizes: Sizes) -> list[Prediction]:
+def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:
     """One checkpoint, and what the retention keeps of them; headers and manifests are left out."""
     one = FP32 * sizes.parameters * (1 + sizes.optimizer_values) + sizes.buffer_bytes
     first = FP32 * sizes.parameters + sizes.buffer_bytes
     kept = config.checkpoint.keep_last + 1
     return [
-        Prediction("a checkpoint", one, "bytes", "4 P (1 + k) + buffers"),
-        Prediction("kept checkpoints", kept * one + first, "bytes", "(keep_last + 1) * one, and step 0"),
-        Prediction("host memory for it, a rank", one / sizes.ranks, "bytes", "one / W"),
+        Estimate("a checkpoint", one, "bytes", "4 P (1 + k) + buffers"),
+        Estimate("kept checkpoints", kept * one + first, "bytes", "(keep_last + 1) * one, and step 0"),
+        Estimate("host memory for it, a rank", one / sizes.ranks, "bytes", "one / W"),
     ]
 
 
-def data(
-    config: Config, manifest: Manifest, ranks: int, nodes: int, images_per_second: float | None
-) -> list[Prediction]:
+def data(config: Config, manifest: Manifest, ranks: int, nodes: int, images_per_second: float | None) -> list[Estimate]:
     """Cache and store: what the shards are read with."""
     shards = [shard.num_bytes for shard in manifest.shards]
     mean, largest = sum(shards) / manifest.num_samples, max(shards)
@@ -186,30 +194,30 @@ def data(
     of_a_rank = streams if batch < streams else max(overlapping)
     here = min(streams, of_a_rank * -(-ranks // nodes))
     block = min(config.data.block_shards, -(-len(shards) // streams) + 1)
-    predictions = [
-        Prediction(
+    estimates = [
+        Estimate(
             "cache working set, a node", min(here * block * largest, sum(shards)), "bytes",
             f"streams of a node ({here}) * block ({block}) * largest shard",
         ),
-        Prediction("the data set", sum(shards), "bytes", f"{manifest.num_samples} images in {len(shards)} shards"),
+        Estimate("the data set", sum(shards), "bytes", f"{manifest.num_samples} images in {len(shards)} shards"),
     ]  # fmt: skip
     if images_per_second is not None:
         rate = images_per_second * ranks * mean
-        predictions.append(Prediction("store to cluster", rate, "bytes/s", "images/s a GPU * W * mean image"))
-    return predictions
+        estimates.append(Estimate("store to cluster", rate, "bytes/s", "images/s a GPU * W * mean image"))
+    return estimates
 
 
-def duration(config: Config, num_samples: int, ranks: int, images_per_second: float) -> list[Prediction]:
+def duration(config: Config, num_samples: int, ranks: int, images_per_second: float) -> list[Estimate]:
     steps, batch = configuration.total_steps(config, num_samples), config.train.global_batch_size
     seconds = batch / (images_per_second * ranks)
     return [
-        Prediction("steps", steps, "", "train.steps, or ceil(epochs * images / B)"),
-        Prediction("a step", seconds, "s", "B / (W * images/s a GPU)"),
-        Prediction("hours", steps * seconds / 3600, "h", "steps * a step / 3600"),
+        Estimate("steps", steps, "", "train.steps, or ceil(epochs * images / B)"),
+        Estimate("a step", seconds, "s", "B / (W * images/s a GPU)"),
+        Estimate("hours", steps * seconds / 3600, "h", "steps * a step / 3600"),
     ]
 
 
-def predict(
+def of_run(
     config: Config,
     nodes: int,
     gpus_per_node: int,
@@ -217,44 +225,48 @@ def predict(
     num_images: int | None = None,
     images_per_second: float | None = None,
     gigabits_per_second: float | None = None,
-) -> list[Prediction]:
-    """All predictions, in the order of a report; what a missing number would be needed for is left out.
+) -> list[Estimate]:
+    """All estimates, in the order of a report; what a missing number would be needed for is left out.
 
     images_per_second is of one GPU, gigabits_per_second of the network between two ranks.
     """
     ranks = nodes * gpus_per_node
     sizes = Sizes.of(config, ranks)
-    predictions = [
-        Prediction("parameters", sizes.parameters, "", "P, counted"),
+    estimates = [
+        Estimate("parameters", sizes.parameters, "", "P, counted"),
         *memory(config, sizes),
+        shared_memory(config, ranks, gpus_per_node),
         *(wires := wire(config, sizes)),
     ]
     if gigabits_per_second is not None:
         seconds = wires[-1].value * 8 / (gigabits_per_second * 1e9)
-        predictions.append(
-            Prediction("wire time of a step", seconds, "s", "8 * bytes / bandwidth; part hides in backward")
-        )
-    predictions += checkpoint(config, sizes)
+        estimates.append(Estimate("wire time of a step", seconds, "s", "8 * bytes / bandwidth; part hides in backward"))
+    estimates += checkpoint(config, sizes)
     if manifest is not None:
-        predictions += data(config, manifest, ranks, nodes, images_per_second)
+        estimates += data(config, manifest, ranks, nodes, images_per_second)
         num_images = manifest.num_samples
     elif images_per_second is not None:
         rate = images_per_second * ranks
-        predictions.append(
-            Prediction("store to cluster", rate, "images/s", "images/s a GPU * W; the shards tell bytes")
-        )
+        estimates.append(Estimate("store to cluster", rate, "images/s", "images/s a GPU * W; the shards tell bytes"))
     if images_per_second is not None and (num_images is not None or config.train.steps is not None):
-        predictions += duration(config, num_images or 0, ranks, images_per_second)
-    return predictions
+        estimates += duration(config, num_images or 0, ranks, images_per_second)
+    return estimates
 
 
-def shown(prediction: Prediction) -> str:
+def table(title: str, estimates: list[Estimate]) -> Table:
+    rows = Table("", "predicted", "formula", title=title)
+    for estimate in estimates:
+        rows.add_row(estimate.name, shown(estimate), estimate.formula)
+    return rows
+
+
+def shown(estimate: Estimate) -> str:
     """The value as a person reads it: 1.57 GB, 4096, 0.31 s."""
-    if prediction.unit.startswith("bytes"):
-        value, rest = prediction.value, prediction.unit.removeprefix("bytes")
+    if estimate.unit.startswith("bytes"):
+        value, rest = estimate.value, estimate.unit.removeprefix("bytes")
         for name in ("B", "kB", "MB", "GB", "TB"):
             if value < 1000 or name == "TB":
                 return f"{value:.3g} {name}{rest}" if value < 1000 else f"{value:.0f} {name}{rest}"
             value /= 1000
-    number = f"{prediction.value:,.0f}" if prediction.value >= 1000 else f"{prediction.value:.3g}"
-    return f"{number} {prediction.unit}".rstrip()
+    number = f"{estimate.value:,.0f}" if estimate.value >= 1000 else f"{estimate.value:.3g}"
+    return f"{number} {estimate.unit}".rstrip()

@@ -1,0 +1,125 @@
+"""Configs as a person reads them: TOML with a list on one line, where each value came from, what each key means."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dist_ssl.config.sections import Config, UserError
+
+
+class Key(NamedTuple):
+    """A leaf of the config: what stands in a file as `name` under the table of its section."""
+
+    section: str  # "model.head"
+    name: str
+    field: FieldInfo
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
+    """Every key that a file may hold, in the order of the sections."""
+    for name, field in model.model_fields.items():
+        sections = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        for section in sections:
+            yield from known_keys(section, f"{prefix}.{name}" if prefix else name)
+        if not sections:
+            yield Key(prefix, name, field)
+
+
+def dumps(config: Config) -> str:
+    """The complete config as TOML; keys whose value is None are left out, which reads back the same."""
+    return _toml(config.model_dump(mode="json", exclude_none=True), lambda key: "")
+
+
+def dumps_with_origins(config: Config, origins: dict[str, str]) -> str:
+    """As `dumps`, with "file", "--set" or "default" at the end of each line, and a comment for each key that is unset.
+
+    `origins` maps dotted keys to where they came from; what it does not hold is a default.
+    """
+    values = config.model_dump(mode="json", exclude={"lab"} if config.lab is None else None)
+    return _toml(values, lambda key: origins.get(key, "default"))
+
+
+def explain(section: str | None = None) -> list[str]:
+    """A line for each key, or for those of one section: key, type, default, description, in columns.
+
+    Raises UserError for a section that is not there.
+    """
+    keys = [key for key in known_keys() if section is None or f"{key.dotted}.".startswith(f"{section}.")]
+    if not keys:
+        raise UserError(f"--explain {section}: expected a section, one of {', '.join(Config.model_fields)}")
+    rows = [(key.dotted, _type_of(key.field), _default_of(key.field)) for key in keys]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)), key.field.description or ""])
+        for key, row in zip(keys, rows, strict=True)
+    ]
+
+
+def _toml(values: dict[str, Any], comment: Callable[[str], str], table: tuple[str, ...] = ()) -> str:
+    """A table and those inside it. tomli_w writes the scalars; it would give each item of a list a line of its own."""
+    lines, tables = [], []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            tables.append(_toml(value, comment, (*table, name)))
+        elif value is None:
+            lines.append(f"# {name} is not set")
+        else:
+            line, said = f"{_key(name)} = {_inline(value)}", comment(".".join((*table, name)))
+            lines.append(f"{line:<39} # {said}" if said else line)
+    if table and (lines or not tables):
+        lines.insert(0, f"[{'.'.join(map(_key, table))}]")
+    own = "".join(f"{line}\n" for line in lines)
+    return "\n".join(part for part in (own, *tables) if part)
+
+
+def _inline(value: Any) -> str:
+    match value:
+        case list():
+            return f"[{', '.join(map(_inline, value))}]"
+        case dict():
+            return f"{{ {', '.join(f'{_key(name)} = {_inline(v)}' for name, v in value.items() if v is not None)} }}"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").rstrip("\n")
+
+
+def _key(name: str) -> str:
+    """As it stands left of an equals sign: quoted where TOML wants that."""
+    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The members of a union, or the one type."""
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+
+
+def _type_of(field: FieldInfo) -> str:
+    bounds = []
+    for bound in field.metadata:
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if (limit := getattr(bound, name, None)) is not None:
+                bounds.append(f"{sign} {limit:g}" if isinstance(limit, float) or limit < 2**53 else f"{sign} 2^63")
+    name = " | ".join(_name_of(part) for part in _parts(field.annotation) if part is not types.NoneType)
+    return " ".join([name, ", ".join(bounds)]).strip()
+
+
+def _name_of(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (list, tuple):
+        inner = [_name_of(part) for part in get_args(annotation)]
+        return f"{len(inner)} x {inner[0]}" if get_origin(annotation) is tuple else f"list of {inner[0]}"
+    return "table" if get_origin(annotation) is dict else getattr(annotation, "__name__", str(annotation))
+
+
+def _default_of(field: FieldInfo) -> str:
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return "unset" if value is None else _inline(value)

@@ -1,0 +1,56 @@
+"""What would end a pretraining for good and can be known before it has a run directory.
+
+`dist-ssl pretrain` asks on rank 0 and raises on all; `launch.local` and `launch.slurm` ask for what they can see before
+they start any rank. A mistake then costs one line and exit code 2, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from dist_ssl import storage
+from dist_ssl.config import Config, UserError
+
+
+def check_config(config: Config, num_ranks: int) -> None:
+    """Raises UserError for what the config alone tells. Needs no torch."""
+    if not config.data.shards:
+        raise UserError("data.shards: expected where the training shards are, got nothing; --set data.shards=URL")
+    storage.check_url(config.data.shards)
+    if config.train.global_batch_size < num_ranks * config.objective.chunks:
+        raise UserError(
+            f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks x "
+            f"{config.objective.chunks} chunks; take fewer ranks or a larger batch"
+        )
+
+
+def check_extras(config: Config) -> None:
+    """Raises UserError for a package that the config needs and this environment lacks."""
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"log.wandb_project = {config.log.wandb_project}: wandb is not installed here; pip install wandb, "
+            "or leave the key out"
+        )
+
+
+def check_before_start(config: Config) -> None:
+    """All of it, by rank 0, the shards too; errors are raised on every rank alike. Collective: makes the process group.
+
+    Raises UserError for what would be wrong at every start; StorageError where the store can't be reached now.
+    """
+    from dist_ssl import distributed, engine
+    from dist_ssl.data.index import load_manifest
+    from dist_ssl.data.stream import check_working_set, plan_of
+
+    world = distributed.initialize(2 * config.engine.hang_minutes)  # as the training would
+    with distributed.together():
+        if world.rank > 0:
+            return
+        check_config(config, world.size)
+        check_extras(config)
+        engine.deepspeed_config(config, 1)  # refuses raw keys
+        manifest = load_manifest(config.data.shards, config.storage)
+        plan_of(config, manifest)
+        # The shares of the ranks differ by a stream: those of one node show the largest.
+        for rank in range(world.local_size):
+            check_working_set(config, manifest, rank, world.size)
