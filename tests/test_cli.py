@@ -15,6 +15,7 @@ MISTAKES = [
     ("dist_ssl.cli", "export none encoder.safetensors", "not a run directory"),
     ("dist_ssl.cli", "export none encoder.pth", "a name that ends in .safetensors"),
     ("dist_ssl.cli", "pretrain configs/debug_cpu.toml --set train.stepz=3", "--set: unknown key 'train.stepz'"),
+    ("dist_ssl.cli", "config", "expected a TOML file, or --explain"),
     ("dist_ssl.cli", "plan configs/debug_cpu.toml --num-images 9 --images-per-second 0", "'--images-per-second'"),
     ("launch.local", "pretrain configs/debug_cpu.toml --ranks 0", "'--ranks'"),
     ("launch.slurm", "pretrain", "Missing argument 'config'"),

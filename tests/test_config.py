@@ -1,10 +1,17 @@
 """Config: strictness, errors that name key, file and nearest key, round trips, and every file in configs/."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from dist_ssl import config
-from dist_ssl.config import Config, UserError
-from tests.complete_configs import CONFIGS, completed, header
+from dist_ssl.config import Config, LabConfig, UserError
+from tests.terminal import dist_ssl
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/*.toml"))
+DEFAULTS = Path(__file__).parent / "golden" / "defaults-0.1.0.toml"
 
 
 def written(tmp_path, text):
@@ -13,12 +20,80 @@ def written(tmp_path, text):
     return path
 
 
+def flat(values, prefix=""):
+    """Dotted key -> value."""
+    found = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def defaults():
+    """Dotted key -> its own default, as TOML would give it."""
+    given = {key.dotted: key.field.default for key in config.known_keys()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_files_are_complete_and_say_what_to_expect(path):
-    assert path.read_text() == completed(path), "run: python -m tests.complete_configs"
-    opening = header(path.read_text())
+def test_config_files_say_what_to_expect_and_hold_only_what_differs(path):
+    config.load(path)
+    opening = path.read_text().partition("\n\n")[0]
     for word in ("# Command:", "# Hardware:", "# Time:", "# Expected:"):
         assert word in opening, f"{path.name} opens without {word!r}"
+    known = defaults()
+    same = [key for key, value in flat(tomllib.loads(path.read_text())).items() if value == known[key]]
+    assert same == [], f"{path.name} repeats defaults: leave these out"
+
+
+def test_a_file_that_leaves_keys_out_goes_on_meaning_what_it_meant():
+    """Every default of 0.1.0, written out. A default that changes on purpose changes there, and in the CHANGELOG."""
+    assert config.load(DEFAULTS) == Config(lab=LabConfig())
+
+
+def test_the_resolved_config_is_toml_and_says_where_each_value_came_from(tmp_path):
+    path = written(tmp_path, "[model.head]\noutput_dim = 32\n[train]\nsteps = 3\nglobal_batch_size = 8\n")
+    options = ["--set", "optimizer.base_learning_rate=0.5", "--set", "train.epochs=2"]
+    done = dist_ssl("config", str(path), *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert config.loads(done.stdout) == config.load(path, options[1::2])
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for line in (
+        "output_dim = 32 # file",
+        "base_learning_rate = 0.5 # --set",
+        "epochs = 2 # --set",
+        "global_batch_size = 8 # file",
+        "mean = [0.485, 0.456, 0.406] # default",
+        "# endpoint_url is not set",
+        "# steps is not set",
+    ):
+        assert line in lines, line
+
+
+def test_every_key_is_explained():
+    lines = config.explain()
+    assert len(lines) == len(list(config.known_keys()))
+    assert [key.dotted for key in config.known_keys() if not key.field.description] == []
+    (line,) = [line for line in lines if line.startswith("optimizer.momentum ")]
+    assert line.split() == ["optimizer.momentum", "float", ">=", "0,", "<", "1", "0.9", "of", "LARS"]
+    assert config.explain("model.head")[0].split()[0] == "model.head.kind"
+    assert dist_ssl("config", "--explain", "log").stdout.splitlines() == config.explain("log")
+    with pytest.raises(UserError, match="expected a section, one of run, storage,"):
+        config.explain("heads")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[run]\ndir = 'a \"b\"\\c # \u00e9'\n",
+        "[engine.deepspeed]\nwall_clock_breakdown = true\n[engine.deepspeed.'a.b']\nc = [{ d = 1 }, { d = 'x' }]\n",
+        "[lab]\nheads = []\n[data]\ncache_gb = 1e-7\n",
+    ],
+)
+def test_what_is_written_reads_back_the_same(tmp_path, text):
+    path = written(tmp_path, text)
+    loaded = config.load(path)
+    assert config.loads(config.dumps(loaded)) == loaded
+    assert config.loads(config.dumps_with_origins(loaded, config.origins(path))) == loaded
 
 
 def test_the_configs_that_the_readme_names_are_there():
@@ -61,6 +136,29 @@ def test_overrides(tmp_path):
     for bad in ("train.stepz=5", "steps=5", "train.steps"):
         with pytest.raises(UserError):
             config.load(path, [bad])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lr=1", "unknown key 'optimizer.lr'; did you mean 'optimizer.base_learning_rate'?"),
+        ("optim.lr=1", "unknown key 'optim.lr'; did you mean 'optimizer.base_learning_rate'?"),
+        ("optimizer.wd=1", "'optimizer.weight_decay'"),
+        ("train.batch_size=1", "'train.global_batch_size'"),
+        ("evaluation.batch_size=1", "'evaluation.batch_size_per_rank'"),
+        ("objective.tau=1", "'objective.temperature'"),
+        ("train.seed=1", "'run.seed'"),
+        ("modle.encoder=x", "'model.encoder'"),
+        ("model.hidden_dim=1", "'model.head.hidden_dim'"),
+        ("lab.head=1", "'lab.heads'"),
+        ("lr=1", "expected section.key=value, such as optimizer.base_learning_rate=..."),
+    ],
+)
+def test_a_wrong_override_is_blamed_and_the_key_that_was_meant_is_named(tmp_path, override, expected):
+    with pytest.raises(UserError) as error:
+        config.load(written(tmp_path, "[run]\ndir = 'x'\n"), [override])
+    assert str(error.value).startswith("--set")
+    assert expected in str(error.value)
 
 
 def test_missing_file_is_one_line():

@@ -77,13 +77,14 @@ def test_services_are_roles_of_the_start_script():
 
 def test_slurm_of_the_containers_is_the_one_that_the_tests_run():
     """Same plugins; and the nodes and hosts of slurm.conf are services."""
-    pattern = re.compile(r"^((?:\w+Type|\w+Plugin|\w+TypeParameters|PreemptMode|KillWait|MpiDefault))=(\S+)$", re.M)
-    ours = dict(pattern.findall((DOCKER / "slurm.conf").read_text()))
+    keys = r"\w+Type|\w+Plugin|\w+TypeParameters|PreemptMode|KillWait|MpiDefault"
+    ours = re.findall(rf"^({keys})=(\S+)$", (DOCKER / "slurm.conf").read_text(), re.M)
+    # At a line's beginning, or at that of a string in the Python that writes the file.
     tested = dict(
-        pattern.findall((ROOT / "tests" / "cluster" / "slurm.py").read_text().replace("{", "").replace("}", ""))
+        re.findall(rf"(?:^|\")({keys})=([^\s\\]+)", (ROOT / "tests" / "cluster" / "slurm.py").read_text(), re.M)
     )
     assert len(ours) > 8
-    for key, value in ours.items():
-        assert tested.get(key, value) == value, key
+    for key, value in ours:
+        assert tested[key] == value, key
     for name in ("n1", "n2", "slurmctld", "slurmdbd", "database"):
         assert name in COMPOSE["services"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def test_missing_shards_are_red(tmp_path):
     (finding,) = doctor.store(config_of(f"data.shards={json.dumps(str(tmp_path / 'none'))}"))
     assert finding.remedy
     assert "none" in finding.answer
+    assert "shards write" in finding.remedy
+    assert "endpoint_url" not in finding.remedy
 
 
 def test_a_place_that_cannot_be_written_is_red(tmp_path):
@@ -63,6 +66,24 @@ def test_credentials_stay_out_of_findings(monkeypatch):
     (finding,) = doctor.store(config_of(*unreachable))
     assert finding.remedy
     assert "a-secret" not in str(finding)
+    assert "endpoint_url" in finding.remedy
+
+
+def test_too_little_shared_memory_for_the_prefetch_is_red(monkeypatch):
+    """A real /dev/shm against ImageNet's prefetch, as one of 8 ranks on this node sees it."""
+    free = shutil.disk_usage("/dev/shm").free
+    for name, value in {"RANK": "0", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    config = configuration.load(DEBUG.parent / "simclr_resnet50_imagenet.toml")
+    (finding,) = doctor.memory_for_workers(config)
+    batch = 128 * 2 * 3 * 224 * 224
+    assert f"{8 * (8 * 2 + 2) * batch / 1e9:.1f} GB needed by 8 of 32 ranks" in finding.answer
+    needs_all = configuration.with_overrides(config, [f"data.prefetch_batches={free // (8 * 8 * batch) + 2}"])
+    (finding,) = doctor.memory_for_workers(needs_all)
+    assert finding.remedy is not None
+    assert "--shm-size=" in finding.remedy
+    (finding,) = doctor.memory_for_workers(config_of())
+    assert finding.remedy is None
 
 
 def test_a_controller_that_does_not_answer_is_red(monkeypatch, tmp_path):
