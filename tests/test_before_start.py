@@ -29,10 +29,10 @@ def launched(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE.format(starts=str(starts)))
 
-    def launch(module, *settings, shards="none", **environment):
+    def launch(module, setting=None, *options, shards="none", **environment):
         places = [f"run.dir={json.dumps(str(run_dir))}", f"data.shards={json.dumps(str(shards))}"]
-        options = [part for setting in (*places, *settings) for part in ("--set", setting)]
-        command = [sys.executable, "-m", module, "pretrain", "configs/debug_cpu.toml", *options]
+        settings = [part for one in (*places, setting) if one for part in ("--set", one)]
+        command = [sys.executable, "-m", module, "pretrain", "configs/debug_cpu.toml", *settings, *options]
         path = f"{tmp_path / 'site'}:{Path(__file__).parent.parent}"
         done = run(command, timeout=120, PYTHONPATH=path, **environment)
         assert not run_dir.exists()
@@ -53,17 +53,19 @@ def test_what_the_config_tells_starts_no_rank(launched):
         ("log.wandb_project=mine", "wandb is not installed here; pip install wandb"),
         ("objective.chunks=64", "64 is less than the 2 ranks x 64 chunks"),
     ):
-        done, starts = launched("launch.local", setting)
+        done, starts = launched("launch.local", setting, "--ranks", "2")
         one_line(done, expected)
         assert starts == 0
 
 
+@pytest.mark.slow
 def test_what_the_ranks_find_starts_them_once(launched):
     done, starts = launched("launch.local")
     one_line(done, "no manifest.json there")
     assert starts == 2
 
 
+@pytest.mark.slow
 def test_a_package_that_is_not_there_is_found_without_a_launcher_too(launched):
     done, starts = launched("dist_ssl.cli", "log.wandb_project=mine")
     one_line(done, "wandb is not installed here")
@@ -76,8 +78,9 @@ def test_raw_keys_and_a_cache_that_is_too_small_leave_no_run_directory(launched,
     one_line(done, "engine.deepspeed.fp16: derived from the rest of the config")
     assert starts == 2
     with s3_server(small_shards.parent) as server:
-        place = [f"storage.endpoint_url={json.dumps(server.environment['AWS_ENDPOINT_URL'])}", "data.cache_gb=1e-6"]
-        done, starts = launched("dist_ssl.cli", *place, shards=f"s3://{small_shards.name}", **server.environment)
+        place = ["--set", f"storage.endpoint_url={json.dumps(server.endpoint_url)}"]
+        bucket = {"shards": f"s3://{small_shards.name}", **server.environment}
+        done, starts = launched("dist_ssl.cli", "data.cache_gb=1e-6", *place, **bucket)
     one_line(done, "more than data.cache_gb")
 
 

@@ -104,7 +104,7 @@ def test_a_check_that_fails_is_a_finding_itself(monkeypatch):
         yield
 
     for name in ("versions", "gpus", "collectives", "memory_for_workers", "ports"):
-        monkeypatch.setattr(doctor, name, lambda: iter(()))
+        monkeypatch.setattr(doctor, name, lambda *config: iter(()))
     monkeypatch.setattr(doctor, "slurm", broken)
     (finding,) = doctor.examine(None)
     assert finding.remedy

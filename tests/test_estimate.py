@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +17,8 @@ from dist_ssl import checkpoint, distributed, engine, objective
 from dist_ssl import config as configuration
 from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
-from dist_ssl.data.index import Manifest, Shard
-from dist_ssl.data.stream import _rank_streams
+from dist_ssl.data.index import Manifest, Shard, load_manifest
+from dist_ssl.data.stream import _rank_streams, training_batches
 from dist_ssl.models import build_model
 from dist_ssl.planning import estimate
 from tests.counting import Count
@@ -97,6 +100,32 @@ def test_activations_are_linear_in_the_batch_and_half_in_bf16_or_recomputed():
     assert estimate.activation_bytes(build_model(bigger), bigger) == pytest.approx(4 * plain, rel=0.05)
     recomputed = config_of("model.activation_checkpointing=true")
     assert estimate.activation_bytes(build_model(recomputed), recomputed) < 0.6 * plain
+
+
+def test_the_shared_memory_is_what_workers_hold(small_shards):
+    """Crops that two real workers have ready before the first is taken, by the blocks of their open segments."""
+    config = config_of(f"data.shards={json.dumps(str(small_shards))}", "data.num_workers=2", "data.prefetch_batches=2")
+    manifest = load_manifest(config.data.shards, config.storage)
+    at = {"cursor": 0, "first_step": 0, "num_steps": 9, "rank": 0, "world_size": 1}
+    with training_batches(config, manifest, **at) as batches:
+        held, deadline = {}, time.monotonic() + 60
+        while len(held) < 4 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            held = shared_segments([worker.pid for worker in batches._iterator._workers], at_least=BATCH * 3 * 32 * 32)
+    assert len(held) == config.data.num_workers * config.data.prefetch_batches
+    two_more = sum(held.values()) + 2 * max(held.values())
+    assert estimate.shared_memory(config, 1, 1).value == pytest.approx(two_more, rel=0.05)
+
+
+def shared_segments(pids: list[int], at_least: int) -> dict[int, int]:
+    """Inode -> bytes, of the shared memory that these processes hold open."""
+    found = {}
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(link).startswith("/dev/shm/torch"):
+                    found[os.stat(link).st_ino] = os.stat(link).st_size
+    return {inode: size for inode, size in found.items() if size >= at_least}
 
 
 def test_the_working_set_is_that_of_the_stream():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,31 @@ def test_an_element_of_an_array_means_itself(monkeypatch):
     assert supervisor.own_job_id() == "12_3"
 
 
+@pytest.mark.parametrize(("code", "ends", "requeued"), [(2, 2, False), (76, 1, False), (1, 75, True)])
+def test_what_ends_for_good_is_not_requeued(tmp_path, code, ends, requeued):
+    """The supervisor's own process; srun and scontrol are programs that do what Slurm's would do with such ranks."""
+    calls = tmp_path / "requeued"
+    for name, body in {
+        "srun": f"exit {code}",
+        "scontrol": f"[ $1 = requeue ] && touch {calls} && kill -TERM $PPID; echo JobState=RUNNING Restarts=0",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    config = configuration.with_overrides(Config(), [f"run.dir={json.dumps(str(tmp_path / 'run'))}"])
+    (tmp_path / "config.toml").write_text(configuration.dumps(config))
+    values = {"options": [], "python": ["python"], "srun": [], "tasks_per_node": 1, "max_requeues": 3}
+    values |= {"config": str(tmp_path / "config.toml"), "folder": str(tmp_path), "evaluation": None}
+    (tmp_path / "job.json").write_text(json.dumps(values))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    program = f"from launch.supervisor import supervise; supervise({str(tmp_path / 'job.json')!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=given | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, calls.exists()) == (ends, requeued), done.stderr
+
+
 def test_history_counts_the_starts_of_its_own_job(tmp_path):
     first = supervisor.History(tmp_path / "starts.jsonl", "7")
     assert first.steps_at_start() == {}
@@ -116,6 +142,24 @@ def test_every_profile_loads_and_a_wrong_key_is_named(tmp_path):
     wrong.write_text("partitions = 'gpu'\n")
     with pytest.raises(UserError, match=r"partitions.*the keys of a profile are partition,"):
         profile.load(str(wrong))
+
+
+GPU_PROFILES = ("gpu", "apptainer", "enroot", "preemptible")
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "launch.slurm" in p.read_text()], ids=lambda path: path.stem)
+def test_a_config_and_the_profile_of_its_command_agree_about_cpus(path):
+    """A rank's workers, and one core each for itself, NCCL, the pinning of memory and the writing of checkpoints."""
+    (name,) = re.findall(r"--profile (\w+)", path.read_text())
+    asked, given = configuration.load(path), profile.load(name)
+    assert given.cpus_per_task == asked.data.num_workers + 4
+    assert given.evaluation.cpus == asked.evaluation.num_workers + 4
+
+
+def test_profiles_of_gpu_nodes_differ_in_what_they_are_about():
+    sizes = {(p.cpus_per_task, p.evaluation.cpus) for p in map(profile.load, GPU_PROFILES)}
+    assert len(sizes) == 1
 
 
 def test_a_snapshot_is_imported_whatever_happens_to_the_checkout(tmp_path):
