@@ -119,11 +119,11 @@ def pretrain_with_a_signal_and_a_lost_peer(config: Config, at_step: int) -> int:
             time.sleep(5)
 
     if distributed.rank() == 0:
-        threading.Thread(target=_signal_at, args=(config, at_step - 1), daemon=True).start()
+        threading.Thread(target=_signal_at, args=(config, at_step - 4), daemon=True).start()
     return _pretrain(config, stay_away)
 
 
 def _signal_at(config: Config, step: int) -> None:
-    while last_step(Path(config.run.dir)) < step - 1:
+    while last_step(Path(config.run.dir)) < step:
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGTERM)
