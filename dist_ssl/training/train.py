@@ -67,7 +67,14 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
             log.info("already complete at step %d of %d; --extend makes it longer", state.step, total_steps)
         return 0
     saver = Saver(config, checkpointer, model, probe)
-    run = Run(config, model, Step(config, model, rows_per_chunk), state, total_steps, plan.num_samples)
+    run = Run(
+        config=config,
+        model=model,
+        train_step=Step(config, model, rows_per_chunk),
+        start=state,
+        total_steps=total_steps,
+        num_samples=plan.num_samples,
+    )
     if found is None:
         saver.save(state)
         saver.wait()  # from here on the run directory can be resumed
@@ -83,9 +90,9 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         return run.loop(feed, monitor, saver, stop, watchdog)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run between two steps, and the loop that moves it."""
+    """What a run is made of, where it begins, and the loop that moves it."""
 
     config: Config
     model: Engine
