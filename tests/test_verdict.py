@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite changes nothing: on any rank, under any stage, on the CPU and by a flag."""
+"""A step whose loss or gradient is not finite changes nothing: on any rank, under any stage, on a CPU or by a flag."""
 
 import json
 import math

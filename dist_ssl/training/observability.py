@@ -112,7 +112,11 @@ class Observer:
         self._progress.update(self._task, loss=f"{values['loss']:.4f}", rate=f"{rate:,.0f}")
         if self._progress.disable and (now - self._said > SECONDS_BETWEEN_LINES or step == self.total_steps):
             self._said = now
-            log.info("step %d of %d: loss %.4f, %.0f images/s", step, self.total_steps, values["loss"], rate)
+            left = (self.total_steps - step) * self._batch / max(rate, 1e-9) / 60
+            log.info(
+                "step %d of %d: loss %.4f, %.0f images/s, %.0f min left",
+                step, self.total_steps, values["loss"], rate, left,
+            )  # fmt: skip
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)

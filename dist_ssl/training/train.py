@@ -22,6 +22,7 @@ from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.engine import Engine
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.models import build_model
+from dist_ssl.training.announce import Announcement
 from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.feed import Feed
 from dist_ssl.training.interrupts import EXIT_RUN_ME_AGAIN, StopRequest, Watchdog
@@ -53,19 +54,20 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     with distributed.together():
         untrained = build_model(config)
     incarnation, found = open_run(config, manifest, restart=restart, extend=extend)
+    state = found.state() if found is not None else RunState(0, 0, config_module.dumps(config), manifest.hash)
+    if state.step >= total_steps:
+        if world.rank == 0:
+            log.info("already complete at step %d of %d; --extend makes it longer", state.step, total_steps)
+        return 0
+    announcement = Announcement(config, world, manifest, untrained, state.step)  # ZeRO 3 takes the weights apart
     model = engine.initialize(untrained, config, world)
     probe = None
     if config.diagnostics.online_probe and manifest.classes:
         probe = OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
     checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
-    state = RunState(0, 0, "", manifest.hash)
     if found is not None:
-        state = checkpoint.load(found, model, probe)
+        checkpoint.load(found, model, probe)
         checkpointer.last_step = state.step
-    if state.step >= total_steps:
-        if world.rank == 0:
-            log.info("already complete at step %d of %d; --extend makes it longer", state.step, total_steps)
-        return 0
     saver = Saver(config, checkpointer, model, probe)
     run = Run(
         config=config,
@@ -87,7 +89,10 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     ):
         feed = Feed(batches, Quarantine(config.run.dir, config.data, plan.num_samples), world.device)
         monitor = Monitor(config, observer, probe, plan.num_samples, state.skipped_steps)
-        return run.loop(feed, monitor, saver, stop, watchdog)
+        code = run.loop(feed, monitor, saver, stop, watchdog)
+    if code == 0:
+        announcement.over(total_steps)
+    return code
 
 
 @dataclass(frozen=True, kw_only=True)
