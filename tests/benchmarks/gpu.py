@@ -21,6 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def steps(say: Callable[..., None], tiny: bool) -> None:
             found = {}
             for name, measure in (
                 ("bare", bare),
-                ("dist_ssl", lambda c: our_step(c, world)),
+                ("dist_ssl", partial(our_step, world)),
                 ("lightly", lightly_step),
             ):
                 if compiled and name == "lightly":
