@@ -41,7 +41,8 @@ class DataConfig(Section):
     ledger: bool = False
     cache_dir: str | None = None  # None: a folder of this user under the system's temporary directory
     cache_gb: float = Field(20.0, gt=0)  # per node, only for remote shards
-    max_pixels: int = Field(50_000_000, ge=1)
+    max_pixels: int = Field(50_000_000, ge=1)  # an image of more counts as bad
+    # Of what a rank took since it started, or of the files of `shards write`, or of 1000 if that is more.
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
 
 
