@@ -159,8 +159,8 @@ def _claim(url: str, details: dict[str, Any], config: StorageConfig) -> None:
                 "back to go on, or choose another destination"
             )
         if differences:
-            # Another source has other sizes and files as well.
-            told = ["source"] if "source" in differences else [key for key in differences if key != "files"]
+            # What follows from another source or size is not told beside it.
+            told = [key for key in differences if key not in ("files", "samples_per_shard")] or differences
             asked = ", ".join(f"{key} {details[key]} instead of {found.get(key)}" for key in told)
             raise UserError(
                 f"{url}: holds shards of {found.get('source')} already; asked for {asked}: choose another destination"
