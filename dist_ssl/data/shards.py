@@ -237,7 +237,8 @@ def tar_bytes(samples: Iterable[SourceSample]) -> bytes:
 def _prepared(sample: SourceSample, checks: _Checks) -> SourceSample | BadSample:
     """The sample as it is written; why it can't be."""
     try:
-        if checks.resize is None and not checks.decode:
+        # What has no path was encoded here a moment ago.
+        if checks.resize is None and not (checks.decode and sample.path):
             check_header(sample.image, checks.max_pixels)
             return sample
         image = decode(sample.image, checks.max_pixels)

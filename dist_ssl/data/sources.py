@@ -31,7 +31,7 @@ class SourceSample:
     extension: str
     label: int | None = None
     factors: bytes | None = None  # JSON
-    path: str = ""  # of the file that it came from, for messages
+    path: str = ""  # of the file whose bytes these are; none where a source encoded the image itself
 
 
 class Source(Protocol):
