@@ -17,7 +17,7 @@ import typer
 from dist_ssl import __version__
 from dist_ssl.config import UserError
 from dist_ssl.data.commands import Overrides
-from dist_ssl.data.commands import app as shards_commands
+from dist_ssl.data.commands import app as shards_app
 from dist_ssl.storage import StorageError
 
 EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Contrastive pretraining of image encoders: exact, fast, restartable, and able to show what it learned.",
 )
-app.add_typer(shards_commands, name="shards")
+app.add_typer(shards_app, name="shards")
 
 
 def _version(value: bool) -> None:

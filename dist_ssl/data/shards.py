@@ -94,13 +94,13 @@ def write_shards(
             storage.join(destination, "test"): order[np.isin(order, test)],
         }
     first = source.read(order[:SAMPLES_SIZED].tolist())
-    sizing = replace(checks, decode=False)
-    good = [sample for sample in (_prepared(one, sizing) for one in first) if not isinstance(sample, BadSample)]
+    sized = (_prepared(one, replace(checks, decode=False)) for one in first)
+    good = [sample for sample in sized if not isinstance(sample, BadSample)]
     mean_bytes = sum(len(sample.image) + 2048 for sample in good) / max(len(good), 1) or 2048
     samples_per_shard = max(1, round(shard_mb * 2**20 / mean_bytes))
     details = {"source": source.name, "seed": seed, "resize": resize, "samples_per_shard": samples_per_shard}
     details |= {"test_fraction": test_fraction, "files": source.fingerprint}
-    details |= {"decoded": decode_images, "max_pixels": data.max_pixels}
+    details |= {"decoded": checks.decode, "max_pixels": checks.max_pixels}
     manifests = []
     for url, indices in parts.items():
         jobs = _jobs(url, indices, samples_per_shard)
@@ -163,7 +163,8 @@ def _claim(url: str, details: dict[str, Any], config: StorageConfig) -> None:
             told = [key for key in differences if key not in ("files", "samples_per_shard")] or differences
             asked = ", ".join(f"{key} {details[key]} instead of {found.get(key)}" for key in told)
             raise UserError(
-                f"{url}: holds shards of {found.get('source')} already; asked for {asked}: choose another destination"
+                f"{url}: holds shards of {found.get('source')} already; asked for {asked}: choose another destination, "
+                "or empty it"
             )
         return
     storage.write_bytes(storage.join(url, PROGRESS), json.dumps(details).encode(), config)
@@ -186,7 +187,7 @@ def _tell(manifest: Manifest, num_samples: int, bad: Sequence[dict[str, str]], m
             f"{max_bad_fraction:g} of them (of {GRACE_SAMPLES} at least): {named}. To write the others all the same, "
             "run the command again with --set data.max_bad_fraction=1; it goes on from here"
         )
-    log.warning("%s: %d of %d files are bad and left out: %s", manifest.url, left_out, num_samples, named)
+    log.warning("%s: %d of %d files left out as bad: %s", manifest.url, left_out, num_samples, named)
 
 
 def _write_one(source: Source, config: StorageConfig, checks: _Checks, job: _Job) -> tuple[Shard, list[dict[str, str]]]:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +126,11 @@ class FolderSource:
         self.paths: list[str] = []
         self.labels: list[int] = []
         listing, unreadable = hashlib.sha256(), []
-        others: dict[str, list[str]] = {}  # ending -> files that are not taken
+        others, examples = Counter[str](), dict[str, str]()  # by their ending, files that are not taken
         for loose in sorted(root.iterdir()) if folders else ():
             if loose.is_file() and _extension(loose.name) in ENDINGS:
-                others.setdefault("beside the class folders", []).append(str(loose))
+                others["beside the class folders"] += 1
+                examples.setdefault("beside the class folders", str(loose))
         for label, folder in enumerate(folders or ["."]):
             for parent, subfolders, files in os.walk(root / folder, followlinks=True):
                 subfolders.sort()
@@ -136,7 +138,8 @@ class FolderSource:
                     path = os.path.join(parent, file)
                     if _extension(file) not in ENDINGS:
                         if not file.startswith("."):
-                            others.setdefault(f".{_extension(file)}", []).append(path)
+                            others[f".{_extension(file)}"] += 1
+                            examples.setdefault(f".{_extension(file)}", path)
                         continue
                     try:
                         size = os.stat(path).st_size
@@ -150,12 +153,12 @@ class FolderSource:
                     )
         self.fingerprint = listing.hexdigest()
         self.classes = tuple(folders)
-        left_out = ", ".join(f"{len(files)} {why} (such as {files[0]})" for why, files in sorted(others.items()))
+        left_out = ", ".join(f"{count} {why} (such as {examples[why]})" for why, count in sorted(others.items()))
         if not self.paths:
             found = f"; its files are {left_out}" if left_out else ""
             raise UserError(f"folder:{directory}: holds no {', '.join(ENDINGS)} files{found}")
         if left_out:
-            log.warning("%s: left out are %s; taken are %s", self.name, left_out, ", ".join(ENDINGS))
+            log.warning("%s: left out: %s; taken are %s", self.name, left_out, ", ".join(ENDINGS))
         if unreadable:
             log.warning("%d files are left out, being unreadable, such as %s", len(unreadable), unreadable[0])
         if not folders:
