@@ -17,6 +17,8 @@ from dist_ssl import __version__
 from dist_ssl import config as configuration
 from dist_ssl.config import UserError
 from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment
+from dist_ssl.data.commands import Overrides
+from dist_ssl.data.commands import app as shards_app
 from dist_ssl.storage import StorageError
 
 app = typer.Typer(
@@ -26,10 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Contrastive pretraining of image encoders: exact, fast, restartable, and able to show what it learned.",
 )
-shards_app = typer.Typer(no_args_is_help=True, help="Write, index and verify WebDataset shards.")
 app.add_typer(shards_app, name="shards")
-
-Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config key.")]
 
 
 def _version(value: bool) -> None:
@@ -164,81 +163,6 @@ def report(
     from dist_ssl.report.page import build
 
     typer.echo(build(runs, output))
-
-
-@shards_app.command("write")
-def shards_write(
-    source: Annotated[str, typer.Argument(help="shapes:COUNT[:SIZE], folder:DIR or torchvision:NAME:ROOT.")],
-    destination: Annotated[str, typer.Argument(help="Directory or URL.")],
-    test_fraction: Annotated[float, typer.Option(help="Hold out this part: DEST/train and DEST/test.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the global permutation, and of shapes.")] = 0,
-    shard_mb: Annotated[float, typer.Option(min=0.01, help="Size of a shard that is aimed at.")] = 64.0,
-    resize: Annotated[int | None, typer.Option(min=8, help="Scale the shorter side down to this.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes; one a core by default.")] = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Write WebDataset shards, samples permuted globally. Interrupted, the same command goes on.
-
-    Example: dist-ssl shards write folder:photos s3://bucket/photos --test-fraction 0.1
-
-    Example: dist-ssl shards write shapes:10000 data/shapes --test-fraction 0.2
-    """
-    from dist_ssl.config import Config, with_overrides
-    from dist_ssl.data.shards import write_shards
-    from dist_ssl.data.sources import open_source
-
-    storage_config = with_overrides(Config(), overrides).storage
-    manifests = write_shards(
-        open_source(source, seed), destination, storage_config, seed=seed, test_fraction=test_fraction,
-        shard_mb=shard_mb, resize=resize, num_workers=workers, progress=True,
-    )  # fmt: skip
-    for manifest in manifests:
-        typer.echo(f"{manifest.url}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
-
-
-@shards_app.command("index")
-def shards_index(
-    location: Annotated[str, typer.Argument(help="Brace pattern, or a directory of tars.")],
-    output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
-    json_label: Annotated[str | None, typer.Option(help="The field of each .json that holds the label.")] = None,
-    rebuild: Annotated[bool, typer.Option(help="Read shards again that have an index.")] = False,
-    workers: Annotated[int | None, typer.Option(min=0, help="Shards at a time; two a core by default.")] = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Index shards that were made elsewhere (WebDataset, img2dataset, GNU tar). Interrupted, the same command goes on.
-
-    Example: dist-ssl shards index 's3://bucket/train-{0000..1023}.tar' --output data/index
-    """
-    from dist_ssl.config import Config, with_overrides
-    from dist_ssl.data.indexing import index_shards, summary
-
-    manifest = index_shards(
-        location, with_overrides(Config(), overrides).storage, output=output, json_label=json_label, rebuild=rebuild,
-        num_workers=workers, progress=True,
-    )  # fmt: skip
-    typer.echo(summary(manifest))
-
-
-@shards_app.command("verify")
-def shards_verify(
-    location: Annotated[str, typer.Argument(help="Directory, manifest or brace pattern.")],
-    workers: Annotated[int | None, typer.Option(min=0, help="Shards at a time; two a core by default.")] = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Read every shard and compare bytes, counts and checksums; names each damaged member and exits with 1.
-
-    Example: dist-ssl shards verify s3://bucket/photos/train
-    """
-    from dist_ssl.config import Config, with_overrides
-    from dist_ssl.data.indexing import verify_shards
-
-    storage_config = with_overrides(Config(), overrides).storage
-    damages = verify_shards(location, storage_config, num_workers=workers, progress=True)
-    for damage in damages:
-        typer.echo(str(damage))
-    if damages:
-        raise typer.Exit(1)
-    typer.echo(f"{location}: whole")
 
 
 @app.command()

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that some tests need: a real Slurm with accounting, a browser for the report's pages.
+# Installs the Debian packages that some tests need: a real Slurm with accounting, a browser for the report's pages,
+# Fashion-MNIST.
 # As root on Debian or Ubuntu; elsewhere it says so and succeeds, and those tests skip with their reason.
 # Every step has a time limit. No service of these packages is started: the tests start their own, on loopback.
 set -euo pipefail
 
-packages=(slurm-wlm slurmdbd munge mariadb-server chromium)
+packages=(slurm-wlm slurmdbd munge mariadb-server chromium dataset-fashion-mnist)
 missing=()
 for package in "${packages[@]}"; do
     if [[ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" != installed ]]; then

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image, ImageOps
 
-from dist_ssl.data.decode import BadSample, decode
+from dist_ssl.data.decode import FORMATS, BadSample, decode
 
 MAX = 50_000_000
 
@@ -41,7 +41,13 @@ PICTURE = Image.fromarray((np.arange(40 * 60 * 3).reshape(40, 60, 3) % 251).asty
 GREY = PICTURE.convert("L")
 
 
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95}), ("BMP", {}), ("GIF", {}), ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"}),
+    ],
+)  # fmt: skip
 def test_formats(kind: str, options: dict[str, Any]) -> None:
     image = decode(encoded(PICTURE, kind, **options), MAX)
     assert (image.mode, image.size) == ("RGB", (60, 40))
@@ -72,6 +78,44 @@ def test_modes_come_out_in_true_colour() -> None:
         assert np.abs(np.asarray(decode(jpeg, MAX), int) - np.asarray(image.convert("RGB"), int)).mean() < 4
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_the_first_frame_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    image = Image.open(io.BytesIO(data))
+    assert getattr(image, "n_frames", 1) == 3
+    assert np.array_equal(np.asarray(decode(data, MAX)), np.asarray(frames[0]))
+
+
+def test_tiffs_of_every_depth() -> None:
+    grey, sixteen = np.asarray(GREY), (np.asarray(GREY).astype(np.uint16) << 8) + 77
+    alpha = PICTURE.copy()
+    alpha.putalpha(GREY)
+    for image, expected in (
+        (Image.fromarray(sixteen), GREY), (Image.frombytes("I;16B", (60, 40), sixteen.astype(">u2").tobytes()), GREY),
+        (alpha, PICTURE), (PICTURE.convert("CMYK"), PICTURE), (PICTURE.quantize(64), PICTURE.quantize(64)),
+    ):  # fmt: skip
+        found = decode(encoded(image, "TIFF"), MAX)
+        assert np.array_equal(np.asarray(found), np.asarray(expected.convert("RGB"))), image.mode
+    for image in (Image.fromarray(grey.astype(np.int32)), Image.fromarray(grey.astype(np.float32))):
+        with pytest.raises(BadSample, match=f"mode {image.mode}; expected 8 bits a channel"):
+            decode(encoded(image, "TIFF"), MAX)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode(encoded(PICTURE, "TIFF", exif=exif), MAX)
+    assert np.array_equal(np.asarray(turned), np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270)))
+
+
+def tiff_of_one_tile(side: int, tile: int) -> bytes:
+    """A TIFF whose picture is smaller than its only tile: a few hundred kB that decode to tile^2 bytes."""
+    data = zlib.compress(bytes(tile * tile), 9)
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 0, 325: len(data)}
+    tags[324] = 8 + 2 + 12 * len(tags) + 4
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + bytes(4) + data
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
@@ -90,12 +134,14 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/tmp/owned) (w) file
     ("data", "reason"),
     [
         (b"", "empty"),
-        (EPS, "not a JPEG, PNG, WEBP image"),
-        (b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.", "not a JPEG, PNG, WEBP image"),
-        (gzip.compress(bytes(250_000_000), 1), "not a JPEG, PNG, WEBP image"),
-        (encoded(PICTURE, "BMP"), "not a JPEG, PNG, WEBP image"),
-        (encoded(PICTURE, "TIFF"), "not a JPEG, PNG, WEBP image"),
-        (encoded(PICTURE, "GIF"), "not a JPEG, PNG, WEBP image"),
+        (EPS, "not a JPEG, PNG, WEBP, TIFF, BMP, GIF image"),
+        (b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.", "not a JPEG, PNG, WEBP, TIFF, BMP, GIF image"),
+        (gzip.compress(bytes(250_000_000), 1), "not a JPEG, PNG, WEBP, TIFF, BMP, GIF image"),
+        (encoded(PICTURE, "PPM"), "not a JPEG, PNG, WEBP, TIFF, BMP, GIF image"),
+        (encoded(PICTURE, "TIFF")[:3000], "."),
+        (encoded(PICTURE, "GIF")[:900], "truncated"),
+        (encoded(PICTURE, "BMP")[:3000], "truncated"),
+        (tiff_of_one_tile(100, 16384), "tiles of 16384x16384 pixels, more than data.max_pixels"),
         (encoded(PICTURE, "JPEG")[:700], "truncated"),
         (encoded(PICTURE, "PNG")[:-2000], "."),
         (encoded(PICTURE, "WEBP")[:100], "."),
@@ -105,7 +151,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/tmp/owned) (w) file
         (png_header(2**31 - 1, 2**31 - 1), "."),
         (png_header(0, 5), "."),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_hostile_bytes_give_a_reason(data: bytes, reason: str) -> None:
     before, started = psutil.Process().memory_info().rss, time.monotonic()
@@ -117,9 +163,9 @@ def test_hostile_bytes_give_a_reason(data: bytes, reason: str) -> None:
 
 def test_a_damaged_byte_anywhere_never_raises_anything_else() -> None:
     rng = np.random.default_rng(0)
-    for kind in ("JPEG", "PNG", "WEBP"):
+    for kind in FORMATS:
         whole = bytearray(encoded(PICTURE, kind))
-        for _ in range(300):
+        for _ in range(200):
             damaged = bytearray(whole)
             for at in rng.integers(0, len(whole), 3):
                 damaged[at] = rng.integers(0, 256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ssl.config import UserError
-from dist_ssl.data.plan import Plan
+from dist_ssl.data.plan import Plan, check_batch_size
 from dist_ssl.data.random import key_of, permutation, permuted, words
+from tests.pool import RankFailed, ranks
+from tests.trajectory import pretrain, pretrain_warnings, small_config
 
 COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(lambda counts: sum(counts) > 0)
 SEEDS, STREAMS, BLOCKS = st.integers(0, 2**63 - 1), st.integers(1, 9), st.integers(1, 5)
@@ -201,3 +204,29 @@ def test_a_hundred_million_samples_take_milliseconds(counts: list[int]) -> None:
     print(f"set-up {min(setting_up) * 1e3:.1f} ms, seek {min(seeking) * 1e3:.1f} ms")
     assert min(setting_up) < 0.05
     assert min(seeking) < 0.05
+
+
+def test_a_batch_larger_than_the_data_is_told_of_and_refused_beyond_twice(caplog: pytest.LogCaptureFixture) -> None:
+    check_batch_size(90, 90, rank=0)
+    check_batch_size(180, 90, rank=1)
+    assert caplog.records == []
+    check_batch_size(180, 90, rank=0)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(
+        "train.global_batch_size = 180, but data.shards holds 90 samples: each batch holds some images"
+    )
+    with pytest.raises(
+        UserError, match=r"global_batch_size = 181, but data.shards holds 90 samples: expected at most 90"
+    ):
+        check_batch_size(181, 90, rank=1)
+
+
+def test_a_run_asks_before_it_makes_its_directory(tmp_path: Path, small_shards: Path) -> None:
+    with pytest.raises(RankFailed, match=r"UserError: train.global_batch_size = 181, but data.shards holds 90"):
+        ranks(2).run(pretrain, small_config(tmp_path / "run", small_shards, "train.global_batch_size=181"))
+    assert not (tmp_path / "run").exists()
+    warnings = ranks(2).run(
+        pretrain_warnings,
+        small_config(tmp_path / "run", small_shards, "train.global_batch_size=91", "train.steps=1"),
+    )
+    assert [sum("holds 90 samples" in said for said in of_rank) for of_rank in warnings] == [1, 0]

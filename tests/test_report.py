@@ -108,8 +108,20 @@ def test_one_run_says_its_numbers(tmp_path):
     assert html.count("<img") == 6 * 9 * 2 + 24
 
 
+def test_replaced_samples_are_told(tmp_path):
+    run = a_run(tmp_path / "mine")
+    assert "Replaced" not in build([run]).read_text()
+    entry = json.dumps({"shard": "000000.tar", "key": "000000/12", "reason": "empty"}) + "\n"
+    (run / "quarantine-rank0.jsonl").write_text(entry + entry.replace("12", "13"))
+    (run / "quarantine-rank1.jsonl").write_text(entry)
+    assert "000000/12 (empty), 000000/13 (empty) 2" in text_of(build([run]).read_text())
+
+
 def test_nothing_in_it_runs_or_loads(tmp_path):
-    html = build([a_run(tmp_path / "mine", class_name=HOSTILE)]).read_text()
+    run = a_run(tmp_path / "mine", class_name=HOSTILE)
+    entry = {"shard": HOSTILE, "key": HOSTILE, "reason": HOSTILE}
+    (run / "quarantine-rank0.jsonl").write_text(json.dumps(entry))
+    html = build([run]).read_text()
     assert "<script" not in html
     assert "onerror=alert" not in re.sub(r"&lt;.*?&gt;", "", html)
     for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):

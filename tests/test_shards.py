@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -17,10 +18,11 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.config import DataConfig, StorageConfig, UserError
+from dist_ssl.data.decode import ENDINGS, decode
 from dist_ssl.data.index import Manifest, load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards, verify_shards
-from dist_ssl.data.shards import write_shards
+from dist_ssl.data.shards import LEFT_OUT, write_shards
 from dist_ssl.data.sources import open_source
 from tests.s3 import s3_server
 
@@ -129,8 +131,8 @@ def test_files_that_are_no_images_are_left_out_and_named(tmp_path: Path, caplog:
     (manifest,) = write_shards(source, str(tmp_path / "out"), LOCAL, shard_mb=0.02, num_workers=0)
     assert manifest.num_samples == 20
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "2 of 22 files are left out" in told
-    assert f"{root}/class0/page.jpg (not a JPEG, PNG, WEBP image" in told
+    assert "2 of 22 files left out as bad" in told
+    assert f"{root}/class0/page.jpg (not a JPEG, PNG, WEBP, TIFF, BMP, GIF image" in told
     assert f"{root}/class0/empty.png (empty)" in told
     (again,) = write_shards(source, str(tmp_path / "out"), LOCAL, shard_mb=0.02, num_workers=2)
     assert again == manifest, "going on with a whole write changes nothing"
@@ -138,8 +140,85 @@ def test_files_that_are_no_images_are_left_out_and_named(tmp_path: Path, caplog:
     assert [sample["__key__"] for sample in read_back(resized)] == [s["__key__"] for s in read_back(manifest)]
     for path in (root / "class0").glob("[0-9]*"):
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"none of 22 files is an image: .*\(not a JPEG"):
+    with pytest.raises(UserError, match=r"none of 22 files is a good image: .*\(not a JPEG"):
         write_shards(source, str(tmp_path / "none"), LOCAL, num_workers=0)
+
+
+def test_every_format_is_taken_and_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "photos"
+    (root / "a" / "deep").mkdir(parents=True)
+    for i, ending in enumerate([*ENDINGS, "TIFF"]):
+        Image.new("RGB", (30, 20), (10 * i, 0, 0)).save(root / "a" / "deep" / f"{i}.{ending}")
+    for name in ("a/1.txt", "a/2.txt", "a/scene.eps", "loose.png", "a/.DS_Store"):
+        (root / name).write_bytes(b"%!PS")
+    source = open_source(f"folder:{root}")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"left out: 1 .eps (such as {root}/a/scene.eps), 2 .txt (such as {root}/a/1.txt), 1 beside" in told
+    assert f"(such as {root}/loose.png); taken are jpg, jpeg, png, webp, tif, tiff, bmp, gif" in told
+    (manifest,) = write_shards(source, str(tmp_path / "out"), LOCAL, num_workers=0)
+    assert manifest.num_samples == len(ENDINGS) + 1
+    again = index_shards(str(tmp_path / "out"), LOCAL, output=str(tmp_path / "index"), num_workers=0)
+    assert again.hash == manifest.hash, "an index knows the same endings"
+    for path in (root / "a" / "deep").iterdir():
+        path.rename(path.with_suffix(".psd"))
+    with pytest.raises(UserError, match=r"holds no jpg, .* files; its files are 1 .eps \(such as .*, 9 .psd"):
+        open_source(f"folder:{root}")
+
+
+def test_images_that_training_could_not_decode_stay_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Half a JPEG, and one of too many pixels; what was left out is listed, also by a write that only goes on."""
+    root, out = photo_folder(tmp_path / "photos", 1), tmp_path / "out"
+    whole = (root / "class0" / "1.JPEG").read_bytes()
+    for i in range(12):
+        (root / "class0" / f"cut{i}.jpg").write_bytes(whole[: len(whole) // 2 + i])
+    Image.new("RGB", (60, 60)).save(root / "class0" / "large.png")
+    limits = DataConfig(max_pixels=3000, max_bad_fraction=0.013)
+    source = open_source(f"folder:{root}")
+    (manifest,) = write_shards(source, str(out), LOCAL, shard_mb=0.02, data=limits, num_workers=0)
+    assert manifest.num_samples == 20
+    (out / "manifest.json").unlink()  # as if killed before the end
+    (out / "writing.json").write_text(json.dumps(manifest.details))
+    caplog.clear()
+    (again,) = write_shards(source, str(out), LOCAL, shard_mb=0.02, data=limits, num_workers=0)
+    assert again == manifest
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "13 of 33 files left out as bad" in told
+    assert f"all are listed in *{LEFT_OUT} beside the shards" in told
+    listed = [json.loads(line) for path in out.glob(f"*{LEFT_OUT}") for line in path.read_text().splitlines()]
+    reasons = {Path(entry["file"]).name: entry["reason"] for entry in listed}
+    assert set(reasons) == {"large.png", *(f"cut{i}.jpg" for i in range(12))}
+    assert reasons["large.png"] == "60x60 pixels, more than data.max_pixels = 3000"
+    assert "truncated" in reasons["cut3.jpg"]
+    assert verify_shards(str(out), LOCAL, max_pixels=3000, num_workers=0) == []
+
+
+def test_too_many_bad_files_are_no_data_set(tmp_path: Path) -> None:
+    root, out = photo_folder(tmp_path / "photos", 1), tmp_path / "out"
+    for i in range(11):
+        (root / "class0" / f"bad{i}.jpg").write_bytes(b"<html>404</html>")
+    source = open_source(f"folder:{root}")
+    with pytest.raises(UserError, match=r"11 of 31 files are bad, more than data.max_bad_fraction = 0.01 of them \(of"):
+        write_shards(source, str(out), LOCAL, num_workers=0)
+    assert not (out / "manifest.json").exists()
+    (manifest,) = write_shards(source, str(out), LOCAL, data=DataConfig(max_bad_fraction=1.0), num_workers=0)
+    assert manifest.num_samples == 20
+
+
+def test_verify_decodes_what_was_written_unseen(tmp_path: Path) -> None:
+    root, out = photo_folder(tmp_path / "photos", 1), tmp_path / "out"
+    whole = (root / "class0" / "1.JPEG").read_bytes()
+    (root / "class0" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (60, 60)).save(root / "class0" / "large.png")
+    source = open_source(f"folder:{root}")
+    (manifest,) = write_shards(source, str(out), LOCAL, shard_mb=0.02, decode_images=False, num_workers=0)
+    assert manifest.num_samples == 22
+    assert verify_shards(str(out), LOCAL, num_workers=0) == [], "its bytes are whole"
+    damages = verify_shards(str(out), LOCAL, max_pixels=3000, num_workers=2)
+    assert sorted(damage.reason.split(",")[0].split(" (")[0] for damage in damages) == [
+        "60x60 pixels",
+        "OSError: image file is truncated",
+    ]
+    assert all(damage.key for damage in damages)
 
 
 @pytest.mark.slow
@@ -170,8 +249,23 @@ def test_a_write_that_was_killed_goes_on(tmp_path: Path) -> None:
 def test_a_destination_of_other_shards_is_refused(tmp_path: Path) -> None:
     write_shards(open_source("shapes:20:16"), str(tmp_path), LOCAL, num_workers=0)
     write_shards(open_source("shapes:20:16"), str(tmp_path), LOCAL, num_workers=0)
-    with pytest.raises(UserError, match=r"holds shards of .*shapes:20:16.*choose another destination"):
-        write_shards(open_source("shapes:30:16"), str(tmp_path), LOCAL, num_workers=0)
+    for other, options, asked in (
+        ("shapes:30:16", {}, r"source shapes:30:16 instead of shapes:20:16"),
+        ("shapes:20:16", {"seed": 3, "resize": 9}, "seed 3 instead of 0, resize 9 instead of None"),
+        ("shapes:20:16", {"data": DataConfig(max_pixels=70_000_000)}, "max_pixels 70000000 instead of 50000000"),
+    ):
+        expected = f"{tmp_path}: holds shards of shapes:20:16 already; asked for {asked}: choose another destination"
+        with pytest.raises(UserError) as error:
+            write_shards(open_source(other), str(tmp_path), LOCAL, num_workers=0, **options)  # type: ignore[arg-type]
+        assert str(error.value) == expected + ", or empty it"
+    manifest = tmp_path / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["details"]["decoded"], values["details"]["max_pixels"]
+    manifest.write_text(json.dumps(values))
+    write_shards(open_source("shapes:20:16"), str(tmp_path), LOCAL, num_workers=0)  # of an older version
+    manifest.write_text("{")
+    with pytest.raises(UserError, match=r"its manifest.json is damaged; remove it"):
+        write_shards(open_source("shapes:20:16"), str(tmp_path), LOCAL, num_workers=0)
 
 
 def test_a_folder_that_changed_since_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,6 +304,8 @@ def test_straight_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (here,) = write_shards(source, str(tmp_path / "here"), LOCAL, shard_mb=0.1, num_workers=0)
         assert there.hash == here.hash == load_manifest("s3://bucket/shapes", config).hash
         assert verify_shards("s3://bucket/shapes", config, num_workers=0) == []
+        assert verify_shards("s3://bucket/shapes", config, max_pixels=10**6, num_workers=0) == []
+        assert len(verify_shards("s3://bucket/shapes", config, max_pixels=100, num_workers=0)) == 100
         indexed = index_shards("s3://bucket/shapes", config, output=str(tmp_path / "index"), num_workers=0)
         assert indexed.hash == there.hash
         local = load_manifest(str(tmp_path / "index"), config)
@@ -260,6 +356,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert run("verify", str(tmp_path / "i"), "--workers", "1").returncode == 0
     shard = tmp_path / "x" / "train" / "000000.tar"
     shard.write_bytes(shard.read_bytes()[:-11_000])
+    undecodable = run("verify", str(tmp_path / "x" / "test"), "--decode", "--set", "data.max_pixels=99", "--workers=1")
+    assert undecodable.returncode == 1
+    assert undecodable.stdout.count("16x16 pixels, more than data.max_pixels = 99") == 10
+    explained = run("write", "--help").stdout
+    assert all(f".{ending}" in explained for ending in ENDINGS)
     damaged = run("verify", str(tmp_path / "x" / "train"), "--workers", "1")
     assert damaged.returncode == 1
     assert "000000.tar: holds" in damaged.stdout
@@ -267,3 +368,72 @@ def test_command_line(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert wrong.stderr.startswith("error: pipe:ls: expected shapes:COUNT")
+
+
+# --- IDX ----------------------------------------------------------------------------------------------------------
+
+
+def idx(path: Path, array: np.ndarray[Any, Any], kind: int = 8, zipped: bool = True, claimed: Any = None) -> Path:
+    sizes = array.shape if claimed is None else claimed
+    data = bytes((0, 0, kind, len(sizes))) + b"".join(size.to_bytes(4) for size in sizes) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    return path
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 9, 14), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_comes_back_pixel_for_pixel(tmp_path: Path, zipped: bool) -> None:
+    images = idx(tmp_path / "images", PIXELS, zipped=zipped)
+    labels = idx(tmp_path / "labels", np.arange(30, dtype=np.uint8) % 7, zipped=zipped)
+    (manifest,) = write_shards(open_source(f"idx:{images}:{labels}"), str(tmp_path / "out"), LOCAL, num_workers=0)
+    assert manifest.classes == tuple("0123456")
+    assert manifest.num_samples == 30
+    for sample in read_back(manifest):
+        index = int(sample["__key__"])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), PIXELS[index])
+        assert np.array_equal(np.asarray(decode(sample["png"], 10**6))[:, :, 1], PIXELS[index])
+        assert int(sample["cls"]) == index % 7
+    unlabelled = open_source(f"idx:{images}")
+    assert unlabelled.classes == ()
+    assert unlabelled.read([3])[0].label is None
+
+
+def test_idx_files_that_are_none(tmp_path: Path) -> None:
+    images, labels = idx(tmp_path / "images", PIXELS), idx(tmp_path / "labels", np.zeros(30, np.uint8))
+    (tmp_path / "cut.gz").write_bytes(images.read_bytes()[:-900])
+    (tmp_path / "rotten.gz").write_bytes(images.read_bytes()[:200] + bytes(50) + images.read_bytes()[250:])
+    (tmp_path / "empty").write_bytes(b"")
+    for spec, expected in (
+        (f"{tmp_path}/nothing", "nothing: no such file; expected an IDX file"),
+        (f"{tmp_path}", "no such file"),
+        (f"{tmp_path}/cut.gz", "cut.gz: not a whole gzip file"),
+        (f"{tmp_path}/rotten.gz", "rotten.gz: not a whole gzip file"),
+        (f"{tmp_path}/empty", "empty: begins with ; expected 00 00 08 03"),
+        (f"{labels}:{images}", "labels: begins with 00 00 08 01; expected 00 00 08 03"),
+        (idx(tmp_path / "floats", PIXELS, kind=13), "floats: begins with 00 00 0d 03"),
+        (idx(tmp_path / "short", PIXELS[1:], claimed=(30, 9, 14)), "expected 30x9x14 = 3780 bytes .* found only 3654"),
+        (idx(tmp_path / "long", PIXELS, claimed=(29, 9, 14)), "expected 29x9x14 = 3654 bytes .* found more"),
+        (idx(tmp_path / "none", PIXELS[:0]), "none: empty: 0x9x14"),
+        (idx(tmp_path / "huge", PIXELS, claimed=(2**32 - 1,) * 3), "more than the file can hold"),
+        (idx(tmp_path / "plain", PIXELS, zipped=False, claimed=(31, 9, 14)), "more than the file can hold"),
+        (f"{images}:{idx(tmp_path / 'few', np.zeros(29, np.uint8))}", "30 images, but 29 labels; expected as many"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            open_source(f"idx:{spec}")
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist (installed with CI=true)")
+def test_fashion_mnist(tmp_path: Path) -> None:
+    spec = f"idx:{FASHION}/t10k-images-idx3-ubyte.gz:{FASHION}/t10k-labels-idx1-ubyte.gz"
+    (manifest,) = write_shards(open_source(spec), str(tmp_path), LOCAL, shard_mb=8, num_workers=0)
+    labels = np.concatenate([read_member_index(shard, LOCAL).labels for shard in manifest.shards])
+    assert np.bincount(labels).tolist() == [1000] * 10
+    (first,) = [sample for sample in read_back(manifest) if sample["__key__"] == "00000000"]
+    assert first["cls"] == b"9", "an ankle boot"
+    pixels = gzip.decompress((FASHION / "t10k-images-idx3-ubyte.gz").read_bytes())[16 : 16 + 784]
+    assert np.asarray(Image.open(io.BytesIO(first["png"]))).tobytes() == pixels

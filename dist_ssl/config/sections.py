@@ -46,9 +46,12 @@ class DataConfig(Section):
         None, description="of remote shards; unset: a folder of this user under the system's temporary directory"
     )
     cache_gb: float = Field(20.0, gt=0, description="per node, only for remote shards")
-    max_pixels: int = Field(50_000_000, ge=1, description="a larger image is a bad sample")
+    max_pixels: int = Field(50_000_000, ge=1, description="an image of more counts as bad")
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="of the samples that a rank consumed; more bad ones stop the run"
+        0.01,
+        ge=0,
+        le=1,
+        description="of what a rank took since it started, or of the files of `shards write`, or of 1000 if that is more",
     )
 
 

@@ -1,7 +1,11 @@
-"""Bytes from a stranger to pixels: JPEG, PNG and WebP only, told by content, size capped before anything is decoded.
+"""Bytes from a stranger to pixels: a few formats only, told by content, size capped before anything is decoded.
 
 Pillow opens some forty formats, one of which (EPS) starts Ghostscript; a name says nothing about the content. A
 sample that cannot be decoded raises BadSample, which the stream turns into a replacement and a quarantine line.
+
+What comes out is the first frame, upright, 8-bit RGB. Alpha is dropped, so what lies under it shows; palettes, grey and
+CMYK are converted (CMYK without its colour profile); of 16-bit channels the high byte stays. Pixels of 32 bits (TIFF's
+integers and floats) have no known white, and are refused.
 """
 
 from __future__ import annotations
@@ -12,7 +16,17 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+# Format -> endings of its files and of a shard's members. The list of what is taken: there is no other.
+FORMATS = {
+    "JPEG": ("jpg", "jpeg"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "TIFF": ("tif", "tiff"),
+    "BMP": ("bmp",),
+    "GIF": ("gif",),
+}
+ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 
 
 class BadSample(Exception):
@@ -35,10 +49,8 @@ def _read(data: bytes, max_pixels: int, header_only: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is decided here: sizes, odd EXIF, transparency
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadSample(f"{width}x{height} pixels, more than data.max_pixels = {max_pixels}")
+            image: Image.Image = Image.open(io.BytesIO(data), formats=list(FORMATS))
+            _check_size(image, max_pixels)
             if header_only:
                 return image
             image.load()
@@ -53,12 +65,26 @@ def _read(data: bytes, max_pixels: int, header_only: bool) -> Image.Image:
         raise BadSample(f"{type(error).__name__}: {error}") from None
 
 
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSample(f"{width}x{height} pixels, more than data.max_pixels = {max_pixels}")
+    # A small TIFF may claim one tile of any size, which is decoded whole.
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
+    if width * height > max_pixels:
+        raise BadSample(f"tiles of {width}x{height} pixels, more than data.max_pixels = {max_pixels}")
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if "exif" in image.info or "xmp" in image.info:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit grey: convert("RGB") would clip all above 255 to white.
+    # Pillow before 12 calls a PNG's 16-bit grey "I"; a TIFF's "I" has 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+        # convert("RGB") would clip all above 255 to white.
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise BadSample(f"pixels of Pillow's mode {image.mode}; expected 8 bits a channel, or 16 without a sign")
     return image.convert("RGB")

@@ -22,6 +22,7 @@ from isal import isal_zlib
 
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.data.decode import BadSample, decode
 from dist_ssl.data.index import (
     MANIFEST,
     Manifest,
@@ -33,7 +34,7 @@ from dist_ssl.data.index import (
     load_manifest,
     read_member_index,
 )
-from dist_ssl.data.processes import in_threads
+from dist_ssl.data.parallel import in_processes, in_threads
 from dist_ssl.data.progress import track
 from dist_ssl.data.tar import index_tar
 from dist_ssl.storage.large_reads import read_file, writer
@@ -114,16 +115,26 @@ def index_shards(
 
 
 def verify_shards(
-    location: str, config: StorageConfig, *, num_workers: int | None = None, progress: bool = False
+    location: str,
+    config: StorageConfig,
+    *,
+    max_pixels: int | None = None,
+    num_workers: int | None = None,
+    progress: bool = False,
 ) -> list[Damage]:
-    """Read every shard of a manifest and hold it against bytes, counts and checksums. Empty where all is well."""
+    """Read every shard of a manifest and hold it against bytes, counts and checksums. Empty where all is well.
+
+    With `max_pixels` every image is decoded too, in processes, under that limit: what training would replace is told.
+    """
     manifest = load_manifest(location, config)
     jobs = list(manifest.shards)
-    with (
-        _Scratch() as scratch,
-        closing(in_threads(partial(_verify_one, config, scratch), jobs, num_workers)) as found,
-    ):
-        return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
+    with _Scratch() as scratch:
+        if max_pixels is None:
+            found = in_threads(partial(_verify_one, config, scratch, None), jobs, num_workers)
+        else:
+            found = in_processes(partial(_verify_decoding, config, max_pixels), jobs, num_workers)
+        with closing(found):
+            return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
 
 
 def _shard_urls(location: str, config: StorageConfig) -> list[str]:
@@ -156,23 +167,28 @@ def _index_one(
     return Shard(url, index_url, num_bytes, len(index), crc32), missing
 
 
-def _verify_one(config: StorageConfig, scratch: _Scratch, shard: Shard) -> list[Damage]:
+def _verify_decoding(config: StorageConfig, max_pixels: int, shard: Shard) -> list[Damage]:
+    with _Scratch() as scratch:
+        return _verify_one(config, scratch, max_pixels, shard)
+
+
+def _verify_one(config: StorageConfig, scratch: _Scratch, max_pixels: int | None, shard: Shard) -> list[Damage]:
     try:
         num_bytes = storage.size(shard.url, config)
         index = read_member_index(shard, config)
         with _opened(shard.url, num_bytes, config, scratch) as (file, crc32):
-            if (num_bytes, crc32) == (shard.num_bytes, shard.crc32):
-                return []
-            damages = _damaged_members(file, shard, index, num_bytes)
+            changed = (num_bytes, crc32) != (shard.num_bytes, shard.crc32)
+            damages = _damaged_members(file, shard, index, num_bytes) if changed else []
+            undecodable = _undecodable_members(file, shard, index, max_pixels, damages) if max_pixels else []
     except FileNotFoundError:
         return [Damage(shard.url, None, "is missing")]
     except UserError as error:
         return [Damage(shard.url, None, str(error))]
     if num_bytes != shard.num_bytes:
         damages.insert(0, Damage(shard.url, None, f"holds {num_bytes} bytes, expected {shard.num_bytes}"))
-    elif not damages:
+    elif changed and not damages:
         damages.append(Damage(shard.url, None, "its checksum differs, its images are whole: a header or label is not"))
-    return damages
+    return damages + undecodable
 
 
 def _damaged_members(file: BinaryIO, shard: Shard, index: MemberIndex, num_bytes: int) -> list[Damage]:
@@ -186,6 +202,22 @@ def _damaged_members(file: BinaryIO, shard: Shard, index: MemberIndex, num_bytes
         if isal_zlib.crc32(file.read(size)) != int(index.crcs[i]):
             damages.append(Damage(shard.url, index.keys[i], "its bytes are not those that were indexed (crc32)"))
     return damages
+
+
+def _undecodable_members(
+    file: BinaryIO, shard: Shard, index: MemberIndex, max_pixels: int, damaged: list[Damage]
+) -> list[Damage]:
+    """What can't be decoded though its bytes are those that were indexed."""
+    found, told = [], {damage.key for damage in damaged}
+    for i, key in enumerate(index.keys):
+        if key in told:
+            continue
+        file.seek(int(index.offsets[i]))
+        try:
+            decode(file.read(int(index.sizes[i])), max_pixels)
+        except BadSample as bad:
+            found.append(Damage(shard.url, key, str(bad)))
+    return found
 
 
 @contextmanager

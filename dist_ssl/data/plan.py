@@ -10,6 +10,7 @@ Legend: N samples, K streams, G shards a block, B batch size, W ranks.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,10 @@ from numpy.typing import NDArray
 
 from dist_ssl.config import UserError
 from dist_ssl.data.random import key_of, permutation, permuted, philox
+
+log = logging.getLogger(__name__)
+
+MOST_REPEATS = 2  # a batch may be so many times the data set
 
 Positions = NDArray[np.int64]
 
@@ -142,3 +147,17 @@ class Plan:
 
 def _slice(rows: Positions, rank: int, world_size: int) -> Positions:
     return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+
+
+def check_batch_size(global_batch_size: int, num_samples: int, rank: int) -> None:
+    """Warn, on rank 0, where a batch holds an image several times; UserError where it would each twice and more."""
+    if global_batch_size <= num_samples:
+        return
+    told = f"train.global_batch_size = {global_batch_size}, but data.shards holds {num_samples} samples"
+    if global_batch_size > MOST_REPEATS * num_samples:
+        raise UserError(
+            f"{told}: expected at most {num_samples}, that no batch holds an image twice (up to "
+            f"{MOST_REPEATS * num_samples} with a warning); lower the batch, or give more data"
+        )
+    if rank == 0:
+        log.warning("%s: each batch holds some images twice, as negatives of themselves; lower it", told)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,42 +13,71 @@ NUM_TOLD = 10
 
 
 class Quarantine:
-    """RUN_DIR/quarantine.jsonl, one object a bad sample: shard, key, reason. Each is written once.
+    """RUN_DIR/quarantine-rank<r>.jsonl, one object a bad sample: shard, key, reason. Each is written once.
 
-    All ranks append to one file, a line a write. `record` raises UserError with the list when more than
-    `data.max_bad_fraction` of what this rank consumed was bad; raise it on all ranks.
+    A file a rank, since appends of several hosts to one file are torn on NFS. `record` raises UserError with the list
+    when more than `data.max_bad_fraction` of what this rank consumed was bad; raise it on all ranks.
     """
 
     def __init__(self, run_dir: str | Path, data: DataConfig, num_samples: int):
-        self._path = Path(run_dir) / "quarantine.jsonl"
+        from dist_ssl.distributed import rank  # here, since a report reads `bad_samples` without torch
+
+        self._run_dir, self._rank = Path(run_dir), rank()
         self._limit, self._least = data.max_bad_fraction, min(GRACE_SAMPLES, num_samples)
-        self._known: set[tuple[str, str]] = set()
+        self._known: set[tuple[str, str]] | None = None
         self._consumed = self._bad = 0
-        self._reasons: list[str] = []
+        self._met: dict[tuple[str, str], str] = {}  # in this start
 
     def record(self, num_consumed: int, quarantined: Sequence[dict[str, str]]) -> None:
         """Count `num_consumed` samples, write what was bad among them, and raise UserError above the limit."""
         self._consumed += num_consumed
         # A bad sample's replacement may be bad too, and be met again by the next: each counts once a batch.
-        self._bad += min(len({(entry["shard"], entry["key"]) for entry in quarantined}), num_consumed)
-        if not quarantined:
+        met = {_place(entry): f"{entry['key']} ({entry['reason']})" for entry in quarantined}
+        self._bad += min(len(met), num_consumed)
+        if not met:
             return
-        if not self._known and self._path.exists():
-            for line in self._path.read_text().splitlines():
-                entry = json.loads(line)
-                self._known.add((entry["shard"], entry["key"]))
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            for entry in quarantined:
-                if (entry["shard"], entry["key"]) not in self._known:
-                    self._known.add((entry["shard"], entry["key"]))
-                    self._reasons.append(f"{entry['key']} ({entry['reason']})")
-                    os.write(descriptor, (json.dumps(entry) + "\n").encode())
-        finally:
-            os.close(descriptor)
+        self._met |= met
+        self._write(quarantined)
         if self._bad > self._limit * max(self._consumed, self._least):
+            named = ", ".join(list(self._met.values())[:NUM_TOLD])
             raise UserError(
-                f"{self._bad} of {self._consumed} samples were bad, more than data.max_bad_fraction = {self._limit:g}: "
-                f"{', '.join(self._reasons[:NUM_TOLD])}; all are listed in {self._path}, and `dist-ssl shards verify` "
-                "tells whether a shard is damaged"
+                f"{self._bad} of the {self._consumed} samples that rank {self._rank} took since it started were bad, "
+                f"more than data.max_bad_fraction = {self._limit:g} of them (of {self._least} at least): "
+                f"{named}; all are in {self._run_dir}/quarantine-rank*.jsonl, and "
+                "`dist-ssl shards verify --decode` names every bad one of the shards"
             )
+
+    def _write(self, quarantined: Sequence[dict[str, str]]) -> None:
+        if self._known is None:
+            self._known = {_place(entry) for entry in bad_samples(self._run_dir)}
+        path = self._run_dir / f"quarantine-rank{self._rank}.jsonl"
+        lines = []
+        for entry in quarantined:
+            if _place(entry) not in self._known:
+                self._known.add(_place(entry))
+                lines.append(json.dumps(entry) + "\n")
+        if lines and path.exists() and not path.read_bytes().endswith(b"\n"):
+            lines.insert(0, "\n")  # after a line that a kill has torn
+        if lines:
+            with open(path, "a") as file:
+                file.write("".join(lines))
+
+
+def bad_samples(run_dir: str | Path) -> list[dict[str, str]]:
+    """What a run could not use and replaced, over all its ranks and starts: shard, key, reason; each sample once.
+
+    Reads `quarantine.jsonl` of older runs too. A torn line, left by a kill or still being written, is passed over.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for path in sorted(Path(run_dir).glob("quarantine*.jsonl")):
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                found.setdefault(_place(entry), entry)
+            except (ValueError, KeyError, TypeError):
+                continue
+    return list(found.values())
+
+
+def _place(entry: dict[str, str]) -> tuple[str, str]:
+    return entry["shard"], entry["key"]

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,20 +21,20 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 
 from dist_ssl import storage
-from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.decode import BadSample, check_header, decode
 from dist_ssl.data.index import MANIFEST, Manifest, MemberIndex, Shard
-from dist_ssl.data.processes import in_processes
+from dist_ssl.data.parallel import in_processes
 from dist_ssl.data.progress import track
+from dist_ssl.data.quarantine import GRACE_SAMPLES, NUM_TOLD
 from dist_ssl.data.random import key_of, permutation
 from dist_ssl.data.sources import Source, SourceSample
 from dist_ssl.data.tar import index_tar
 
 PROGRESS = "writing.json"
+SINCE_DECODING = ("decoded", "max_pixels")  # what older manifests do not tell
 SAMPLES_SIZED = 256  # how many samples tell the mean size of one
-MAX_PIXELS = 2**28  # above what a training run allows (data.max_pixels), which may be raised later
-NUM_TOLD = 10  # how many of the files that are left out are named
-
+LEFT_OUT = ".left-out.jsonl"  # beside a shard, where files were left out of it
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,15 @@ class _Job:
     indices: Sequence[int]
 
 
+@dataclass(frozen=True)
+class _Checks:
+    """What is done to an image before it is written."""
+
+    max_pixels: int
+    decode: bool
+    resize: int | None
+
+
 def write_shards(
     source: Source,
     destination: str,
@@ -56,23 +65,27 @@ def write_shards(
     test_fraction: float = 0.0,
     shard_mb: float = 64.0,
     resize: int | None = None,
+    decode_images: bool = True,
+    data: DataConfig | None = None,
     num_workers: int | None = None,
     progress: bool = False,
 ) -> list[Manifest]:
     """Write shards of all samples of `source` under the URL `destination`, and return the manifest.
 
     With `test_fraction`, two sets, DEST/train and DEST/test, which share no image (equal bytes count as one image).
-    `resize` scales the shorter side to that many pixels; else the bytes of images stay as they are. A file that is no
-    image by its header (with `resize`: that can't be decoded) is left out, and a warning names the first of them.
-    Raises UserError where the destination holds other shards.
+    `resize` scales the shorter side to that many pixels; else the bytes of images stay as they are. Each image is
+    decoded once, under the limits of `data`, as training does; without `decode_images` only its header is read. What
+    is bad is left out, listed beside its shard, and a warning names the first. Raises UserError where more than
+    `data.max_bad_fraction` of the files (of 1000 at least) are bad, and where the destination holds other shards.
     """
+    data = data or DataConfig()
+    checks = _Checks(data.max_pixels, decode_images, resize)
     storage.check_url(destination)
     if not 0 <= test_fraction < 1:
         raise UserError(f"--test-fraction: expected 0 <= F < 1, got {test_fraction}")
     order = permutation(key_of("write", seed), len(source), 0)
-    workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
-    if destination.startswith("memory:"):
-        workers = 0  # another process's memory is not this one's
+    # Another process's memory is not this one's.
+    workers = 0 if destination.startswith("memory:") else num_workers
     parts = {destination: order}
     if test_fraction:
         test = _test_samples(source, order, test_fraction, workers)
@@ -81,21 +94,23 @@ def write_shards(
             storage.join(destination, "test"): order[np.isin(order, test)],
         }
     first = source.read(order[:SAMPLES_SIZED].tolist())
-    good = [sample for sample in (_prepared(one, resize) for one in first) if not isinstance(sample, BadSample)]
+    sized = (_prepared(one, replace(checks, decode=False)) for one in first)
+    good = [sample for sample in sized if not isinstance(sample, BadSample)]
     mean_bytes = sum(len(sample.image) + 2048 for sample in good) / max(len(good), 1) or 2048
     samples_per_shard = max(1, round(shard_mb * 2**20 / mean_bytes))
     details = {"source": source.name, "seed": seed, "resize": resize, "samples_per_shard": samples_per_shard}
     details |= {"test_fraction": test_fraction, "files": source.fingerprint}
+    details |= {"decoded": checks.decode, "max_pixels": checks.max_pixels}
     manifests = []
     for url, indices in parts.items():
         jobs = _jobs(url, indices, samples_per_shard)
         _claim(url, details, config)
-        write = partial(_write_one, source, config, resize)
+        write = partial(_write_one, source, config, checks)
         shards, bad = zip(
             *track(in_processes(write, jobs, workers), len(jobs), f"writing {url}", progress), strict=True
         )
         manifest = Manifest(_manifest_url(url), shards, source.classes, details)
-        _tell(manifest, len(indices), [line for of_shard in bad for line in of_shard])
+        _tell(manifest, len(indices), [line for of_shard in bad for line in of_shard], data.max_bad_fraction)
         storage.write_bytes(manifest.url, manifest.to_json().encode(), config)
         storage.remove(storage.join(url, PROGRESS), config)
         manifests.append(manifest)
@@ -112,7 +127,7 @@ def _jobs(url: str, indices: NDArray[np.int64], samples_per_shard: int) -> list[
     return [_Job(f"{base}/{i:06d}.tar", part.tolist()) for i, part in enumerate(np.array_split(indices, count))]
 
 
-def _test_samples(source: Source, order: NDArray[np.int64], fraction: float, workers: int) -> NDArray[np.int64]:
+def _test_samples(source: Source, order: NDArray[np.int64], fraction: float, workers: int | None) -> NDArray[np.int64]:
     """The first samples of the permutation, and every copy of one of them."""
     count = min(max(round(fraction * len(order)), 1), len(order) - 1)
     if count < 1:
@@ -131,51 +146,75 @@ def _claim(url: str, details: dict[str, Any], config: StorageConfig) -> None:
     for name in (PROGRESS, MANIFEST):
         try:
             found = json.loads(storage.read_bytes(storage.join(url, name), config))
+            found = found if name == PROGRESS else found["details"]
+            found = {key: details[key] for key in SINCE_DECODING} | found
+            differences = [key for key in details if details[key] != found.get(key)]
         except FileNotFoundError:
             continue
-        found = found if name == PROGRESS else found["details"]
-        if found != details and found | {"files": ""} == details | {"files": ""}:
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{url}: its {name} is damaged; remove it, or choose another destination") from None
+        if differences == ["files"]:
             raise UserError(
                 f"{url}: its shards were written when {details['source']} held other files; put those "
                 "back to go on, or choose another destination"
             )
-        if found != details:
-            raise UserError(f"{url}: holds shards of {found}, asked for {details}; choose another destination")
+        if differences:
+            # What follows from another source or size is not told beside it.
+            told = [key for key in differences if key not in ("files", "samples_per_shard")] or differences
+            asked = ", ".join(f"{key} {details[key]} instead of {found.get(key)}" for key in told)
+            raise UserError(
+                f"{url}: holds shards of {found.get('source')} already; asked for {asked}: choose another destination, "
+                "or empty it"
+            )
         return
     storage.write_bytes(storage.join(url, PROGRESS), json.dumps(details).encode(), config)
 
 
-def _tell(manifest: Manifest, num_samples: int, bad: list[str]) -> None:
-    """Warn of what was left out; `bad` lacks what an interrupted write before this one had told."""
+def _tell(manifest: Manifest, num_samples: int, bad: Sequence[dict[str, str]], max_bad_fraction: float) -> None:
+    """Warn of what was left out; refuse to call it a data set where that was too much, or all."""
     left_out = num_samples - manifest.num_samples
+    if not left_out:
+        return
+    # Shards that another version wrote list nothing.
+    named = "; ".join(f"{one['file']} ({one['reason']})" for one in bad[:NUM_TOLD])
+    named = named or "named when their shards were written"
+    named += f"; all are listed in *{LEFT_OUT} beside the shards" if len(bad) > NUM_TOLD else ""
     if left_out == num_samples:
-        raise UserError(f"{manifest.url}: none of {num_samples} files is an image: {'; '.join(bad[:NUM_TOLD])}")
-    if left_out:
-        named = "; ".join(bad[:NUM_TOLD]) or "named when their shards were written"
-        named += " ..." if len(bad) > NUM_TOLD else ""
-        log.warning("%s: %d of %d files are left out, being no images: %s", manifest.url, left_out, num_samples, named)
+        raise UserError(f"{manifest.url}: none of {num_samples} files is a good image: {named}")
+    if left_out > max_bad_fraction * max(num_samples, GRACE_SAMPLES):
+        raise UserError(
+            f"{manifest.url}: {left_out} of {num_samples} files are bad, more than data.max_bad_fraction = "
+            f"{max_bad_fraction:g} of them (of {GRACE_SAMPLES} at least): {named}. To write the others all the same, "
+            "run the command again with --set data.max_bad_fraction=1; it goes on from here"
+        )
+    log.warning("%s: %d of %d files left out as bad: %s", manifest.url, left_out, num_samples, named)
 
 
-def _write_one(source: Source, config: StorageConfig, resize: int | None, job: _Job) -> tuple[Shard, list[str]]:
+def _write_one(source: Source, config: StorageConfig, checks: _Checks, job: _Job) -> tuple[Shard, list[dict[str, str]]]:
     """The shard, written where it isn't there yet, and the files that were left out of it, with reasons."""
-    index_url = job.url + ".idx"
+    index_url, left_out_url = job.url + ".idx", job.url.removesuffix(".tar") + LEFT_OUT
     try:
         index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
         if storage.size(job.url, config) == index.shard_bytes:
-            return Shard(job.url, index_url, index.shard_bytes, len(index), index.shard_crc32), []
+            bad = []
+            if len(index) < len(job.indices) and storage.exists(left_out_url, config):
+                bad = [json.loads(line) for line in storage.read_bytes(left_out_url, config).splitlines()]
+            return Shard(job.url, index_url, index.shard_bytes, len(index), index.shard_crc32), bad
     except (FileNotFoundError, UserError):
         pass
     good, bad = [], []
     for sample in source.read(job.indices):
-        prepared = _prepared(sample, resize)
+        prepared = _prepared(sample, checks)
         if isinstance(prepared, BadSample):
-            bad.append(f"{sample.path or sample.key} ({prepared})")
+            bad.append({"file": sample.path or sample.key, "reason": str(prepared)})
         else:
             good.append(prepared)
     data = tar_bytes(good)
     crc32 = isal_zlib.crc32(data)
     index, _ = index_tar(io.BytesIO(data), job.url, len(data), crc32)
     storage.write_bytes(job.url, data, config)
+    if bad:
+        storage.write_bytes(left_out_url, "".join(json.dumps(one) + "\n" for one in bad).encode(), config)
     storage.write_bytes(index_url, index.to_bytes(), config)
     return Shard(job.url, index_url, len(data), len(index), crc32), bad
 
@@ -196,18 +235,19 @@ def tar_bytes(samples: Iterable[SourceSample]) -> bytes:
     return buffer.getvalue()
 
 
-def _prepared(sample: SourceSample, resize: int | None) -> SourceSample | BadSample:
+def _prepared(sample: SourceSample, checks: _Checks) -> SourceSample | BadSample:
     """The sample as it is written; why it can't be."""
     try:
-        if resize is None:
-            check_header(sample.image, MAX_PIXELS)
+        # What has no path was encoded here a moment ago.
+        if checks.resize is None and not (checks.decode and sample.path):
+            check_header(sample.image, checks.max_pixels)
             return sample
-        image = decode(sample.image, MAX_PIXELS)
+        image = decode(sample.image, checks.max_pixels)
     except BadSample as bad:
         return bad
-    scale = resize / min(image.size)
-    if scale >= 1:
+    if checks.resize is None or checks.resize >= min(image.size):
         return sample
+    scale = checks.resize / min(image.size)
     buffer = io.BytesIO()
     image.resize((round(image.width * scale), round(image.height * scale)), 1).save(buffer, "JPEG", quality=92)
     return SourceSample(sample.key, buffer.getvalue(), "jpg", sample.label, sample.factors)

@@ -1,4 +1,4 @@
-"""What shards are written from: `shapes:COUNT[:SIZE]`, `folder:DIR`, `torchvision:NAME:ROOT`.
+"""What shards are written from: `shapes:COUNT[:SIZE]`, `folder:DIR`, `torchvision:NAME:ROOT`, `idx:IMAGES[:LABELS]`.
 
 A source is picklable, since worker processes read from it, and gives the bytes of an image as they are where it has
 bytes: decoding and encoding again would lose quality.
@@ -10,14 +10,17 @@ import hashlib
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
 from dist_ssl.config import UserError
-from dist_ssl.data import shapes
-from dist_ssl.data.tar import IMAGE_EXTENSIONS
+from dist_ssl.data import idx, shapes
+from dist_ssl.data.decode import ENDINGS
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class SourceSample:
     extension: str
     label: int | None = None
     factors: bytes | None = None  # JSON
-    path: str = ""  # of the file that it came from, for messages
+    path: str = ""  # of the file whose bytes these are; none where a source encoded the image itself
 
 
 class Source(Protocol):
@@ -64,7 +67,9 @@ def open_source(spec: str, seed: int = 0) -> Source:
             return FolderSource(rest)
         case "torchvision" if rest.count(":"):
             return TorchvisionSource(*rest.split(":", 1))
-    raise UserError(f"{spec}: expected shapes:COUNT[:SIZE], folder:DIR or torchvision:NAME:ROOT")
+        case "idx" if rest:
+            return IdxSource(spec, *rest.split(":", 1))
+    raise UserError(f"{spec}: expected shapes:COUNT[:SIZE], folder:DIR, torchvision:NAME:ROOT or idx:IMAGES[:LABELS]")
 
 
 @dataclass(frozen=True)
@@ -121,12 +126,20 @@ class FolderSource:
         self.paths: list[str] = []
         self.labels: list[int] = []
         listing, unreadable = hashlib.sha256(), []
+        others, examples = Counter[str](), dict[str, str]()  # by their ending, files that are not taken
+        for loose in sorted(root.iterdir()) if folders else ():
+            if loose.is_file() and _extension(loose.name) in ENDINGS:
+                others["beside the class folders"] += 1
+                examples.setdefault("beside the class folders", str(loose))
         for label, folder in enumerate(folders or ["."]):
             for parent, subfolders, files in os.walk(root / folder, followlinks=True):
                 subfolders.sort()
                 for file in sorted(files):
                     path = os.path.join(parent, file)
-                    if _extension(file) not in IMAGE_EXTENSIONS:
+                    if _extension(file) not in ENDINGS:
+                        if not file.startswith("."):
+                            others[f".{_extension(file)}"] += 1
+                            examples.setdefault(f".{_extension(file)}", path)
                         continue
                     try:
                         size = os.stat(path).st_size
@@ -140,8 +153,12 @@ class FolderSource:
                     )
         self.fingerprint = listing.hexdigest()
         self.classes = tuple(folders)
+        left_out = ", ".join(f"{count} {why} (such as {examples[why]})" for why, count in sorted(others.items()))
         if not self.paths:
-            raise UserError(f"folder:{directory}: holds no {', '.join(IMAGE_EXTENSIONS)} files")
+            found = f"; its files are {left_out}" if left_out else ""
+            raise UserError(f"folder:{directory}: holds no {', '.join(ENDINGS)} files{found}")
+        if left_out:
+            log.warning("%s: left out: %s; taken are %s", self.name, left_out, ", ".join(ENDINGS))
         if unreadable:
             log.warning("%d files are left out, being unreadable, such as %s", len(unreadable), unreadable[0])
         if not folders:
@@ -190,7 +207,7 @@ class TorchvisionSource:
         files = getattr(self._dataset, "samples", None)  # ImageNet and other folders: the bytes as they are
         found = []
         for index in indices:
-            if files is not None and _extension(files[index][0]) in IMAGE_EXTENSIONS:
+            if files is not None and _extension(files[index][0]) in ENDINGS:
                 path, label = files[index][:2]
                 image, extension = Path(path).read_bytes(), _extension(path)
             else:
@@ -204,6 +221,40 @@ class TorchvisionSource:
 
     def digests(self, indices: Sequence[int]) -> list[bytes]:
         return [hashlib.sha256(sample.image).digest() for sample in self.read(indices)]
+
+
+class IdxSource:
+    """The files of MNIST and its kin: IMAGES of one byte a pixel, as PNGs, and LABELS. Either may be gzipped."""
+
+    def __init__(self, spec: str, images: str, labels: str | None = None):
+        self.name = spec
+        self._images, self._labels = images, labels
+        pixels, classes = idx.read(images, 3), idx.read(labels, 1) if labels is not None else None
+        if classes is not None and len(classes) != len(pixels):
+            raise UserError(f"{spec}: {len(pixels)} images, but {len(classes)} labels; expected as many")
+        digest = hashlib.sha256(pixels.data)
+        digest.update(classes.data if classes is not None else b"")
+        self.fingerprint = digest.hexdigest()
+        self.classes = tuple(map(str, range(int(classes.max()) + 1))) if classes is not None else ()
+        self._count = len(pixels)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int]) -> list[SourceSample]:
+        pixels = idx.read(self._images, 3)
+        labels = idx.read(self._labels, 1) if self._labels is not None else None
+        found = []
+        for index in indices:
+            buffer = io.BytesIO()
+            Image.fromarray(pixels[index]).save(buffer, "PNG")
+            label = int(labels[index]) if labels is not None else None
+            found.append(SourceSample(f"{index:08d}", buffer.getvalue(), "png", label))
+        return found
+
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        pixels = idx.read(self._images, 3)
+        return [hashlib.sha256(pixels[index].data).digest() for index in indices]
 
 
 def _open_torchvision(name: str, root: str) -> Any:

@@ -17,9 +17,9 @@ import numpy as np
 from isal import isal_zlib
 
 from dist_ssl.config import UserError
+from dist_ssl.data.decode import ENDINGS
 from dist_ssl.data.index import MemberIndex
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_HEADER_BYTES = 2**20  # a pax header or long name that claims more is hostile
 MAX_JSON_BYTES = 2**20
 MAX_LABEL_BYTES = 32
@@ -78,7 +78,7 @@ def index_tar(
             samples.append(_Sample(key))
         place = (member.offset_data, member.size)
         sample = samples[-1]
-        if extension in IMAGE_EXTENSIONS and sample.image is None:
+        if extension in ENDINGS and sample.image is None:
             sample.image = place
         elif extension == "json":
             sample.json = place

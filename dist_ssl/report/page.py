@@ -21,7 +21,7 @@ def build(folders: list[Path], output: Path | None = None) -> Path:
     parts += [sections.curves(runs)]
     if len(runs) == 1:
         parts += sections.pictures(runs[0])
-    parts += [sections.settings(runs), sections.reproduce(runs)]
+    parts += [sections.bad_samples(runs), sections.settings(runs), sections.reproduce(runs)]
     return write_page(runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared", parts, output)
 
 

@@ -8,6 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from dist_ssl import config as configuration
+from dist_ssl.data import quarantine
 from dist_ssl.report.runs import Run
 from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
 
@@ -300,6 +301,20 @@ def pictures(run: Run) -> list[str]:
     results = run.latest()
     assert results is not None  # pictures lie beside results
     return images.sections(file, results["data"].get("class_names", []))
+
+
+def bad_samples(runs: list[Run]) -> str:
+    """How many samples could not be used, and the first of them."""
+    rows = []
+    for run in runs:
+        found = quarantine.bad_samples(run.folder)
+        named = ", ".join(f"{one['key']} ({one.get('reason')})" for one in found[: quarantine.NUM_TOLD])
+        if found:
+            rows.append([escape(run.name), escape(named), str(len(found))])
+    lead = (
+        "Samples that could not be read or decoded, each replaced by the next one of its shard whenever its turn came."
+    )
+    return section("Replaced samples", table(["run", "the first of them", "samples"], rows, 2), lead) if rows else ""
 
 
 def settings(runs: list[Run]) -> str:

@@ -18,6 +18,7 @@ from dist_ssl.checkpoint import Checkpointer, RunState
 from dist_ssl.config import Config
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.data.index import load_manifest
+from dist_ssl.data.plan import check_batch_size
 from dist_ssl.data.quarantine import Quarantine
 from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.engine import Engine
@@ -50,6 +51,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         manifest = load_manifest(config.data.shards, config.storage) if world.rank == 0 else None
     manifest = distributed.broadcast_object(manifest)
     plan = plan_of(config, manifest)
+    check_batch_size(config.train.global_batch_size, plan.num_samples, world.rank)
     total_steps = config_module.total_steps(config, plan.num_samples)
     rows_per_chunk = plan.rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
     with distributed.together():

@@ -9,13 +9,16 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.index import load_manifest
 from dist_ssl.data.indexing import index_shards
-from dist_ssl.data.quarantine import Quarantine
+from dist_ssl.data.quarantine import Quarantine, bad_samples
 from dist_ssl.data.stream import training_batches
+from dist_ssl.distributed import rank
+from tests.pool import ranks
 from tests.stream.consumed import config_of
 
 
@@ -74,23 +77,54 @@ def test_bad_samples_are_replaced_by_rule(hostile: Path, workers: int) -> None:
     reasons = {entry["key"]: entry["reason"] for entry in batch.quarantined}
     assert set(reasons) == set(bad)
     assert reasons["000000/006"] == "empty"
-    assert reasons["000000/005"].startswith("not a JPEG, PNG, WEBP")
+    assert reasons["000000/005"].startswith("not a JPEG, PNG, WEBP, TIFF")
     assert batch.quarantined[0]["shard"].endswith("000000.tar")
     assert not Path("/tmp/owned").exists()
 
 
+ENTRIES = [{"shard": "s", "key": f"s/{i}", "reason": "empty"} for i in range(12)]
+
+
 def test_quarantine_writes_each_once_and_stops_above_the_limit(tmp_path: Path) -> None:
-    entries = [{"shard": "s", "key": f"s/{i}", "reason": "empty"} for i in range(12)]
     data = config_of(max_bad_fraction=0.01).data
     quarantine = Quarantine(tmp_path, data, 10_000)
-    quarantine.record(500, entries[:4])
-    quarantine.record(500, entries[:4])
+    quarantine.record(500, ENTRIES[:4])
+    quarantine.record(500, ENTRIES[:4])
     again = Quarantine(tmp_path, data, 10_000)  # a resumed run
-    again.record(100, entries[2:6])
-    lines = [json.loads(line)["key"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    again.record(100, ENTRIES[2:6])
+    lines = [json.loads(line)["key"] for line in (tmp_path / "quarantine-rank0.jsonl").read_text().splitlines()]
     assert lines == [f"s/{i}" for i in range(6)]
-    with pytest.raises(UserError, match=r"11 of 200 samples were bad.*max_bad_fraction = 0.01: .*s/6 \(empty\)"):
-        again.record(100, entries[5:12])
+    expected = (
+        r"11 of the 200 samples that rank 0 took since it started were bad, more than data.max_bad_fraction = 0.01 of "
+        r"them \(of 1000 at least\): s/2 \(empty\), .*quarantine-rank\*.jsonl, and `dist-ssl shards verify --decode`"
+    )
+    with pytest.raises(UserError, match=expected):
+        again.record(100, ENTRIES[5:12])
+
+
+def test_a_torn_line_and_an_older_runs_file_are_read(tmp_path: Path) -> None:
+    lines = [json.dumps(entry) + "\n" for entry in ENTRIES]
+    (tmp_path / "quarantine.jsonl").write_text(lines[0] + lines[1])
+    (tmp_path / "quarantine-rank0.jsonl").write_text(lines[2] + lines[3][:20])  # killed while it wrote
+    assert sorted(entry["key"] for entry in bad_samples(tmp_path)) == ["s/0", "s/1", "s/2"]
+    quarantine = Quarantine(tmp_path, config_of().data, 10_000)
+    quarantine.record(500, ENTRIES[:5])
+    assert (tmp_path / "quarantine.jsonl").read_text() == lines[0] + lines[1], "what is known is not written again"
+    assert sorted(entry["key"] for entry in bad_samples(tmp_path)) == ["s/0", "s/1", "s/2", "s/3", "s/4"]
+
+
+def quarantine_of_rank(run_dir: Path) -> None:
+    mine = ENTRIES[rank() : rank() + 3]  # some are met by both
+    quarantine = Quarantine(run_dir, config_of().data, 10_000)
+    dist.barrier()
+    quarantine.record(500, mine)
+
+
+def test_each_rank_writes_a_file_of_its_own(tmp_path: Path) -> None:
+    ranks(2).run(quarantine_of_rank, tmp_path)
+    files = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
+    assert files == {"quarantine-rank0.jsonl": 3, "quarantine-rank1.jsonl": files["quarantine-rank1.jsonl"]}
+    assert bad_samples(tmp_path) == ENTRIES[:4], "each sample once"
 
 
 def test_a_shard_of_nothing_but_bad_samples_is_an_error(tmp_path: Path) -> None:

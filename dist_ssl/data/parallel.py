@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 
-def in_processes(function: Any, items: Sequence[Any], num_workers: int) -> Iterator[Any]:
-    """`map` over processes, in order, a few items ahead; in this process with fewer than two workers or items."""
+def in_processes(function: Any, items: Sequence[Any], num_workers: int | None) -> Generator[Any]:
+    """`map` over processes, in order, a few items ahead; in this process with fewer than two workers or items.
+
+    One process a core by default.
+    """
+    num_workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     if num_workers < 2 or len(items) < 2:
         yield from map(function, items)
         return

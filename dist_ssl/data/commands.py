@@ -1,0 +1,106 @@
+"""The commands `dist-ssl shards write`, `index` and `verify`. They import what they need when they are called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config key.")]
+
+app = typer.Typer(no_args_is_help=True, help="Write, index and verify WebDataset shards.")
+
+
+@app.command("write")
+def write(
+    source: Annotated[
+        str, typer.Argument(help="shapes:COUNT[:SIZE], folder:DIR, torchvision:NAME:ROOT or idx:IMAGES[:LABELS].")
+    ],
+    destination: Annotated[str, typer.Argument(help="Directory or URL.")],
+    test_fraction: Annotated[float, typer.Option(help="Hold out this part: DEST/train and DEST/test.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the global permutation, and of shapes.")] = 0,
+    shard_mb: Annotated[float, typer.Option(min=0.01, help="Size of a shard that is aimed at.")] = 64.0,
+    resize: Annotated[int | None, typer.Option(min=8, help="Scale the shorter side down to this.")] = None,
+    decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode each image, or look at headers.")] = True,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; one a core by default.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Write WebDataset shards, samples permuted globally. Interrupted, the same command goes on.
+
+    Images are files that end in .jpg, .jpeg, .png, .webp, .tif, .tiff, .bmp or .gif (the first frame); what has another
+    ending is left out and counted. EPS and other formats are not taken.
+
+    Each image is decoded once, under the limits of training (--set data.max_pixels=N). What is bad is left out, named,
+    and listed beside its shard in *.left-out.jsonl. Where that is more than data.max_bad_fraction of the files (of 1000
+    files at least), the exit code is 2 and no manifest is written; --set data.max_bad_fraction=1 puts up with it.
+
+    Example: dist-ssl shards write folder:photos s3://bucket/photos --test-fraction 0.1
+
+    Example: dist-ssl shards write shapes:10000 data/shapes --test-fraction 0.2
+
+    Example: dist-ssl shards write idx:train-images-idx3-ubyte.gz:train-labels-idx1-ubyte.gz data/fashion
+    """
+    from dist_ssl.config import Config, with_overrides
+    from dist_ssl.data.shards import write_shards
+    from dist_ssl.data.sources import open_source
+
+    config = with_overrides(Config(), overrides)
+    manifests = write_shards(
+        open_source(source, seed), destination, config.storage, seed=seed, test_fraction=test_fraction,
+        shard_mb=shard_mb, resize=resize, decode_images=decode, data=config.data, num_workers=workers, progress=True,
+    )  # fmt: skip
+    for manifest in manifests:
+        typer.echo(f"{manifest.url}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+
+
+@app.command("index")
+def index(
+    location: Annotated[str, typer.Argument(help="Brace pattern, or a directory of tars.")],
+    output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
+    json_label: Annotated[str | None, typer.Option(help="The field of each .json that holds the label.")] = None,
+    rebuild: Annotated[bool, typer.Option(help="Read shards again that have an index.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, help="Shards at a time; two a core by default.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Index shards that were made elsewhere (WebDataset, img2dataset, GNU tar). Interrupted, the same command goes on.
+
+    Example: dist-ssl shards index 's3://bucket/train-{0000..1023}.tar' --output data/index
+    """
+    from dist_ssl.config import Config, with_overrides
+    from dist_ssl.data.indexing import index_shards, summary
+
+    manifest = index_shards(
+        location, with_overrides(Config(), overrides).storage, output=output, json_label=json_label, rebuild=rebuild,
+        num_workers=workers, progress=True,
+    )  # fmt: skip
+    typer.echo(summary(manifest))
+
+
+@app.command("verify")
+def verify(
+    location: Annotated[str, typer.Argument(help="Directory, manifest or brace pattern.")],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too, as training does.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Shards at a time; two a core by default, one with --decode.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Read every shard and compare bytes, counts and checksums; names each damaged member and exits with 1.
+
+    With --decode, also each image that training would replace: that is cut, or has more than data.max_pixels pixels.
+
+    Example: dist-ssl shards verify s3://bucket/photos/train --decode
+    """
+    from dist_ssl.config import Config, with_overrides
+    from dist_ssl.data.indexing import verify_shards
+
+    config = with_overrides(Config(), overrides)
+    damages = verify_shards(
+        location, config.storage, max_pixels=config.data.max_pixels if decode else None, num_workers=workers,
+        progress=True,
+    )  # fmt: skip
+    for damage in damages:
+        typer.echo(str(damage))
+    if damages:
+        raise typer.Exit(1)
+    typer.echo(f"{location}: whole")
