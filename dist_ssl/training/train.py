@@ -60,11 +60,10 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     probe = None
     if config.diagnostics.online_probe and manifest.classes:
         probe = diagnostics.OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
-    checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
-    state = RunState(0, 0, "", manifest.hash)
-    if found is not None:
-        state = checkpoint.load(found, model, probe)
-        checkpointer.last_step = state.step
+    state = RunState(0, 0, "", manifest.hash) if found is None else checkpoint.load(found, model, probe)
+    last_step = -1 if found is None else found.step
+    store = checkpoint.checkpoint_store(config)
+    checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=last_step)
     run = Run(
         config,
         world,
