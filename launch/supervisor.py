@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,7 +22,6 @@ from types import FrameType
 from pydantic import BaseModel, ConfigDict
 
 from dist_ssl import config as configuration
-from dist_ssl import storage
 from dist_ssl.config import Config
 from dist_ssl.config.environment import (
     EXIT_FENCED,
@@ -33,6 +31,7 @@ from dist_ssl.config.environment import (
     NUM_PORTS,
     slurm_port,
 )
+from dist_ssl.storage.layout import checkpoint_store, committed_steps, exported_steps
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
@@ -121,11 +120,7 @@ def stop_reason(ended: int, step_before: int | None, step_now: int, max_requeues
 
 def newest_commit(config: Config) -> int:
     """The newest step with a manifest, -1 where there is none. Whether it holds is for the ranks to find out."""
-    url = config.checkpoint.url or storage.join(config.run.dir, "checkpoints")
-    names = storage.list_files(url, config.storage)
-    return max(
-        (int(found[1]) for name in names if (found := re.search(r"step-(\d+)/manifest\.json$", name))), default=-1
-    )
+    return max(committed_steps(checkpoint_store(config)), default=-1)
 
 
 def own_job_id() -> str:
@@ -175,7 +170,7 @@ def _run_ranks(job: Job, config: Config) -> int:
     signal.signal(signal.SIGCONT, terminated)
     signal.signal(signal.SIGUSR1, forwarded)
     signal.signal(signal.SIGUSR2, forwarded)
-    submitted = _exported_steps(config)
+    submitted = exported_steps(config.run.dir)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(POLL_SECONDS)
@@ -185,13 +180,9 @@ def _run_ranks(job: Job, config: Config) -> int:
     return code
 
 
-def _exported_steps(config: Config) -> set[int]:
-    return {int(file.stem.removeprefix("step-")) for file in Path(config.run.dir, "export").glob("step-*.safetensors")}
-
-
 def _submit_evaluations(job: Job, config: Config, submitted: set[int]) -> set[int]:
     """Submit an evaluation of each step exported since; a failure is logged, since the training matters more."""
-    exported = _exported_steps(config)
+    exported = exported_steps(config.run.dir)
     if job.evaluation is not None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         if "SLURM_CONF" in os.environ:

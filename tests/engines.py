@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_ssl import checkpoint, distributed, engine
+from dist_ssl import config as config_module
 from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
 from dist_ssl.models import build_model
@@ -85,17 +86,50 @@ def step_and_return(config: Config, steps: int) -> dict[tuple[str, str, int], Te
     return held(model)
 
 
-def save_after(config: Config, steps: int, more: int = 0) -> tuple[Any, Any]:
+def save_after(config: Config, steps: int, more: int = 0, **options: Any) -> tuple[Any, Any]:
     """Take steps, save as the next incarnation; return what this rank held then, and after some more steps."""
     model, shapes = build(config), build_model(config)
     take_steps(model, shapes, range(steps))
-    incarnation = distributed.broadcast_object(take_incarnation(config.run.dir) if distributed.rank() == 0 else None)
-    checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
-    checkpointer.save(RunState(steps, steps * 4, "", "data"), dict(model.model.named_buffers()))
-    checkpointer.wait()
+    save(config, model, steps, **options)
     saved = held(model)
     take_steps(model, shapes, range(steps, steps + more))
     return saved, held(model)
+
+
+def save(config: Config, model: engine.Engine, steps: int, last_step: int | None = None) -> None:
+    """Commit as the next incarnation, which went on from `last_step`, or from whatever is there."""
+    incarnation = distributed.broadcast_object(take_incarnation(config.run.dir) if distributed.rank() == 0 else None)
+    store, last_step = checkpoint.checkpoint_store(config), steps if last_step is None else last_step
+    checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=last_step)
+    state = RunState(steps, steps * 4, config_module.dumps(config), "data")
+    checkpointer.save(state, dict(model.model.named_buffers()))
+    checkpointer.wait()
+
+
+def go_on_and_save(config: Config, steps: int) -> int:
+    """Commit what the newest valid checkpoint holds as another step; returns the one it was."""
+    model = build(config)
+    found = checkpoint.newest_valid(checkpoint.checkpoint_store(config))
+    assert found is not None
+    checkpoint.load(found, model)
+    save(config, model, steps, last_step=found.step)
+    return found.step
+
+
+def refusal(config: Config, kind: str, value: float, poisoned_rank: int) -> str:
+    """What saving after a step raises where one rank holds a value that is not finite, in the last element."""
+    model = build(config)
+    take_steps(model, build_model(config), range(1))
+    if distributed.rank() == poisoned_rank:
+        f = model.fragments[-1]
+        state = {"buffer": next(b for b in model.model.buffers() if b.is_floating_point()), "master": f.of(f.flat)}
+        state |= {name: f.of(tensor) for name, tensor in model.optimizer.state[f.flat].items() if tensor.dim()}
+        state[kind].view(-1)[-1] = value
+    try:
+        save(config, model, 4, last_step=2)
+    except checkpoint.NotFiniteCheckpoint as error:
+        return str(error)
+    return "nothing was raised"
 
 
 def synced_and_renamed(config: Config, steps: int) -> list[tuple[str, str]]:
@@ -133,7 +167,7 @@ def save_error(config: Config, steps: int) -> str:
 def load_and_step(config: Config, start: int, more: int) -> tuple[Any, Any]:
     """Load the newest checkpoint; return what is held right after, and after some more steps."""
     model = build(config)
-    found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+    found = checkpoint.newest_valid(checkpoint.checkpoint_store(config))
     assert found is not None
     state = checkpoint.load(found, model)
     assert (state.step, state.cursor) == (start, start * 4)
@@ -165,14 +199,14 @@ def newest_step(config: Config) -> tuple[int | str, list[str]]:
     """The step of the newest valid checkpoint, or the error; and what was warned of."""
     with messages() as said:
         try:
-            found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+            found = checkpoint.newest_valid(checkpoint.checkpoint_store(config))
         except ValueError as error:
             return str(error), said
     return -1 if found is None else int(found.manifest["step"]), said
 
 
 def full_state(config: Config, step: int) -> dict[str, Tensor]:
-    return checkpoint.read_model_state(checkpoint.checkpoint_url(config), step, config.storage)
+    return checkpoint.read_model_state(checkpoint.open_checkpoint(checkpoint.checkpoint_store(config), step))
 
 
 def step_directories(config: Config) -> list[str]:

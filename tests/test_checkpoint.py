@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from dist_ssl import checkpoint, config
-from dist_ssl.config import UserError
+from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.storage import Store
 from tests import engines
 from tests.pool import ranks
+from tests.proxy import faulty_proxy
 from tests.s3 import s3_server
 from tests.trajectory import small_config
 
@@ -159,7 +161,7 @@ def test_a_forged_manifest_does_not_make_a_pickle_load(run, harm):
     (step, said), _ = ranks(2).run(engines.newest_step, run)
     assert step == 3
     assert "not a safetensors file" in said[0]
-    forged = checkpoint.open_checkpoint(checkpoint.checkpoint_url(run), 5, run.storage)
+    forged = checkpoint.open_checkpoint(checkpoint.checkpoint_store(run), 5)
     with pytest.raises(ValueError, match="not a safetensors file"):
         forged.tensors("master")
     assert not list(Path(run.run.dir).rglob("ran"))
@@ -178,7 +180,7 @@ def test_a_manifest_of_another_form_is_named(run, change, said):
     manifest = files_of(run, 5)[-1]
     sign(manifest, json.loads(json.loads(manifest.read_text())["manifest"]) | change)
     with pytest.raises(checkpoint.DamagedCheckpoint, match=rf"step-00000005/manifest\.json: .*{said}"):
-        checkpoint.open_checkpoint(checkpoint.checkpoint_url(run), 5, run.storage)
+        checkpoint.open_checkpoint(checkpoint.checkpoint_store(run), 5)
 
 
 def test_export_is_loaded_by_plain_torchvision(tmp_path):
@@ -205,6 +207,51 @@ def test_retention_keeps_the_last_every_nth_and_step_zero(tmp_path):
         ranks(2).run(engines.save_after, settings, steps)
     kept = [0, 4, 5, 6]
     assert engines.step_directories(settings) == [f"step-{step:08d}" for step in kept]
+
+
+def test_what_is_damaged_holds_no_place_of_the_last_ones(run):
+    truncate(files_of(run, 5)[0])
+    settings = config.with_overrides(run, ["checkpoint.keep_last=2"])
+    assert ranks(2).run(engines.go_on_and_save, settings, 7) == [3, 3]
+    assert engines.step_directories(settings) == [f"step-{step:08d}" for step in (0, 3, 7)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "poisoned_rank", "stage"),
+    [
+        ("master", float("nan"), 1, 1),
+        ("exp_avg", float("-inf"), 1, 3),
+        ("exp_avg_sq", float("inf"), 1, 0),
+        ("buffer", float("nan"), 0, 1),
+    ],
+)
+def test_what_is_not_finite_is_refused_on_all_ranks_and_named(run, kind, value, poisoned_rank, stage):
+    settings = config.with_overrides(run, [f"engine.zero_stage={stage}"])
+    name = {"buffer": "running_mean/replicated"}.get(kind, f"{kind}@")
+    expected = (
+        rf"checkpoint of step 4 not written: rank \d: NaN or infinite: [\w./]*{name}\S*; "
+        "the one of step 2 is the last good one"
+    )
+    said = ranks(2).run(engines.refusal, settings, kind, value, poisoned_rank)
+    assert all(re.fullmatch(expected, one) for one in said), said
+    assert checkpoint.committed_steps(checkpoint.checkpoint_store(run)) == [0, 3, 5]
+
+
+def test_an_object_store_is_asked_for_neighbours_at_once(whole_run, tmp_path, monkeypatch):
+    """What all ranks need is 16 tensors in one file."""
+    shutil.copytree(whole_run / "checkpoints", tmp_path / "bucket" / "run")
+    with s3_server(tmp_path) as server, faulty_proxy(server.port) as proxy:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        found = checkpoint.open_checkpoint(Store("s3://bucket/run", StorageConfig(endpoint_url=proxy.endpoint_url)), 5)
+        local = checkpoint.open_checkpoint(Store(str(whole_run / "checkpoints"), StorageConfig()), 5)
+        for kind, most in (("replicated", 3), ("master", 6)):
+            asked = proxy.requests
+            tensors, expected = found.tensors(kind), local.tensors(kind)
+            assert proxy.requests - asked <= most
+            assert tensors.keys() == expected.keys()
+            assert len(tensors) > 10
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
 def test_a_refused_write_is_an_error_and_leaves_the_one_before(run):

@@ -75,10 +75,11 @@ def measure(stage: int, optimizer: str, directory: str) -> tuple[int, int, int]:
     if distributed.rank() == 0:
         take_incarnation(directory)
     distributed.gather_objects(None)
-    writer = Checkpointer(config, model.fragments, model.optimizer, 1)
+    store = checkpoint.checkpoint_store(config)
+    writer = Checkpointer(store, directory, config.checkpoint, model, 1)
     writer.save(RunState(3, 0, configuration.dumps(config), ""), dict(model.model.named_buffers()))
     writer.wait()
-    files = Path(checkpoint.step_url(checkpoint.checkpoint_url(config), 3)).rglob("*.safetensors")
+    files = Path(store.url(checkpoint.step_name(3))).rglob("*.safetensors")
     return held, round(sent), sum(file.stat().st_size for file in files)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
-from dist_ssl.storage import files as storage
+from dist_ssl.storage import files
 from tests.proxy import faulty_proxy
 from tests.s3 import S3Server, s3_server
 
@@ -92,6 +94,24 @@ def test_local_files(tmp_path: Path) -> None:
     assert not storage.exists(url, LOCAL)
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(url, LOCAL)
+
+
+def test_a_store_is_a_root_with_its_settings(server: S3Server, tmp_path: Path) -> None:
+    """Names are relative, whatever the root's spelling; it goes to other processes."""
+    config = StorageConfig(endpoint_url=server.endpoint_url, retry_seconds=5)
+    for root in (str(tmp_path / "root"), f"file://{tmp_path}/root/", "s3://bucket/root", "memory://root"):
+        store = pickle.loads(pickle.dumps(storage.Store(root, config)))
+        assert store.names() == []
+        store.write("b/c", memoryview(b"0123456789"))
+        store.at("a").write("x", b"")
+        assert store.names() == ["a/x", "b/c"]
+        assert store.at("b").names() == ["c"]
+        assert store.read("b/c", 2, 5) == storage.read_bytes(store.url("b/c"), config, 2, 5) == b"234"
+        assert store.size("b/c") == 10
+        assert store.local_path("b/c") == (str(tmp_path / "root/b/c") if storage.is_local(root) else None)
+        store.remove("b/c")
+        store.remove("a", recursive=True)
+        assert store.names() == []
 
 
 def _umask() -> int:
@@ -174,7 +194,7 @@ def test_the_budget_ends_retries_with_an_error_that_says_all(server: S3Server) -
 def test_an_outage_is_told_of_while_it_lasts(
     server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(files, "QUIET_SECONDS", 0.5)
     with faulty_proxy(server.port, refused=1.0) as proxy:
         config = StorageConfig(endpoint_url=proxy.endpoint_url, retry_seconds=4)
         with pytest.raises(storage.StorageError):
@@ -188,7 +208,7 @@ def test_a_store_that_goes_silent_is_given_up(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes the connection and never says a word; it takes in small bodies, and of large ones what buffers hold."""
-    monkeypatch.setattr(storage, "SLOWEST_BYTES_PER_SECOND", 2**26)
+    monkeypatch.setattr(files, "SLOWEST_BYTES_PER_SECOND", 2**26)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         config = StorageConfig(endpoint_url=endpoint, retry_seconds=0.5, timeout_seconds=0.5)

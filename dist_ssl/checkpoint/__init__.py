@@ -5,17 +5,18 @@ evaluation its model, `write_export` others an encoder. Nothing is ever unpickle
 """
 
 from dist_ssl.checkpoint.export import export_encoder, load_run, read_model_state, read_run_config, write_export
-from dist_ssl.checkpoint.layout import checkpoint_url, committed_steps, newest_incarnation, step_url, take_incarnation
 from dist_ssl.checkpoint.read import Checkpoint, DamagedCheckpoint, RunState, load, newest_valid, open_checkpoint
-from dist_ssl.checkpoint.write import Checkpointer, Fenced
+from dist_ssl.checkpoint.write import Checkpointer, Fenced, NotFiniteCheckpoint
+from dist_ssl.storage.layout import checkpoint_store, committed_steps, newest_incarnation, step_name, take_incarnation
 
 __all__ = [
     "Checkpoint",
     "Checkpointer",
     "DamagedCheckpoint",
     "Fenced",
+    "NotFiniteCheckpoint",
     "RunState",
-    "checkpoint_url",
+    "checkpoint_store",
     "committed_steps",
     "export_encoder",
     "load",
@@ -25,7 +26,7 @@ __all__ = [
     "open_checkpoint",
     "read_model_state",
     "read_run_config",
-    "step_url",
+    "step_name",
     "take_incarnation",
     "write_export",
 ]

@@ -1,11 +1,9 @@
 """Checkpoints: fragments of named parameters, committed as one transaction, read back at any world size and ZeRO stage.
 
-    step-00001200/i0007/rank-00003.safetensors   what rank 3 of incarnation 7 held: masters, optimizer state, buffers
-    step-00001200/i0007/state.json               step, cursor, config, hash of the data, versions
-    step-00001200/manifest.json                  written last: sizes, checksums, and where each fragment stands
-
-A directory without a manifest that holds is not a checkpoint. Files of two incarnations never share a name, so an older
-one that is still alive can't damage what a newer one writes; it sees the newer one's number before it commits.
+A step has a file of each rank (masters and optimizer state; rank 0's has the buffers too), a state (step, cursor,
+config, hash of the data, versions) and, written last, a manifest: sizes, checksums, and where each fragment stands.
+Without a manifest that holds there is no checkpoint. Files of two incarnations never share a name, so an older one that
+is still alive can't damage what a newer one writes; it sees the newer one's number before it commits.
 Nothing is ever unpickled. Reading needs neither DeepSpeed nor a process group.
 """
 
@@ -21,14 +19,15 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
-from dist_ssl import storage
 from dist_ssl.checkpoint.file import FileReader
-from dist_ssl.checkpoint.layout import committed_steps, step_url
-from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.config import UserError
 from dist_ssl.distributed import broadcast_object, gather_objects, rank, together, world_size
+from dist_ssl.storage import Store
+from dist_ssl.storage.layout import MANIFEST, committed_steps, step_name
 
 log = logging.getLogger(__name__)
 FORMAT = 1
+PROBE = "probe."  # the names of the online probe's tensors, which are no part of the model
 
 
 class DamagedCheckpoint(ValueError):
@@ -52,20 +51,27 @@ class RunState:
 class Checkpoint:
     """A committed checkpoint whose manifest holds."""
 
-    url: str
-    storage: StorageConfig
+    store: Store
     manifest: dict[str, Any]
     _readers: dict[str, FileReader] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return self.store.root
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
 
     def verify(self, name: str, keep: bool = False) -> str | None:
         """What is wrong with one of its files, or None. With `keep` what was fetched is there for `read`."""
         described = self.manifest["files"][name]
         try:
-            size = storage.size(storage.join(self.url, name), self.storage)
+            size = self.store.size(name)
             if size != described["bytes"]:
                 return f"{name}: expected {described['bytes']} bytes, found {size}"
             reader = self._reader(name)
-            if reader.checksum(size, keep) != described["crc32"]:
+            if reader.checksum(keep) != described["crc32"]:
                 return f"{name}: its checksum does not match: damaged"
             if name.endswith(".safetensors"):
                 _ = reader.header
@@ -74,8 +80,7 @@ class Checkpoint:
         return None
 
     def state(self) -> RunState:
-        raw = storage.read_bytes(storage.join(self.url, self.manifest["state"]), self.storage)
-        return RunState(**json.loads(raw))
+        return RunState(**json.loads(self.store.read(self.manifest["state"])))
 
     def kinds(self) -> set[str]:
         return {entry["kind"] for entry in self.manifest["fragments"]} - {"replicated"}
@@ -98,15 +103,16 @@ class Checkpoint:
 
     def _reader(self, file: str) -> FileReader:
         if file not in self._readers:
-            self._readers[file] = FileReader(storage.join(self.url, file), self.storage)
+            self._readers[file] = FileReader(self.store, file, self.manifest["files"][file]["bytes"])
         return self._readers[file]
 
     def tensors(self, kind: str, prefix: str = "") -> dict[str, Tensor]:
         """Whole tensors of a kind ("master" or "replicated") whose name starts with `prefix`, on the CPU."""
+        wanted = [
+            (name, entries) for (name, of), entries in self._index.items() if of == kind and name.startswith(prefix)
+        ]
         found: dict[str, Tensor] = {}
-        for (name, entry_kind), entries in self._index.items():
-            if entry_kind != kind or not name.startswith(prefix):
-                continue
+        for name, entries in sorted(wanted, key=lambda item: self._place(item[1][0])):
             shape = entries[0]["shape"]
             if kind == "replicated":
                 reader = self._reader(entries[0]["file"])
@@ -118,6 +124,9 @@ class Checkpoint:
             found[name] = flat.view(shape)
         return found
 
+    def _place(self, entry: dict[str, Any]) -> tuple[str, int]:
+        return entry["file"], self._reader(entry["file"]).place(entry["key"])
+
     @cached_property
     def _index(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
         index: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -126,10 +135,10 @@ class Checkpoint:
         return index
 
 
-def open_checkpoint(url: str, step: int, config: StorageConfig) -> Checkpoint:
+def open_checkpoint(store: Store, step: int) -> Checkpoint:
     """Raises DamagedCheckpoint where the manifest does not hold, FileNotFoundError where there is none."""
-    directory = step_url(url, step)
-    raw = storage.read_bytes(storage.join(directory, "manifest.json"), config)
+    store = store.at(step_name(step))
+    raw = store.read(MANIFEST)
     try:
         signed = json.loads(raw)
         if isal_zlib.crc32(signed["manifest"].encode()) != signed["crc32"]:
@@ -141,22 +150,22 @@ def open_checkpoint(url: str, step: int, config: StorageConfig) -> Checkpoint:
         if missing := {manifest["state"], *(entry["file"] for entry in manifest["fragments"])} - files:
             raise ValueError(f"it tells neither size nor checksum of {sorted(missing)[0]}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{directory}/manifest.json: {error}") from None
-    return Checkpoint(directory, config, manifest)
+        raise DamagedCheckpoint(f"{store.url(MANIFEST)}: {error}") from None
+    return Checkpoint(store, manifest)
 
 
-def newest_valid(url: str, config: StorageConfig) -> Checkpoint | None:
+def newest_valid(store: Store) -> Checkpoint | None:
     """The newest checkpoint every file of which holds, or None where none is committed. Collective.
 
     The ranks check a share of the files each. Warns of each damaged one that it passes over; raises UserError where
     all are damaged.
     """
-    steps = broadcast_object(committed_steps(url, config) if rank() == 0 else None)
+    steps = broadcast_object(committed_steps(store) if rank() == 0 else None)
     for step in reversed(steps):
         problems = []
         found = None
         try:
-            found = open_checkpoint(url, step, config)
+            found = open_checkpoint(store, step)
             names = sorted(found.manifest["files"])[rank() :: world_size()]
             problems = [problem for name in names if (problem := found.verify(name, keep=True))]
         except (OSError, DamagedCheckpoint) as error:
@@ -167,7 +176,7 @@ def newest_valid(url: str, config: StorageConfig) -> Checkpoint | None:
         if rank() == 0:
             log.warning("checkpoint of step %d is damaged, trying the one before it: %s", step, "; ".join(problems))
     if steps:
-        raise UserError(f"{url}: all {len(steps)} checkpoints are damaged; --restart begins a new run")
+        raise UserError(f"{store.root}: all {len(steps)} checkpoints are damaged; --restart begins a new run")
     return None
 
 
@@ -201,7 +210,7 @@ def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = No
                 raise DamagedCheckpoint(f"{checkpoint.url}: the buffer {name} is not there")
             buffer.copy_(saved[name])
         if probe is not None:
-            held = {name.removeprefix("probe."): t for name, t in saved.items() if name.startswith("probe.")}
+            held = {name.removeprefix(PROBE): t for name, t in saved.items() if name.startswith(PROBE)}
             if held:
                 probe.load_state_dict(held)
     checkpoint.close()

@@ -16,13 +16,25 @@ import torch.distributed as dist
 from isal import isal_zlib
 from torch import Tensor
 
-from dist_ssl import storage
 from dist_ssl.checkpoint.export import write_export
 from dist_ssl.checkpoint.file import HostBuffer
-from dist_ssl.checkpoint.layout import checkpoint_url, committed_steps, newest_incarnation, step_url, steps_in
-from dist_ssl.checkpoint.read import FORMAT, RunState
-from dist_ssl.config import Config
+from dist_ssl.checkpoint.read import FORMAT, PROBE, RunState, open_checkpoint
+from dist_ssl.config import CheckpointConfig
 from dist_ssl.distributed import rank, world_size
+from dist_ssl.storage import Store
+from dist_ssl.storage.layout import (
+    MANIFEST,
+    export_path,
+    newest_incarnation,
+    rank_name,
+    state_name,
+    step_name,
+    steps_in,
+)
+
+
+class NotFiniteCheckpoint(RuntimeError):
+    """The state that was to be saved holds a NaN or an infinity: it was not committed. The same on all ranks."""
 
 
 class Fenced(RuntimeError):
@@ -32,18 +44,27 @@ class Fenced(RuntimeError):
 class Checkpointer:
     """Saves an engine's state: training waits for one copy to host memory, a thread does the rest.
 
-    At most one save is under way. The thread talks to the other ranks by a process group of its own.
+    At most one save is under way. The thread talks to the other ranks by a process group of its own. `last_step` is
+    that of the checkpoint that the run goes on from.
     """
 
-    def __init__(self, config: Config, fragments: list[Any], optimizer: torch.optim.Optimizer, incarnation: int):
-        self._config, self._incarnation = config, incarnation
-        self._fragments, self._optimizer = fragments, optimizer
-        self._url = checkpoint_url(config)
+    def __init__(
+        self,
+        store: Store,
+        run_dir: str | Path,
+        config: CheckpointConfig,
+        engine: Any,
+        incarnation: int,
+        *,
+        last_step: int = -1,
+    ):
+        self._store, self._run_dir, self._config, self._incarnation = store, run_dir, config, incarnation
+        self._fragments, self._optimizer = engine.fragments, engine.optimizer
         self._buffer = HostBuffer()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._commits = 0
-        self.last_step = -1  # of the last save that was started
+        self._resumed, self._committed = last_step, set[int]()
+        self.last_step = last_step  # the newest that is known to hold: resumed from, or committed since; -1 for none
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def save(self, state: RunState, replicated: dict[str, Tensor]) -> None:
@@ -58,11 +79,10 @@ class Checkpointer:
             table += [_entry(name, "replicated", t.shape, 0, t.numel()) for name, t in replicated.items()]
         scalars = _scalars(self._optimizer)
         self._buffer.fill(tensors)
-        self.last_step = state.step
         state = RunState(**(asdict(state) | {"optimizer_scalars": scalars}))
         self._thread = threading.Thread(target=self._write, args=(state, table), name="checkpoint", daemon=True)
         self._thread.start()
-        if not self._config.checkpoint.asynchronous:
+        if not self._config.asynchronous:
             self.wait()
 
     def failed(self) -> bool:
@@ -101,18 +121,23 @@ class Checkpointer:
     def _write(self, state: RunState, table: list[dict[str, Any]]) -> None:
         """In the thread: this rank's file, then, when all ranks' files are durable, the commit by rank 0."""
         answer: dict[str, Any] = {"table": table}
-        directory = step_url(self._url, state.step)
+        directory = self._store.at(step_name(state.step))
         try:
-            name = f"i{self._incarnation:04d}/rank-{rank():05d}.safetensors"
-            answer["files"] = {name: self._put(storage.join(directory, name), self._buffer.view())}
+            self._check_finite()
+            name = rank_name(self._incarnation, rank())
+            answer["files"] = {name: _put(directory, name, self._buffer.view())}
         except BaseException as error:
-            answer["error"] = f"rank {rank()}: {error}"
+            answer |= {"error": f"rank {rank()}: {error}", "kind": type(error)}
         try:
             answers = self._gather(answer)
             errors = [a["error"] for a in answers if "error" in a]
             outcome: BaseException | None = None
             if errors:
-                outcome = OSError(f"checkpoint of step {state.step} not written: {'; '.join(errors)}")
+                said = f"checkpoint of step {state.step} not written: {'; '.join(errors)}"
+                if any(a.get("kind") is NotFiniteCheckpoint for a in answers):
+                    outcome = NotFiniteCheckpoint(f"{said}; the one of step {self.last_step} is the last good one")
+                else:
+                    outcome = OSError(said)
             elif rank() == 0:
                 try:
                     self._commit(directory, state, answers)
@@ -120,13 +145,16 @@ class Checkpointer:
                     outcome = error
             # Rank 0's outcome is everybody's.
             self._failure = self._gather(outcome)[0]
+            if self._failure is None:
+                self.last_step = state.step
         except BaseException as error:
             self._failure = error
 
-    def _put(self, url: str, data: memoryview) -> dict[str, int]:
-        described = {"bytes": len(data), "crc32": isal_zlib.crc32(data)}
-        storage.write_bytes(url, data if storage.is_local(url) else bytes(data), self._config.storage)  # type: ignore[arg-type]
-        return described
+    def _check_finite(self) -> None:
+        # The probe is only a diagnostic: nothing is computed from it.
+        if names := [name for name in self._buffer.not_finite() if not name.startswith(PROBE)]:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise NotFiniteCheckpoint(f"NaN or infinite: {', '.join(names[:3])}{more}")
 
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
@@ -135,17 +163,16 @@ class Checkpointer:
         dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
-    def _commit(self, directory: str, state: RunState, answers: list[dict[str, Any]]) -> None:
-        newest = newest_incarnation(self._config.run.dir)
+    def _commit(self, directory: Store, state: RunState, answers: list[dict[str, Any]]) -> None:
+        newest = newest_incarnation(self._run_dir)
         if newest != self._incarnation:
             raise Fenced(
-                f"incarnation {newest} of {self._config.run.dir} has started while this one, {self._incarnation}, was "
+                f"incarnation {newest} of {self._run_dir} has started while this one, {self._incarnation}, was "
                 "alive: stopping without writing, the newer one goes on"
             )
         files = {name: described for answer in answers for name, described in answer["files"].items()}
-        name = f"i{self._incarnation:04d}/state.json"
-        text = json.dumps(asdict(state), indent=1).encode()
-        files[name] = self._put(storage.join(directory, name), memoryview(text))
+        name = state_name(self._incarnation)
+        files[name] = _put(directory, name, json.dumps(asdict(state), indent=1).encode())
         manifest = {
             "format": FORMAT,
             "step": state.step,
@@ -157,27 +184,30 @@ class Checkpointer:
             ],
         }
         body = json.dumps(manifest)
-        signed = json.dumps({"crc32": isal_zlib.crc32(body.encode()), "manifest": body})
-        storage.write_bytes(storage.join(directory, "manifest.json"), signed.encode(), self._config.storage)
-        self._commits += 1
-        if state.step and (every := self._config.checkpoint.export_every_commits) and self._commits % every == 0:
-            target = Path(self._config.run.dir, "export", f"step-{state.step:08d}.safetensors")
-            write_export(self._config, state.step, target)
+        directory.write(MANIFEST, json.dumps({"crc32": isal_zlib.crc32(body.encode()), "manifest": body}).encode())
+        self._committed.add(state.step)
+        if state.step and (every := self._config.export_every_commits) and len(self._committed) % every == 0:
+            write_export(open_checkpoint(self._store, state.step), export_path(self._run_dir, state.step))
         self._clean_up(state.step)
 
     def _clean_up(self, newest: int) -> None:
-        """Remove what retention lets go and what was never committed; only ever after a commit."""
-        config, present = self._config.checkpoint, steps_in(self._url, self._config.storage)
-        committed = [step for step in committed_steps(self._url, self._config.storage) if step <= newest]
-        kept = {0, *committed[-config.keep_last :]}
-        if config.keep_every_steps:
-            kept |= {step for step in committed if step % config.keep_every_steps == 0}
-        for step in sorted(present - kept):
+        """Remove what retention lets go, what was never committed, and what was damaged; only ever after a commit."""
+        present, every = steps_in(self._store), self._config.keep_every_steps
+        # Those between the one that was resumed from and our own were passed over on resume: they don't hold.
+        known = {step for step in present if step <= self._resumed} | self._committed
+        committed = sorted(step for step in known if present[step])
+        kept = {0, *committed[-self._config.keep_last :]} | {step for step in committed if every and step % every == 0}
+        for step in sorted(present.keys() - kept):
             if step < newest:
-                directory = step_url(self._url, step)
                 # Without its manifest a half-removed checkpoint is none.
-                storage.remove(storage.join(directory, "manifest.json"), self._config.storage)
-                storage.remove(directory, self._config.storage, recursive=True)
+                self._store.at(step_name(step)).remove(MANIFEST)
+                self._store.remove(step_name(step), recursive=True)
+
+
+def _put(store: Store, name: str, data: bytes | memoryview) -> dict[str, int]:
+    described = {"bytes": len(data), "crc32": isal_zlib.crc32(data)}
+    store.write(name, data)
+    return described
 
 
 def _entry(name: str, kind: str, shape: Any, offset: int, length: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class DataConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="of what a rank took since it started, or of the files of `shards write`, or of 1000 if that is more",
+        description="of what a rank took since its start, or of the files of `shards write`; of 1000 at least",
     )
 
 

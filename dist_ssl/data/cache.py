@@ -3,7 +3,8 @@
 A file's name is a digest of the shard's full URL, size and crc32 (what the manifest promises; unlike an ETag it costs
 no request and is checked against the bytes). Whoever holds a shard's lock file may fetch it: under another name,
 checked, then renamed, so that a file under its final name is whole. A kill leaves a partial file and a lock that the
-kernel frees. A file may be evicted while it is read: an open descriptor keeps its bytes.
+kernel frees. Whoever reads a file holds a shared lock on it, and only what nobody has open is evicted: a file that is
+deleted while it is open would stay on the disk, uncounted.
 """
 
 from __future__ import annotations
@@ -47,23 +48,26 @@ class ShardCache:
         return self._directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:40]}.tar"
 
     def open(self, shard: Shard) -> int | None:
-        """A descriptor of the shard, None where it isn't here."""
+        """A descriptor of the shard, which is not evicted before that is closed; None where it isn't here."""
         try:
             descriptor = os.open(self.path(shard), os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(descriptor).st_size != shard.num_bytes:
-            os.close(descriptor)
+        if _try_lock(descriptor, fcntl.LOCK_SH) and (found := os.fstat(descriptor)).st_nlink:
+            if found.st_size == shard.num_bytes:
+                return descriptor
             self.drop(shard)
-            return None
-        return descriptor
+        os.close(descriptor)
+        return None
 
     def touch(self, shard: Shard) -> None:
         with contextlib.suppress(OSError):
             os.utime(self.path(shard))
 
     def drop(self, shard: Shard) -> None:
+        """Remove a damaged file, of which others may be reading: what they then get is damaged too."""
         with contextlib.suppress(FileNotFoundError):
+            os.truncate(self.path(shard), 0)  # so that its bytes don't outlive its name
             os.unlink(self.path(shard))
 
     def fetch(self, shard: Shard, stop: Callable[[], bool] = lambda: False, wait: bool = False) -> bool:
@@ -111,7 +115,9 @@ class ShardCache:
             for entry in os.scandir(self._directory):
                 with contextlib.suppress(FileNotFoundError):
                     if entry.name.endswith((".tar", ".part")):
-                        files.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+                        found = entry.stat()
+                        on_disk = max(found.st_size, found.st_blocks * 512)
+                        files.append((found.st_mtime, on_disk, Path(entry.path)))
             used, now = sum(size for _, size, _ in files), time.time()
             for touched, size, path in sorted(files):
                 if used + num_bytes <= self._limit:
@@ -139,12 +145,15 @@ class ShardCache:
 
 
 def _evict(path: Path) -> bool:
-    """Remove a shard; a partial one only where nobody is fetching it."""
-    with _locked(path.with_suffix(".lock")) as mine:
-        if mine:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-        return mine
+    """Remove a shard that nobody reads, or a partial one that nobody is fetching."""
+    with _locked(path.with_suffix(".lock")) as mine, contextlib.suppress(FileNotFoundError):
+        if not mine:
+            return False
+        with open(path, "rb+") as file:
+            if not _try_lock(file.fileno()):
+                return False
+            path.unlink()
+    return True
 
 
 @contextlib.contextmanager
@@ -171,9 +180,9 @@ def _modified(path: Path) -> float:
     return 0.0
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

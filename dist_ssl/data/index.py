@@ -225,9 +225,7 @@ def common_directory(urls: Sequence[str]) -> str:
 
 def absolute(url: str) -> str:
     """Local paths in one spelling, so that they compare; other URLs as they are."""
-    if not storage.is_local(url):
-        return url
-    return str(storage.filesystem(url, StorageConfig())[1])
+    return storage.local_path(url) or url
 
 
 def _read_manifest(url: str, config: StorageConfig) -> Manifest:

@@ -36,13 +36,13 @@ class Reader:
 
     def __init__(self, manifest: Manifest, storage_config: StorageConfig, data: DataConfig):
         self.manifest, self._storage, self._data = manifest, storage_config, data
-        self._max_open = max(64, 2 * data.streams * data.block_shards)  # the working set, and that after it
         self.remote = not all(storage.is_local(shard.url) for shard in manifest.shards)
         self._reset()
 
     def _reset(self) -> None:
         self._indexes: OrderedDict[int, MemberIndex] = OrderedDict()
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: dict[int, int] = {}
+        self._aimed: set[int] = set()
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
         self._requests: ThreadPoolExecutor | None = None
@@ -50,9 +50,7 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            name: value
-            for name, value in vars(self).items()
-            if name in ("manifest", "_storage", "_data", "_max_open", "remote")
+            name: value for name, value in vars(self).items() if name in ("manifest", "_storage", "_data", "remote")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,7 +67,11 @@ class Reader:
         self._reset()
 
     def aim(self, now: Sequence[int], later: Sequence[int]) -> None:
-        """Fetch the shards that are read now to the cache, then those that are read later. Nothing for local ones."""
+        """Fetch to the cache the shards that are read now, then those that are read later; local ones are not fetched.
+
+        Only these, and those of the batch at hand, are kept open.
+        """
+        self._aimed = {*now, *later}
         if not self.remote:
             return
         if self._ahead is None:
@@ -86,8 +88,6 @@ class Reader:
     def index(self, shard: int) -> MemberIndex:
         if shard not in self._indexes:
             self._indexes[shard] = read_member_index(self.manifest.shards[shard], self._storage)
-            while len(self._indexes) > self._max_open:
-                self._indexes.popitem(last=False)
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
 
@@ -97,6 +97,7 @@ class Reader:
 
     def images(self, shards: NDArray[np.int64], members: NDArray[np.int64]) -> list[bytes | BadSample]:
         """The image bytes of samples, in the order asked for; BadSample where they are not those that were indexed."""
+        self._let_go(self._aimed.union(shards.tolist()))
         self._load_indexes(shards)
         wanted = []
         for shard, member in zip(shards.tolist(), members.tolist(), strict=True):
@@ -127,6 +128,13 @@ class Reader:
         except (ValueError, RecursionError):
             return None
         return parsed if all(isinstance(one, dict) for one in parsed) else None
+
+    def _let_go(self, kept: set[int]) -> None:
+        """Close what is not read any more: while a shard is open, no process can evict it."""
+        for shard in self._files.keys() - kept:
+            os.close(self._files.pop(shard))
+        while len(self._indexes) > 2 * len(kept):
+            self._indexes.popitem(last=False)
 
     def _load_indexes(self, shards: NDArray[np.int64]) -> None:
         """Read missing member indexes at once: one after another, a first batch of many shards would take seconds."""
@@ -191,16 +199,13 @@ class Reader:
     def _open(self, shard: int) -> int | None:
         if shard not in self._files:
             listed = self.manifest.shards[shard]
-            if storage.is_local(listed.url):
-                descriptor: int | None = os.open(storage.filesystem(listed.url, self._storage)[1], os.O_RDONLY)
+            if (path := storage.local_path(listed.url)) is not None:
+                descriptor: int | None = os.open(path, os.O_RDONLY)
             else:
                 descriptor = self._opened_cache().open(listed)
             if descriptor is None:
                 return None
             self._files[shard] = descriptor
-            while len(self._files) > self._max_open:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
         return self._files[shard]
 
     def _forget(self, shard: int) -> bool:

@@ -213,9 +213,8 @@ class _Training(Dataset[Any]):
 
     def _aim(self, cursor: int) -> None:
         """Fetch ahead what this rank reads in the blocks that its streams are in, then in those after them."""
-        if self.reader.remote:
-            streams = _rank_streams(self.config, self.rank, self.world_size)
-            self.reader.aim(*self.plan.upcoming_shards(cursor, streams, 2))
+        streams = _rank_streams(self.config, self.rank, self.world_size)
+        self.reader.aim(*self.plan.upcoming_shards(cursor, streams, 2))
 
 
 class _Evaluation(Dataset[Any]):

@@ -18,7 +18,7 @@ import torch
 
 from dist_ssl import config as configuration
 from dist_ssl import distributed
-from dist_ssl.checkpoint import load_run, step_url
+from dist_ssl.checkpoint import checkpoint_store, load_run, step_name
 from dist_ssl.config import Config, UserError
 from dist_ssl.data.progress import Progress
 from dist_ssl.evaluation import features as feature_files
@@ -58,7 +58,7 @@ def run_subject(run_dir: Path, step: int | None, overrides: list[str], name: str
     if name is not None:
         folder = folder / name
     return Subject(
-        step_url(saved.checkpoint.url or str(Path(run_dir) / "checkpoints"), step),
+        checkpoint_store(saved).url(step_name(step)),
         step,
         config,
         Readable(model.encoder, model.head),

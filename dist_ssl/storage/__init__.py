@@ -1,5 +1,6 @@
 """Files and object stores through fsspec: allowed schemes, retried reads, atomic writes, whole files in ranges.
 
+An opened `Store` is what travels: a root URL and how it is reached, bound once; the functions take both each time.
 A URL can make a run fail with a clear error; it can't start a shell or leak credentials into a log.
 """
 
@@ -13,6 +14,7 @@ from dist_ssl.storage.files import (
     is_local,
     join,
     list_files,
+    local_path,
     read_bytes,
     redact,
     remove,
@@ -21,10 +23,12 @@ from dist_ssl.storage.files import (
     write_bytes,
     write_file,
 )
+from dist_ssl.storage.store import Store
 
 __all__ = [
     "SCHEMES",
     "StorageError",
+    "Store",
     "check_length",
     "check_url",
     "exists",
@@ -32,6 +36,7 @@ __all__ = [
     "is_local",
     "join",
     "list_files",
+    "local_path",
     "read_bytes",
     "redact",
     "remove",

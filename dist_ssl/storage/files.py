@@ -82,10 +82,8 @@ def redact(text: str) -> str:
 def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path in it. Raises UserError for a scheme that isn't allowed."""
     scheme = check_url(url)
-    if scheme == "file":
-        path = url[len("file:") :] if url.startswith("file:") else url
-        path = "/" + path.lstrip("/") if path.startswith("//") else path
-        return fsspec.filesystem("file"), os.path.abspath(path)
+    if (local := local_path(url)) is not None:
+        return fsspec.filesystem("file"), local
     options: dict[str, Any] = {}
     if scheme == "s3":
         if config.endpoint_url:
@@ -146,6 +144,14 @@ def _s3_session(profile: str | None) -> Any:
 
 def is_local(url: str) -> bool:
     return check_url(url) == "file"
+
+
+def local_path(url: str) -> str | None:
+    """The absolute path that a URL of this machine's file system means; None for an object store's."""
+    if not is_local(url):
+        return None
+    path = url.removeprefix("file:")
+    return os.path.abspath("/" + path.lstrip("/") if path.startswith("//") else path)
 
 
 def join(url: str, *parts: str) -> str:
@@ -235,11 +241,11 @@ def check_length(url: str, system: Any, path: str, stop: int) -> None:
         )
 
 
-def write_bytes(url: str, data: bytes, config: StorageConfig) -> None:
+def write_bytes(url: str, data: bytes | memoryview, config: StorageConfig) -> None:
     """Write a whole file, atomically: under another name, fsync, rename (local), or one put (store). Retried."""
     system, path = filesystem(url, config)
     if not is_local(url):
-        retry(url, config, lambda: _upload(system, "pipe_file", len(data), config, path, data))
+        retry(url, config, lambda: _upload(system, "pipe_file", len(data), config, path, bytes(data)))
         return
     with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -313,17 +319,20 @@ def size(url: str, config: StorageConfig) -> int:
     return int(retry(url, config, lambda: system.info(path))["size"])
 
 
-def list_files(url: str, config: StorageConfig) -> list[str]:
-    """URLs of all files under a directory, sorted; empty where there is none."""
+def find(url: str, config: StorageConfig) -> list[str]:
+    """Paths, in `filesystem`'s spelling, of all files under a directory; empty where there is none."""
     system, path = filesystem(url, config)
-    scheme = check_url(url)
-    if scheme == "file":
-        return sorted(system.find(path))
     try:
-        found = retry(url, config, lambda: system.find(path))
+        return list(retry(url, config, lambda: system.find(path)))
     except FileNotFoundError:
         return []
-    return sorted(system.unstrip_protocol(name) for name in found)
+
+
+def list_files(url: str, config: StorageConfig) -> list[str]:
+    """URLs of all files under a directory, sorted; empty where there is none."""
+    system, _ = filesystem(url, config)
+    found = find(url, config)
+    return sorted(found if is_local(url) else map(system.unstrip_protocol, found))
 
 
 def remove(url: str, config: StorageConfig, recursive: bool = False) -> None:

@@ -10,12 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dist_ssl import checkpoint, storage
+from dist_ssl import checkpoint
 from dist_ssl import config as config_module
-from dist_ssl.checkpoint import Checkpoint, RunState, take_incarnation
+from dist_ssl.checkpoint import Checkpoint, RunState
 from dist_ssl.config import Config, UserError
 from dist_ssl.distributed import broadcast_object, raise_together, rank, together
 from dist_ssl.engine.optimizers import learning_rate
+from dist_ssl.storage import Store
+from dist_ssl.storage.layout import checkpoint_store, committed_steps, take_incarnation
 from dist_ssl.training.observability import trim_run
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,11 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
         except OSError as cause:
             error = UserError(f"run.dir = {run_dir}: expected a directory that can be written: {cause}")
     raise_together(error)
-    found = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+    store = checkpoint_store(config)
+    found = checkpoint.newest_valid(store)
     if found is None and (run_dir / "metrics.jsonl").exists():
         raise UserError(
-            f"{checkpoint.checkpoint_url(config)}: {run_dir} has been trained but no checkpoint is there; "
+            f"{store.root}: {run_dir} has been trained but no checkpoint is there; "
             "put it back, or begin anew with --restart"
         )
     state = found.state() if found is not None else None
@@ -51,7 +54,7 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
         incarnation = take_incarnation(run_dir) if rank() == 0 else 0
     incarnation = broadcast_object(incarnation)
     if rank() == 0:
-        storage.write_bytes(str(run_dir / "config.toml"), config_module.dumps(config).encode(), config.storage)
+        Store(str(run_dir), config.storage).write("config.toml", config_module.dumps(config).encode())
         if state is not None:
             log.info("%s: going on from step %d as incarnation %d", run_dir, state.step, incarnation)
             trim_run(run_dir, state.step)
@@ -66,7 +69,7 @@ def _set_aside(config: Config, run_dir: Path) -> None:
         os.rename(run_dir, aside)
         log.info("the run that was in %s is now in %s", run_dir, aside)
     url = config.checkpoint.url
-    if url and checkpoint.committed_steps(url, config.storage):
+    if url and committed_steps(checkpoint_store(config)):
         raise UserError(
             f"checkpoint.url = {url}: expected it empty for a restart, but a run's checkpoints are there; "
             "give another one or remove them"

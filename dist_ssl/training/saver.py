@@ -20,10 +20,11 @@ class Saver:
     def __init__(self, config: Config, checkpointer: Checkpointer, model: Engine, probe: OnlineProbe | None):
         self._config, self._checkpointer = config, checkpointer
         self._model, self._probe = model, probe
-        self._saved_at = time.monotonic()
+        self._saved_step, self._saved_at = checkpointer.last_step, time.monotonic()  # of the last save that was started
 
     @property
     def last_step(self) -> int:
+        """The step of the newest checkpoint that holds; after `wait` the same on all ranks."""
         return self._checkpointer.last_step
 
     def wish(self) -> bool:
@@ -33,7 +34,7 @@ class Saver:
 
     def is_due(self, step: int, heard: Asked) -> bool:
         every = self._config.checkpoint.every_steps
-        return heard.save_due or step // every > self.last_step // every
+        return heard.save_due or step // every > self._saved_step // every
 
     def failed(self) -> bool:
         """Whether the last save has failed by now on this rank."""
@@ -45,7 +46,7 @@ class Saver:
         if self._probe is not None:
             replicated |= {f"probe.{name}": tensor for name, tensor in self._probe.state_dict().items()}
         self._checkpointer.save(replace(state, versions=versions()), replicated)
-        self._saved_at = time.monotonic()
+        self._saved_step, self._saved_at = state.step, time.monotonic()
 
     def wait(self) -> None:
         """Until nothing is being written. Raises, on all ranks, what made the last save fail."""

@@ -67,10 +67,10 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     probe = None
     if config.diagnostics.online_probe and manifest.classes:
         probe = OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
-    checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
     if found is not None:
         checkpoint.load(found, model, probe)
-        checkpointer.last_step = state.step
+    store, last_step = checkpoint.checkpoint_store(config), state.step if found is not None else -1
+    checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=last_step)
     saver = Saver(config, checkpointer, model, probe)
     run = Run(
         config=config,

@@ -37,7 +37,8 @@ def measure(folder: str, repetitions: int) -> list[dict[str, float]]:
     shapes = engines.build_model(config)
     engines.take_steps(model, shapes, range(1))
     incarnation = distributed.broadcast_object(take_incarnation(config.run.dir) if distributed.rank() == 0 else None)
-    checkpointer = Checkpointer(config, model.fragments, model.optimizer, incarnation)
+    store = checkpoint.checkpoint_store(config)
+    checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation)
     found = []
     for number in range(repetitions + 1):
         seconds: dict[str, float] = {}
@@ -58,7 +59,7 @@ def measure(folder: str, repetitions: int) -> list[dict[str, float]]:
         for file in [own, *Path(config.run.dir, "checkpoints").rglob("*.safetensors")]:
             drop_from_cache(file)
         with timed(seconds, "load"):
-            newest = checkpoint.newest_valid(checkpoint.checkpoint_url(config), config.storage)
+            newest = checkpoint.newest_valid(store)
             assert newest is not None
             checkpoint.load(newest, model)
         with timed(seconds, "of it gathering"):  # the new weights to all ranks, over gloo: no reading

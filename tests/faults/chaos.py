@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 import torch
 
-from dist_ssl import checkpoint
 from dist_ssl.checkpoint import newest_incarnation
 from dist_ssl.config import Config, StorageConfig
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
+from tests import engines
 from tests.faults.forked import ForkedLaunch
 from tests.faults.harness import Launch, last_step, send
 from tests.trajectory import ledger, losses, small_config
@@ -164,10 +164,7 @@ class Chaos:
         self.say(f"{self.steps} losses, worst relative difference {worst:.2g}")
         if worst > (0 if self.fixed_ranks else 1e-3):
             problems.append(f"losses differ by {worst:.2g}")
-        weights = [
-            checkpoint.read_model_state(checkpoint.checkpoint_url(c), self.steps, StorageConfig())
-            for c in (quiet, chaotic)
-        ]
+        weights = [engines.full_state(c, self.steps) for c in (quiet, chaotic)]
         if self.fixed_ranks and not all(torch.equal(t, weights[1][name]) for name, t in weights[0].items()):
             problems.append("final weights differ")
         return problems

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_ssl import distributed
+from dist_ssl import distributed, engine
 from dist_ssl.augment.parameters import BRIGHTNESS, JITTER
 from dist_ssl.config import Config
 from dist_ssl.data.stream import Batch, Batches
@@ -104,6 +104,23 @@ def _at_each_step(act: Callable[[int, Tensor], None]) -> Iterator[None]:
         yield
     finally:
         train.build_model = real
+
+
+def pretrain_with_poisoned_momentum(config: Config, at_step: int) -> int:
+    """Rank 1's optimizer state gets a NaN before a step is applied: loss and gradients are finite, the weights not."""
+    built: list[engine.Engine] = []
+    real = engine.initialize
+    engine.initialize = lambda *arguments: built.append(real(*arguments)) or built[0]
+
+    def poison(step: int, batch: Batch) -> None:
+        if step == at_step + 1:
+            f = built[0].fragments[0]
+            f.of(built[0].optimizer.state[f.flat]["exp_avg"])[0] = float("nan")
+
+    try:
+        return _pretrain(config, poison)
+    finally:
+        engine.initialize = real
 
 
 def pretrain_with_signal(config: Config, at_step: int, number: int) -> int:

@@ -15,7 +15,8 @@ import torch
 
 from dist_ssl import checkpoint
 from dist_ssl.config import StorageConfig
-from tests import trajectory
+from dist_ssl.storage import Store
+from tests import engines, trajectory
 from tests.faults import inject
 from tests.faults.harness import ROOT, Launch, last_step, send
 from tests.pool import RankFailed, ranks
@@ -44,7 +45,7 @@ def settings(folder, shards, *overrides):
 
 def outcome(config):
     run_dir = trajectory.Path(config.run.dir)
-    state = checkpoint.read_model_state(checkpoint.checkpoint_url(config), STEPS, config.storage)
+    state = engines.full_state(config, STEPS)
     return losses(run_dir), ledger(run_dir), state
 
 
@@ -89,7 +90,7 @@ def test_sigterm_commits_and_exits_75(tmp_path, small_shards, undisturbed, to_la
     else:
         send(launch.ranks()[1:], signal.SIGUSR1)
     assert launch.wait(60) == 75, launch.said()
-    steps = checkpoint.committed_steps(checkpoint.checkpoint_url(config), config.storage)
+    steps = checkpoint.committed_steps(checkpoint.checkpoint_store(config))
     assert steps[-1] == last_step(launch.run_dir) >= 5
     goes_on(config)
     same_bits(outcome(config), undisturbed)
@@ -117,7 +118,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, small_shards):
     launch.process.wait()
     _, alive = psutil.wait_procs(left, timeout=30)
     assert not alive
-    steps = checkpoint.committed_steps(str(tmp_path / "run" / "checkpoints"), StorageConfig())
+    steps = checkpoint.committed_steps(Store(str(tmp_path / "run" / "checkpoints"), StorageConfig()))
     assert steps[-1] >= 5  # they committed before they ended
 
 
@@ -153,7 +154,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, small_shards):
     lines = [json.loads(line) for line in (tmp_path / "run" / "ledger-rank0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("skipped")] == [3, 4]
     assert [line["step"] for line in lines] == list(range(1, 9))
-    state = checkpoint.read_model_state(checkpoint.checkpoint_url(config), 8, config.storage)
+    state = engines.full_state(config, 8)
     assert all(torch.isfinite(tensor.double()).all() for tensor in state.values())
     assert state["encoder.stem.1.num_batches_tracked"] == 6
 
@@ -163,7 +164,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, small_shards):
     with pytest.raises(RankFailed, match=r"step 7, rank 1: the loss is nan.*step 4, is intact") as failure:
         ranks(2).run(inject.pretrain_with_poison, config, list(range(5, 20)))
     assert all("NotFinite" in text for text in failure.value.tracebacks)
-    state = checkpoint.read_model_state(checkpoint.checkpoint_url(config), 4, config.storage)
+    state = engines.full_state(config, 4)
     assert all(torch.isfinite(tensor.double()).all() for tensor in state.values())
 
 

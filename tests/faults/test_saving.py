@@ -16,7 +16,7 @@ from tests.trajectory import small_config
 
 
 def committed(config):
-    return checkpoint.committed_steps(checkpoint.checkpoint_url(config), config.storage)
+    return checkpoint.committed_steps(checkpoint.checkpoint_store(config))
 
 
 def test_by_the_clock(tmp_path, small_shards):
@@ -61,6 +61,18 @@ def test_a_failed_write_in_the_background_stops_the_next_step(tmp_path, small_sh
         assert re.match(r"(OSError|StorageError): checkpoint of step 10 not written: rank 0", error)
     assert 10 <= last_step(tmp_path / "run") < 20  # long before the next save would have found out
     assert committed(config) == [0]
+
+
+def test_weights_that_are_not_finite_end_the_run_and_the_last_good_ones_go_on(tmp_path, small_shards):
+    config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=2", "train.steps=6")
+    with pytest.raises(RankFailed) as failure:
+        ranks(2).run(inject.pretrain_with_poisoned_momentum, config, 4)
+    for said in failure.value.tracebacks:
+        assert re.search(r"NotFiniteCheckpoint: checkpoint of step 4 not written: rank 1: NaN or infinite: \w", said)
+        assert "; the one of step 2 is the last good one" in said
+    assert committed(config) == [0, 2]
+    assert ranks(2).run(trajectory.pretrain, config) == [0, 0]
+    assert committed(config)[-1] == 6
 
 
 def test_nothing_is_removed_before_a_newer_one_is_committed(tmp_path):
