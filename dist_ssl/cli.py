@@ -16,9 +16,8 @@ import typer
 
 from dist_ssl import __version__
 from dist_ssl.config import UserError
+from dist_ssl.config.environment import EXIT_FENCED
 from dist_ssl.storage import StorageError
-
-EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -240,39 +239,6 @@ def shards_verify(
     if damages:
         raise typer.Exit(1)
     typer.echo(f"{location}: whole")
-
-
-@app.command()
-def lab(
-    config: Annotated[Path, typer.Argument(help="A config with a [lab] section, such as configs/lab_cpu.toml.")],
-    cell: Annotated[int | None, typer.Option(help="Run this cell only: for a job array.")] = None,
-    summary_only: Annotated[bool, typer.Option("--summary", help="Run nothing; sum up what is done.")] = False,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Compare projection heads on one set of data: a grid of pretrainings, one table, one figure, one paragraph.
-
-    Example: dist-ssl lab configs/lab_cpu.toml
-
-    Example: sbatch --array=0-11 --wrap 'dist-ssl lab configs/lab_gpu.toml --cell $SLURM_ARRAY_TASK_ID'
-    """
-    import rich
-
-    from dist_ssl import config as configuration
-    from dist_ssl.evaluation import lab as laboratory
-    from dist_ssl.evaluation import lab_summary
-    from dist_ssl.evaluation.results import write_json
-    from dist_ssl.report import lab_page
-
-    loaded = configuration.load(config, overrides)
-    grid = laboratory.done(loaded) if summary_only else laboratory.run(loaded, cell)
-    if cell is not None:
-        return
-    summary, folder = lab_summary.summarize_lab(grid), Path(loaded.run.dir)
-    write_json(folder / "lab.json", lab_summary.to_json(summary))
-    lab_summary.show(summary, rich.print)
-    typer.echo(lab_page.build(summary, folder.name, folder / "lab.html"))
-    if summary["done"] < summary["cells"] and not summary_only:
-        raise typer.Exit(1)
 
 
 def _set_up_logging() -> None:
