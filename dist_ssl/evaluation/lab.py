@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, LabConfig, UserError
+from dist_ssl.evaluation.results import stored
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,8 @@ class Cell:
 
     def results(self) -> dict[str, Any] | None:
         """The newest evaluation's results, None where the cell is not done."""
-        found = list(self.folder.glob("evaluation/step-*/results.json"))
-        newest = max(found, key=lambda path: int(path.parent.name.removeprefix("step-")), default=None)
-        return None if newest is None else json.loads(newest.read_text())
+        own = [one.values for one in stored(self.folder) if one.name == ""]
+        return own[-1] if own else None
 
 
 def cells(config: Config) -> list[Cell]:
