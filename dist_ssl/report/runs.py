@@ -31,8 +31,9 @@ class Run:
         return list(dict.fromkeys(one.data for one in sorted(self.results, key=lambda one: one.name)))
 
     def on(self, data: tuple[str, ...]) -> list[Stored]:
-        """Its results on one data set, in the order of steps."""
-        return [one for one in self.results if one.data == data]
+        """Its results on one data set, in the order of steps; of one step those without a name last."""
+        found = [one for one in self.results if one.data == data]
+        return sorted(found, key=lambda one: (one.step or 0, one.name == ""))
 
     def latest(self) -> Stored | None:
         """The newest checkpoint's results on its own data, or on the first of others."""

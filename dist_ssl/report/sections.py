@@ -58,15 +58,13 @@ def of_one(run: Run) -> list[str]:
     if latest is None:
         return [not_evaluated(run)]
     parts = [_headline(latest.values), _probes("What the frozen encoder knows", latest.values)]
-    parts += [head_information(latest.values), _over_steps(run)]
+    alike = [one for one in run.on(latest.data) if one.name == latest.name]
+    parts += [head_information(latest.values), _over_steps(alike)]
     for one in run.results:
-        if one.data != latest.data:
-            parts.append(_probes(f"On {one.name or 'its own data'}{_at(one)}", one.values))
+        if one not in alike:
+            step = "" if one.step is None else f", step {one.step}"
+            parts.append(_probes(f"On {_data_name([one])}{step}", one.values))
     return parts
-
-
-def _at(one: Stored) -> str:
-    return "" if one.step is None else f", step {one.step}"
 
 
 def _headline(results: dict[str, Any]) -> str:
@@ -195,10 +193,10 @@ def head_information(results: dict[str, Any]) -> str:
     return section("What the head keeps, and what it throws away", grid(figures) + details, lead)
 
 
-def _over_steps(run: Run) -> str:
-    own = [(one.step or 0, one.values) for one in run.on(run.data()[0])]
-    if len({step for step, _ in own}) < 2:
+def _over_steps(results: list[Stored]) -> str:
+    if len(results) < 2:
         return ""
+    own = [(one.step or 0, one.values) for one in results]
     figures = []
     for probe in ("linear", "knn"):
         series = []
