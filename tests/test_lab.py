@@ -109,6 +109,13 @@ def test_a_real_grid_goes_on_where_it_stopped_and_is_summed_up(tmp_path):
     assert summary["paragraph"] in " ".join((tmp_path / "lab" / "lab.html").read_text().split())
     assert to_json(summarize_lab(lab.cells(config)))["paragraph"] == summary["paragraph"]
     assert "linear" in done.output
+    # A look at a cell on other data, here with the splits exchanged, does not become the cell's result.
+    shards = [f"{tmp_path}/lab/data/{split}" for split in ("test", "train")]
+    arguments = ["--train-shards", shards[0], "--test-shards", shards[1], "--probes", "knn"]
+    other = CliRunner().invoke(app, ["evaluate", str(first.folder), *arguments])
+    assert other.exit_code == 0, other.output
+    assert "step-2/data-" in other.output.replace("\n", "")
+    assert set(first.results()["probes"]) == {"linear", "knn"}
     # Cells that are not alike are not compared.
     for keys in (["train.steps=3"], ["train.steps=3", "--summary"]):
         other = CliRunner().invoke(app, ["lab", str(file), "--set", *keys])
