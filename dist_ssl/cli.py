@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +100,7 @@ def evaluate(
     train_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are fitted on.")] = None,
     test_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are scored on.")] = None,
     probes: Annotated[str | None, typer.Option(help="Comma-separated; see evaluation.probes.")] = None,
-    name: Annotated[str | None, typer.Option(help="Sub-folder for these results, such as the data's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The data's name; theirs or their hash's by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Anybody's weights instead of a run.")] = None,
     encoder: Annotated[str | None, typer.Option(help="The encoder that the weights are of.")] = None,
     config: Annotated[Path | None, typer.Option(help="Config for the weights' evaluation.")] = None,
@@ -119,34 +120,36 @@ def evaluate(
     from dist_ssl import config as configuration
     from dist_ssl import distributed
     from dist_ssl.evaluation import evaluate as evaluation
-    from dist_ssl.evaluation.results import show
+    from dist_ssl.evaluation.results import FILE, show
 
-    overrides = list(overrides)
+    overrides, other_name = list(overrides), None
     if data is not None:
         train_shards, test_shards = train_shards or f"{data}/train", test_shards or f"{data}/test"
-        name = name or Path(data).name
+        other_name = Path(data).name
     for key, value in (("train_shards", train_shards), ("test_shards", test_shards)):
         overrides += [f"evaluation.{key}={json.dumps(value)}"] if value is not None else []
     if probes is not None:
         overrides += [f"evaluation.probes={json.dumps([p for p in probes.split(',') if p])}"]
     if (run is None) == (weights is None) or (weights is None) != (encoder is None):
         raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
+    if name is not None and Path(name).name != name:
+        raise UserError(f"--name {name}: expected the name of a folder, without a path")
     world = distributed.initialize()
-    try:
-        if run is not None:
-            subject = evaluation.run_subject(run, checkpoint, overrides, name)
-        else:
-            assert weights is not None
-            assert encoder is not None
-            base = configuration.load(config) if config is not None else configuration.Config()
-            base = configuration.with_overrides(base, [f"model.encoder={json.dumps(encoder)}", *overrides])
-            subject = evaluation.weights_subject(weights, encoder, base, output)
-        results = evaluation.evaluate(subject, world.device)
-        if world.rank == 0:
-            show(results, rich.print)
-            rich.print(f"{subject.folder / 'results.json'}")
-    finally:
-        distributed.shutdown()
+    if run is not None:
+        subject = evaluation.run_subject(run, checkpoint, overrides, name, other_name)
+    else:
+        assert weights is not None
+        assert encoder is not None
+        # What a head keeps is nobody's question about weights without one, until it is asked.
+        unasked = [f"model.encoder={json.dumps(encoder)}", 'evaluation.probes=["linear", "knn"]']
+        base = configuration.load(config) if config is not None else configuration.Config()
+        base = configuration.with_overrides(base, [*unasked[: 1 if config is not None else 2], *overrides])
+        subject = evaluation.weights_subject(weights, encoder, base, output, name)
+    done = evaluation.evaluate(subject, world.device)
+    if world.rank == 0:
+        show(done.values, rich.print)
+        typer.echo(f"{done.folder / FILE}; as a page: dist-ssl report {run or subject.folder}")
+    distributed.shutdown()
 
 
 @app.command()
@@ -163,39 +166,6 @@ def report(
     from dist_ssl.report.page import build
 
     typer.echo(build(runs, output))
-
-
-@app.command()
-def lab(
-    config: Annotated[Path, typer.Argument(help="A config with a [lab] section, such as configs/lab_cpu.toml.")],
-    cell: Annotated[int | None, typer.Option(help="Run this cell only: for a job array.")] = None,
-    summary_only: Annotated[bool, typer.Option("--summary", help="Run nothing; sum up what is done.")] = False,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Compare projection heads on one set of data: a grid of pretrainings, one table, one figure, one paragraph.
-
-    Example: dist-ssl lab configs/lab_cpu.toml
-
-    Example: sbatch --array=0-11 --wrap 'dist-ssl lab configs/lab_gpu.toml --cell $SLURM_ARRAY_TASK_ID'
-    """
-    import rich
-
-    from dist_ssl import config as configuration
-    from dist_ssl.evaluation import lab as laboratory
-    from dist_ssl.evaluation import lab_summary
-    from dist_ssl.evaluation.results import write_json
-    from dist_ssl.report import lab_page
-
-    loaded = configuration.load(config, overrides)
-    grid = laboratory.done(loaded) if summary_only else laboratory.run(loaded, cell)
-    if cell is not None:
-        return
-    summary, folder = lab_summary.summarize_lab(grid), Path(loaded.run.dir)
-    write_json(folder / "lab.json", lab_summary.to_json(summary))
-    lab_summary.show(summary, rich.print)
-    typer.echo(lab_page.build(summary, folder.name, folder / "lab.html"))
-    if summary["done"] < summary["cells"] and not summary_only:
-        raise typer.Exit(1)
 
 
 def _set_up_logging() -> None:
@@ -277,8 +247,11 @@ def show_config(
     typer.echo(configuration.dumps_with_origins(resolved, configuration.origins(file, overrides)), nl=False)
 
 
-def run(app: typer.Typer, is_first: bool = True) -> None:
-    """Run a command line and exit with its code; a user's mistake is one line on stderr, of one rank, and code 2."""
+def run(app: typer.Typer) -> None:
+    """Run a command line and exit with its code; a user's mistake is one line on stderr and code 2.
+
+    Of several ranks the first that fails says why, and all exit with its code.
+    """
     usage_error: Any = typer.BadParameter.__base__  # typer exports no name for it
     code = EXIT_USERS_MISTAKE
     try:
@@ -296,25 +269,32 @@ def run(app: typer.Typer, is_first: bool = True) -> None:
         problem = f"out of memory: {error}; lower train.global_batch_size, augment.crop_size or data.num_workers"
     except StorageError as error:
         problem, code = str(error), 1  # unlike a mistake of the user's, this may pass: launchers start again
+    except Exception as error:
+        code = EXIT_FENCED if type(error).__name__ == "Fenced" else 1
+        problem = str(error) if code == EXIT_FENCED else f"unexpected\n{traceback.format_exc()}".rstrip()
+    is_first, code = _first_to_fail(code)
     if is_first:
         print(f"error: {problem}", file=sys.stderr)
+    if code == EXIT_FENCED:
+        from dist_ssl.training.interrupts import tell_the_launcher
+
+        tell_the_launcher(code)
     sys.exit(code)
 
 
-def main() -> None:
-    """The entry point `dist-ssl`."""
-    _set_up_logging()
-    try:
-        # Errors are raised on all ranks alike: one of them says it.
-        run(app, is_first=rank_in_environment() == 0)
-    except RuntimeError as error:
-        if type(error).__name__ != "Fenced":
-            raise
-        from dist_ssl.training.interrupts import tell_the_launcher
+def _first_to_fail(code: int) -> tuple[bool, int]:
+    """Whether this rank has to say its error, and the code to exit with."""
+    distributed = sys.modules.get("dist_ssl.distributed")  # a mistake that is found at once does not wait for torch
+    if distributed is None or distributed.world_size() == 1:
+        return rank_in_environment() == 0, code  # all ranks find the same
+    told: tuple[bool, int] = distributed.fail(code)
+    return told
 
-        print(f"error: {error}", file=sys.stderr)
-        tell_the_launcher(EXIT_FENCED)
-        sys.exit(EXIT_FENCED)
+
+def main() -> None:
+    """The command line of this process, be it one of many ranks."""
+    _set_up_logging()
+    run(app)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,9 @@ from dist_ssl.config.environment import ranks_in_environment
 
 # torch 2.14 renamed it and warns of the old name; 2.11 knows only that one.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+GOODBYE_SECONDS = 5.0  # how long a failed rank 0 stays for the others to ask who failed
+
+_store: dist.Store | None = None  # of the process group, for ranks that can't meet in a collective any more
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,47 @@ def initialize(timeout_minutes: float = 30.0) -> World:
         if int(values["WORLD_SIZE"]) == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
+            global _store
+            _store, index, size = next(dist.rendezvous("env://", timeout=timeout))
+            _store.set_timeout(timeout)
+            dist.init_process_group(
+                backend, store=_store, rank=index, world_size=size, timeout=timeout, device_id=device if cuda else None
+            )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, int(values["LOCAL_WORLD_SIZE"]), device)
 
 
 def shutdown() -> None:
-    """Leave the process group, so that no rank is torn down while another still waits for it. Collective."""
+    """Leave the process group, so that no rank is torn down while another still waits for it. Collective.
+
+    Not for a `finally`: after an error on one rank the others wait elsewhere. That is what `fail` is for.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def fail(exit_code: int) -> tuple[bool, int]:
+    """(whether this rank is the first that failed, the first one's exit code); call it before exiting on an error.
+
+    Not collective, since the others may wait in any collective: they fail in it as this rank's connections close, ask
+    here too, and learn that theirs is not the error to be told. (What waits inside NCCL is ended by its launcher.)
+    """
+    if _store is None or not dist.is_initialized():
+        return True, exit_code
+    mine = f"{rank()} {exit_code}"
+    try:
+        first = _store.compare_set("failed", "", mine).decode()
+        failed = _store.add("num_failed", 1)
+        if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            # The store is in this process: it stays until the others have asked.
+            size, deadline = world_size(), time.monotonic() + GOODBYE_SECONDS
+            dist.destroy_process_group()
+            while failed < size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                failed = _store.add("num_failed", 0)
+    except RuntimeError:  # the store went with rank 0: killed, it told nobody why
+        return True, exit_code
+    return first == mine, int(first.split()[1])
 
 
 def gather_rows(rows: Tensor, rows_per_rank: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ssl.config import Config, UserError
+from dist_ssl.evaluation.results import converged, newest, stored
 
 
 def combinations(base: Config, keys: list[str]) -> list[list[str]]:
@@ -42,6 +43,8 @@ def table(folder: str | Path) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if any(cell.endswith("%*") for line in lines for cell in line):
+        text += "\n\n\\* the probe's fit did not converge"
     (Path(folder) / "table.md").write_text(text + "\n")
     return text
 
@@ -49,7 +52,7 @@ def table(folder: str | Path) -> str:
 def progress(run_dir: Path) -> str:
     """One line: the last logged step and loss, and how the last start ended."""
     metrics, starts = _last_line(run_dir / "metrics.jsonl"), _last_line(run_dir / "slurm" / "starts.jsonl")
-    trained = f"step {metrics['step']}, loss {metrics['loss']:.4f}" if metrics else "no step logged yet"
+    trained = f"step {metrics['step']}, loss {_loss(metrics)}" if metrics else "no step logged yet"
     match starts:
         case None:
             return f"{trained}; not started yet"
@@ -66,14 +69,18 @@ def _row(run: Path) -> dict[str, str]:
     row = {"run": run.name}
     metrics, starts = _last_line(run / "metrics.jsonl"), _last_line(run / "slurm" / "starts.jsonl")
     row["state"] = str(starts and starts["event"])
-    row |= {"step": str(metrics["step"]), "loss": f"{metrics['loss']:.4f}"} if metrics else {}
-    results = sorted(run.glob("evaluation/step-*/results.json"))
-    if results:
-        probes = json.loads(results[-1].read_text())["probes"]
-        row |= {
-            f"{probe} {layer}": f"{probes[probe][layer]['top1']:.1%}" for probe in probes for layer in probes[probe]
-        }
+    row |= {"step": str(metrics["step"]), "loss": _loss(metrics)} if metrics else {}
+    for one in newest(stored(run)):
+        prefix = f"{one.name}: " if one.name else ""
+        for probe, layers in one.values["probes"].items():
+            for layer, value in layers.items():
+                row[f"{prefix}{probe} {layer}"] = f"{value['top1']:.1%}{'' if converged(value) else '*'}"
     return row
+
+
+def _loss(metrics: dict[str, Any]) -> str:
+    """JSON knows no NaN: a loss that was not finite is null in metrics.jsonl."""
+    return "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
 
 
 def _last_line(path: Path) -> Any:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,7 @@ from dist_ssl.evaluation.frozen import (
     with_batch_statistics,
 )
 from dist_ssl.models import build_encoder, build_model
+from dist_ssl.report.page import build
 from tests.pool import ranks
 
 CPU = torch.device("cpu")
@@ -77,7 +81,7 @@ def subject_of(config, folder):
 
 def test_evaluate_writes_results_that_name_layers_digests_and_intervals(labelled, tmp_path):
     config = config_of(labelled)
-    found = evaluate.evaluate(subject_of(config, tmp_path), CPU)
+    found = evaluate.evaluate(subject_of(config, tmp_path), CPU).values
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found))
     assert found["layers"] == ["h", "g1", "z", "h_untrained"]
     assert found["encoder_digest"]["before"] == found["encoder_digest"]["after"]
@@ -87,6 +91,7 @@ def test_evaluate_writes_results_that_name_layers_digests_and_intervals(labelled
             value = found["probes"][probe][layer]
             assert value["interval"][0] <= value["top1"] <= value["interval"][1]
             assert value["top1"] == pytest.approx(np.mean(value["seeds"]))
+            assert len(value.get("fits", ())) == (2 if probe == "linear" else 0)
     tasks = found["head_information"]["tasks"]
     assert {"quarter turn", "colour or grey", "class", "hue", "rotation"} <= set(tasks)
     assert tasks["quarter turn"]["kind"] == "transformation"
@@ -96,6 +101,35 @@ def test_evaluate_writes_results_that_name_layers_digests_and_intervals(labelled
         assert all(value["bits"] <= task["entropy_bits"] for value in task["layers"].values())
     assert (tmp_path / "pictures.npz").exists()
     assert not list(tmp_path.glob("head_*"))
+
+
+def test_results_are_kept_by_checkpoint_and_data(labelled, tmp_path):
+    """One data set after another, then the first again, another time with the same name: nothing is overwritten."""
+    folder, few = tmp_path / "evaluation" / "step-3", {"probes": ["knn"], "num_seeds": 1}
+    own = config_of(labelled, **few)
+    other = config_of(labelled, **few, train_shards=f"{labelled}/test", test_shards=f"{labelled}/train")
+    (tmp_path / "config.toml").write_text(configuration.dumps(own))
+
+    def run(config, name):
+        return evaluate.evaluate(replace(subject_of(config, folder), name=name), CPU)
+
+    first, second = run(own, ""), run(other, None)
+    assert first.folder == folder
+    assert re.fullmatch("data-[0-9a-f]{8}", second.name)
+    assert run(own, "").folder == first.folder
+    assert run(other, None).folder == second.folder
+    named, clash = run(own, "shapes"), run(other, "shapes")
+    assert (named.name, clash.name) == ("shapes", second.name.replace("data", "shapes"))
+    assert json.loads((folder / "results.json").read_text())["data"]["test_images"] == 50
+    assert run(other, "").folder == second.folder  # its own place is taken by results on other data
+    text = build([tmp_path]).read_text()
+    assert all(f"On {one.name}, step 3" in text for one in (second, named, clash))
+    assert f"--train-shards {labelled}/test --test-shards {labelled}/train --name {clash.name}" in text
+    # Runs are compared on each data set that they share.
+    shutil.copytree(tmp_path, tmp_path.parent / "twin", ignore=shutil.ignore_patterns("features", "data-*", "shapes*"))
+    text = build([tmp_path.parent / "twin", tmp_path], tmp_path / "both.html").read_text()
+    assert text.count("What the frozen encoders know, on ") == 2
+    assert "Not evaluated on these images: twin" in text
 
 
 @pytest.mark.parametrize("what", ["a weight", "a running statistic", "training mode"])
@@ -172,7 +206,7 @@ def test_features_are_those_of_the_model_and_an_interrupted_extraction_goes_on(l
 
 def _evaluate_on_this_rank(data, folder):
     config = config_of(data, num_seeds=1, head_information_images=64)
-    return evaluate.evaluate(subject_of(config, Path(folder)), CPU)
+    return evaluate.evaluate(subject_of(config, Path(folder)), CPU).values
 
 
 @pytest.mark.slow
@@ -225,39 +259,51 @@ class Evil:
         return (self.path.touch, ())
 
 
-def test_foreign_weights_run_no_code(tmp_path):
+def test_foreign_weights_run_no_code_and_say_so_in_a_clean_line(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Evil(tmp_path / "was here")}))
-    with pytest.raises(UserError, match="not loaded at all"):
-        load_foreign(tmp_path / "evil.pth", "resnet_tiny", 16)
+    torch.save(build_encoder("resnet_tiny", 16), tmp_path / "whole.pth")
+    (tmp_path / "noise.pth").write_bytes(b"noise\x1b[1m" * 100)
+    (tmp_path / "empty.pth").touch()
+    expected = {"evil": "", "noise": "", "empty": "", "whole": "ResNetTiny, which is code; save the model's state_dict"}
+    for name, reason in expected.items():
+        with pytest.raises(UserError, match="not loaded at all: ") as caught:
+            load_foreign(tmp_path / f"{name}.pth", "resnet_tiny", 16)
+        assert str(caught.value).isprintable()
+        assert reason in str(caught.value)
+        assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "was here").exists()
     (tmp_path / "noise.safetensors").write_bytes(b"noise" * 100)
     with pytest.raises(UserError, match="not a safetensors file"):
         load_foreign(tmp_path / "noise.safetensors", "resnet_tiny", 16)
 
 
+def command_evaluates(weights, *arguments):
+    """`dist-ssl evaluate` of weights of a tiny encoder, as a user calls it."""
+    from dist_ssl.cli import app
+
+    save_file(build_encoder("resnet_tiny", 16).state_dict(), weights)
+    settings = ["--set", "evaluation.image_size=16", "--set", "evaluation.num_workers=0"]
+    done = CliRunner().invoke(
+        app, ["evaluate", "--weights", str(weights), "--encoder", "resnet_tiny", *settings, *arguments]
+    )
+    assert done.exit_code == 0, done.output
+    return done.output, json.loads((weights.parent / f"{weights.stem}-evaluation" / "results.json").read_text())
+
+
 def test_the_command_evaluates_anybodys_weights(labelled, tmp_path):
     from dist_ssl.cli import app
 
-    save_file(build_encoder("resnet_tiny", 16).state_dict(), tmp_path / "theirs.safetensors")
-    done = CliRunner().invoke(
-        app,
-        (
-            f"evaluate --weights {tmp_path}/theirs.safetensors --encoder resnet_tiny --data {labelled} --probes knn "
-            "--set evaluation.image_size=16 --set evaluation.num_workers=0"
-        ).split(),
-    )
-    assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "theirs-evaluation" / "results.json").read_text())
+    _, found = command_evaluates(tmp_path / "theirs.safetensors", "--data", str(labelled), "--probes", "knn")
     assert found["layers"] == ["h", "h_untrained"]
     assert found["step"] is None
-    missing = CliRunner().invoke(app, ["evaluate", "--weights", "x.pth"])
-    assert isinstance(missing.exception, UserError)
+    assert "theirs.safetensors names the class" in build([tmp_path / "theirs-evaluation"]).read_text()
+    for wrong in (["--weights", "x.pth"], ["runs/x", "--name", "../x"]):
+        assert isinstance(CliRunner().invoke(app, ["evaluate", *wrong]).exception, UserError)
 
 
 def test_images_without_labels_get_what_needs_none_and_half_labelled_ones_an_error(tmp_path):
     from dist_ssl.data.shards import write_shards
     from dist_ssl.data.sources import open_source
-    from dist_ssl.report.page import build
 
     generator = np.random.default_rng(0)
     (tmp_path / "flat").mkdir()
@@ -267,11 +313,18 @@ def test_images_without_labels_get_what_needs_none_and_half_labelled_ones_an_err
     source = open_source(f"folder:{tmp_path}/flat")
     write_shards(source, str(tmp_path / "data"), StorageConfig(), test_fraction=0.3, num_workers=0)
     config = config_of(tmp_path / "data")
-    found = evaluate.evaluate(subject_of(config, tmp_path / "evaluation" / "step-3"), CPU)
+    found = evaluate.evaluate(subject_of(config, tmp_path / "evaluation" / "step-3"), CPU).values
     assert found["probes"] == {}
     assert set(found["head_information"]["tasks"]) == set(head_information.TRANSFORMATIONS)
     (tmp_path / "config.toml").write_text(configuration.dumps(config))
     assert "What the head keeps" in build([tmp_path]).read_text()
+    # Weights without a head are not asked what it keeps, and have a page of their own.
+    output, found = command_evaluates(tmp_path / "theirs.safetensors", "--data", str(tmp_path / "data"))
+    assert "head_information" not in found
+    assert "dist-ssl report" in output
+    page = build([tmp_path / "theirs-evaluation"]).read_text()
+    assert "Nearest neighbours in h" in page
+    assert "dist-ssl evaluate --weights" in page
     labels = np.array([0, 1, -1])
     some = features.Features({}, labels, labels)
     with pytest.raises(UserError, match="train_shards: expected labelled images, got 1 of 3"):

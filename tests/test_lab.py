@@ -12,6 +12,7 @@ from dist_ssl.config import UserError
 from dist_ssl.evaluation import lab
 from dist_ssl.evaluation.lab_summary import Estimate, Row, paired, paragraph, summarize_lab, to_json
 from dist_ssl.report import lab_page
+from launch import lab as laboratory
 
 TINY = {
     "data": {"num_workers": 0, "streams": 2},
@@ -37,7 +38,7 @@ def test_the_grid_is_matched_and_ordered_by_seed(tmp_path):
     grid = lab.cells(config)
     assert len(grid) == 2 * (1 + 2 * 2 * 2)
     assert [cell.seed for cell in grid] == sorted(cell.seed for cell in grid)
-    made = [lab.cell_config(config, cell, "data") for cell in grid]
+    made = [lab.cell_config(config, cell) for cell in grid]
     heads = {
         (c.model.head.kind, c.model.head.num_layers, c.model.head.output_dim, c.model.head.batch_norm) for c in made
     }
@@ -48,7 +49,7 @@ def test_the_grid_is_matched_and_ordered_by_seed(tmp_path):
         same = one.model_copy(update={"run": made[0].run, "model": made[0].model})
         assert same == made[0].model_copy(update={"model": made[0].model})
         assert one.model.head.hidden_dim == 16
-        assert one.evaluation.test_shards == "data/test"
+        assert one.evaluation.test_shards == f"{tmp_path}/data/test"
     with pytest.raises(UserError, match="'mlp1'"):
         lab.cells(tiny(tmp_path, heads=["mlp1"]))
     with pytest.raises(UserError, match="no \\[lab\\] section"):
@@ -92,12 +93,12 @@ def test_a_real_grid_goes_on_where_it_stopped_and_is_summed_up(tmp_path):
     config = tiny(tmp_path / "lab", num_seeds=1)
     file = tmp_path / "lab.toml"
     file.write_text(configuration.dumps(config))
-    lab.run(config, only=0)  # as one task of a job array
+    laboratory.run(config, only=0)  # as one task of a job array
     first, second = lab.cells(config)
     assert first.results() is not None
     assert second.results() is None
     stamp = (first.folder / "config.toml").stat().st_mtime_ns
-    from dist_ssl.cli import app
+    from launch.command import app
 
     done = CliRunner().invoke(app, ["lab", str(file)])
     assert done.exit_code == 0, done.output + second.folder.with_suffix(".log").read_text()
@@ -108,13 +109,20 @@ def test_a_real_grid_goes_on_where_it_stopped_and_is_summed_up(tmp_path):
     assert summary["paragraph"] in " ".join((tmp_path / "lab" / "lab.html").read_text().split())
     assert to_json(summarize_lab(lab.cells(config)))["paragraph"] == summary["paragraph"]
     assert "linear" in done.output
+    # A look at a cell on other data, here with the splits exchanged, does not become the cell's result.
+    shards = [f"{tmp_path}/lab/data/{split}" for split in ("test", "train")]
+    arguments = ["--train-shards", shards[0], "--test-shards", shards[1], "--probes", "knn"]
+    other = CliRunner().invoke(app, ["evaluate", str(first.folder), *arguments])
+    assert other.exit_code == 0, other.output
+    assert "step-2/data-" in other.output.replace("\n", "")
+    assert set(first.results()["probes"]) == {"linear", "knn"}
     # Cells that are not alike are not compared.
     for keys in (["train.steps=3"], ["train.steps=3", "--summary"]):
         other = CliRunner().invoke(app, ["lab", str(file), "--set", *keys])
         assert isinstance(other.exception, UserError)
         assert "was made by another config (train.steps: 2 -> 3); name another folder" in str(other.exception)
     with pytest.raises(UserError, match=r"holds shards of shapes:96:20.*lab.source is shapes:90"):
-        lab.run(tiny(tmp_path / "lab", num_seeds=1, source="shapes:90"))
+        laboratory.run(tiny(tmp_path / "lab", num_seeds=1, source="shapes:90"))
 
 
 def test_an_empty_laboratory_has_a_page(tmp_path):

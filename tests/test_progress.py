@@ -22,6 +22,14 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
         assert list(track(range(3), 3, "reading")) == [0, 1, 2]
         with Progress("probes", 2) as shown:
             shown.advance(0, "linear on h")
+        with Progress("pretrain", 9, done=4) as shown:
+            shown.advance(note="loss 2.5, 90 images/s")
+            shown.advance(4)
+    resumed, trained = [record.getMessage() for record in caplog.records][-2:]
+    del caplog.records[-2:]
+    assert resumed == "pretrain: 5 of 9, loss 2.5, 90 images/s"
+    assert trained.startswith("pretrain: 9 done in ")
+    assert trained.endswith(" s, loss 2.5, 90 images/s")
     first, second, end, doing, last = [record.getMessage() for record in caplog.records]
     assert (first, second, doing) == ("reading: 1 of 3", "reading: 2 of 3", "probes: linear on h: 0 of 2")
     assert end.startswith("reading: 3 done in ")
@@ -39,7 +47,8 @@ def test_seldom_and_not_where_it_is_not_shown(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_terminal_gets_a_bar() -> None:
-    code = "from dist_ssl.data.progress import track; list(track(range(5), 5, 'reading'))"
+    code = "from dist_ssl.data.progress import Progress\nwith Progress('reading', 7, done=3, stays=True) as progress:\n"
+    code += "    progress.advance(4, note='loss 2.5')"
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.DEVNULL) as process:
         os.close(theirs)
@@ -51,4 +60,5 @@ def test_a_terminal_gets_a_bar() -> None:
             pass
     os.close(ours)
     assert process.returncode == 0
-    assert b"reading" in said
+    for part in (b"reading", b"7/7", b"loss 2.5"):
+        assert part in said

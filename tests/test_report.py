@@ -10,6 +10,7 @@ import pytest
 
 from dist_ssl import config as configuration
 from dist_ssl.config import UserError
+from dist_ssl.evaluation.results import show
 from dist_ssl.report import svg
 from dist_ssl.report.page import build
 from dist_ssl.report.runs import read_run
@@ -49,6 +50,10 @@ def a_run(folder, *, top1=0.8, class_name="disc", steps=(300, 600)):
         arrays |= {f"neighbours_{layer}": generator.integers(0, 30, (6, 8)), f"pca_share_{layer}": np.float64(0.4)}
         arrays |= {f"pca_{layer}": generator.normal(size=(300, 2))}
     np.savez(folder / "evaluation" / "step-600" / "pictures.npz", **arrays)
+    checkpoint = folder / "checkpoints" / "step-00000600"
+    (checkpoint / "i0001").mkdir(parents=True)
+    for name in ("manifest.json", "i0001/rank-00000.safetensors", "i0001/rank-00001.safetensors"):
+        (checkpoint / name).touch()
     return folder
 
 
@@ -101,6 +106,8 @@ def test_one_run_says_its_numbers(tmp_path):
         "Nearest neighbours in z",
         "PCA of h (40% of its variance)",
         "Views as trained",
+        "python -m launch.local pretrain",
+        "NEW_DIR --ranks 2",
         "dist-ssl evaluate",
         "global_batch_size = 8",
     ):
@@ -115,6 +122,23 @@ def test_replaced_samples_are_told(tmp_path):
     (run / "quarantine-rank0.jsonl").write_text(entry + entry.replace("12", "13"))
     (run / "quarantine-rank1.jsonl").write_text(entry)
     assert "000000/12 (empty), 000000/13 (empty) 2" in text_of(build([run]).read_text())
+
+
+def test_a_fit_that_did_not_converge_is_marked(tmp_path):
+    run = a_run(tmp_path / "mine")
+    file = run / "evaluation" / "step-600" / "results.json"
+    values = json.loads(file.read_text())
+    good, bad = ({"converged": one, "iterations": 300, "gradient_norm": 0.004} for one in (True, False))
+    values["probes"]["linear"]["z"]["fits"] = [good, bad]
+    values["probes"]["linear"]["h"]["fits"] = [good, good]
+    file.write_text(json.dumps(values))
+    assert text_of(build([run]).read_text()).count("not converged : 300 iterations, gradient 4e-03") == 1
+    assert text_of(build([run, run], tmp_path / "both.html").read_text()).count("(not converged)") == 2
+    printed = []
+    show(values | {"data": values["data"] | {"num_classes": 8}}, printed.append)
+    columns = {column.header: list(column.cells) for column in printed[0].columns}
+    assert [cell.endswith("*") for cell in columns["linear"]] == [False, False, True, False]
+    assert "did not converge" in printed[0].caption
 
 
 def test_nothing_in_it_runs_or_loads(tmp_path):

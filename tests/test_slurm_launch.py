@@ -119,6 +119,23 @@ def test_newest_commit_counts_manifests_only(tmp_path):
     assert supervisor.newest_commit(config) == 20
 
 
+def test_a_sweeps_table_takes_the_newest_evaluation_and_a_loss_that_was_not_finite(tmp_path):
+    run = tmp_path / "lr=1"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm" / "starts.jsonl").write_text(json.dumps({"event": "start", "restart": 0}))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1000, "loss": None}))
+    for folder, top1, converged in (("step-900", 0.9, True), ("step-1000", 0.5, False), ("step-900/cifar", 0.3, True)):
+        (run / "evaluation" / folder).mkdir(parents=True)
+        value = {"top1": top1, "fits": [{"converged": converged}]}
+        results = {"data": {}, "probes": {"linear": {"h": value}}}
+        (run / "evaluation" / folder / "results.json").write_text(json.dumps(results))
+    head, _, row, *rest = sweep.table(tmp_path).splitlines()
+    assert head == "| run | state | step | loss | linear h | cifar: linear h |"
+    assert row == "| lr=1 | start | 1000 | not finite | 50.0%* | 30.0% |"
+    assert "did not converge" in rest[-1]
+    assert sweep.progress(run) == "step 1000, loss not finite; start after 0 requeues"
+
+
 def test_a_sweep_is_every_combination_in_folders_of_their_own():
     base = configuration.with_overrides(Config(), ["run.dir=/runs/s"])
     given = ["objective.temperature=0.05,0.5", "model.head.kind=none,linear,mlp"]

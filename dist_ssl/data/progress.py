@@ -15,38 +15,57 @@ LINE_SECONDS = 30.0  # between lines of a log
 
 
 class Progress(ExitStack):
-    """Use as `with Progress("reading", total=100) as progress: progress.advance(10)`. Not `shown`, it does nothing."""
+    """Use as `with Progress("reading", total=100) as progress: progress.advance(10)`. Not `shown`, it does nothing.
 
-    def __init__(self, what: str, total: int, shown: bool = True):
+    `done` of the total were so before; a bar that `stays` is left on the terminal at the end.
+    """
+
+    def __init__(self, what: str, total: int, shown: bool = True, done: int = 0, stays: bool = False):
         super().__init__()
-        self._what, self._total, self._shown, self._done = what, total, shown, 0
-        self._started = self._said = time.monotonic()
+        self._what, self._total, self._shown, self._done, self._stays = what, total, shown, done, stays
+        self._note, self._started = "", time.monotonic()
+        self._said = self._started
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
         super().__enter__()
         if self._shown and sys.stderr.isatty():
+            from rich import progress as rich
             from rich.console import Console
-            from rich.progress import Progress as Bar
 
-            self._bar = self.enter_context(Bar(console=Console(stderr=True), transient=True))
-            self._task = self._bar.add_task(self._what, total=self._total)
+            columns = (
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(bar_width=24),
+                rich.MofNCompleteColumn(),
+                rich.TextColumn("{task.fields[note]}"),
+                rich.TimeRemainingColumn(),
+            )
+            bar = rich.Progress(*columns, console=Console(stderr=True), transient=not self._stays)
+            self._bar = self.enter_context(bar)
+            self._task = self._bar.add_task(self._what, total=self._total, completed=self._done, note="")
         return self
 
-    def advance(self, count: int = 1, doing: str | None = None) -> None:
-        """`count` more of the total are done; `doing` says what comes next, where that changes."""
+    def advance(self, count: int = 1, doing: str | None = None, note: str | None = None) -> None:
+        """`count` more of the total are done.
+
+        `doing` says what comes next, where that changes; `note` what there is to tell, such as a loss, until the next.
+        """
         self._done += count
+        self._note = self._note if note is None else note
         what = f"{self._what}: {doing}" if doing else self._what
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=what)
+            self._bar.update(self._task, completed=self._done, description=what, note=self._note)
         elif self._shown and self._done < self._total and time.monotonic() - self._said >= LINE_SECONDS:
             self._said = time.monotonic()
-            log.info("%s: %d of %d", what, self._done, self._total)
+            self._log(f"{what}: {self._done} of {self._total}")
 
     def __exit__(self, kind: Any, *details: Any) -> Any:
         if self._shown and kind is None and self._bar is None:
-            log.info("%s: %d done in %.1f s", self._what, self._done, time.monotonic() - self._started)
+            self._log(f"{self._what}: {self._done} done in {time.monotonic() - self._started:.1f} s")
         return super().__exit__(kind, *details)
+
+    def _log(self, line: str) -> None:
+        log.info("%s", f"{line}, {self._note}" if self._note else line)
 
 
 def track(items: Iterable[Any], total: int, what: str, shown: bool = True) -> Iterator[Any]:

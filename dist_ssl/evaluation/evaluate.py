@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from dist_ssl import config as configuration
 from dist_ssl import distributed
 from dist_ssl.checkpoint import checkpoint_store, load_run, step_name
-from dist_ssl.config import Config, UserError
+from dist_ssl.config import Config, EvaluationConfig, UserError
 from dist_ssl.data.progress import Progress
 from dist_ssl.evaluation import features as feature_files
 from dist_ssl.evaluation import pictures, sgd
@@ -29,45 +29,51 @@ from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batc
 from dist_ssl.evaluation.head_information import head_information
 from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
-from dist_ssl.evaluation.linear import Rows, linear_probe
-from dist_ssl.evaluation.results import FORMAT, versions, write_json
+from dist_ssl.evaluation.linear import LinearResult, Rows, linear_probe
+from dist_ssl.evaluation.results import FILE, FORMAT, Stored, place, step_folder, versions, write_json
 
 log = logging.getLogger(__name__)
 
+Outcome = tuple[np.ndarray, dict[str, Any]]  # correct answers (S, n_test), and what else a probe's results say
 CALIBRATION_IMAGES = 10_000  # at most, of the training split, for the untrained encoder's batch norm
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
-    """What is evaluated: where it came from, and the models to read in one pass."""
+    """What is evaluated: where it came from, the models to read in one pass, and where the results go."""
 
     checkpoint: str
     step: int | None
     config: Config
     trained: Readable
     untrained: Readable | None
-    folder: Path  # results.json and features go here
+    folder: Path  # of all results of this checkpoint
+    name: str | None = ""  # of the data, in that folder; None: to be derived from the data
 
 
-def run_subject(run_dir: Path, step: int | None, overrides: list[str], name: str | None) -> Subject:
-    """A run's checkpoint (the newest valid one by default) and its step 0."""
+def run_subject(
+    run_dir: Path, step: int | None, overrides: list[str], name: str | None = None, other_name: str | None = None
+) -> Subject:
+    """A run's checkpoint (the newest valid one by default) and its step 0.
+
+    `name` is the data's; without it, `other_name` where the data are not what the run's own config names.
+    """
     saved, step, model = load_run(run_dir, step)
     config = configuration.with_overrides(saved, overrides) if overrides else saved
     _, _, untrained = load_run(run_dir, 0)
-    folder = Path(run_dir) / "evaluation" / f"step-{step}"
-    if name is not None:
-        folder = folder / name
+    shards = [(one.evaluation.train_shards, one.evaluation.test_shards) for one in (config, saved)]
     return Subject(
         checkpoint_store(saved).url(step_name(step)),
         step,
         config,
         Readable(model.encoder, model.head),
         Readable(untrained.encoder, suffix="_untrained"),
-        folder,
+        step_folder(run_dir, step),
+        name or ("" if shards[0] == shards[1] else other_name),
     )
 
 
-def weights_subject(weights: Path, encoder: str, config: Config, output: Path | None) -> Subject:
+def weights_subject(weights: Path, encoder: str, config: Config, output: Path | None, name: str | None) -> Subject:
     """Anybody's weights; there is no head, and a freshly initialised encoder stands for the untrained one."""
     from dist_ssl.models import build_encoder
 
@@ -80,16 +86,19 @@ def weights_subject(weights: Path, encoder: str, config: Config, output: Path | 
         Readable(load_foreign(weights, encoder, size)),
         Readable(build_encoder(encoder, size), suffix="_untrained"),
         output or weights.with_suffix("").with_name(weights.with_suffix("").name + "-evaluation"),
+        name or "",
     )
 
 
-def evaluate(subject: Subject, device: torch.device) -> dict[str, Any]:
-    """Runs the probes of `evaluation.probes` and writes `folder/results.json`; returns its content on every rank.
+def evaluate(subject: Subject, device: torch.device) -> Stored:
+    """Runs the probes of `evaluation.probes` and writes results.json, on whose content all ranks agree.
 
     Raises EncoderChangedError, and writes nothing, if the encoder is not what it was. Collective.
     """
     started, config = time.monotonic(), subject.config
     train, test = (feature_files.open_split(name, config, device) for name in ("train", "test"))
+    folder = place(subject.folder, subject.name, (train.manifest.hash, test.manifest.hash))
+    folder = distributed.broadcast_object(folder)  # another rank may see an older state of a shared folder
     for readable in filter(None, (subject.trained, subject.untrained)):
         for module in readable.modules():
             module.to(device)
@@ -98,7 +107,7 @@ def evaluate(subject: Subject, device: torch.device) -> dict[str, Any]:
     readables = [readable for readable in (subject.trained, subject.untrained) if readable is not None]
     with frozen(readables) as proofs:
         digests = [proof["before"] for proof in proofs]
-        cache = subject.folder / "features"
+        cache = folder / "features"
         train_features = feature_files.extract(train, readables, digests, cache / "train")
         test_features = feature_files.extract(test, readables, digests, cache / "test")
         num_classes = _num_classes(train_features, test_features)
@@ -110,69 +119,67 @@ def evaluate(subject: Subject, device: torch.device) -> dict[str, Any]:
             "head": config.model.head.model_dump() if subject.trained.head is not None else None,
             "encoder_digest": proofs[0],
             "layers": list(train_features.layers),
-            "data": _data(config, train, test, num_classes),
+            "data": _data(train, test, num_classes),
+            "ranks": distributed.world_size(),
         }
-        results |= _probe(subject, train, test, train_features, test_features, num_classes, device)
+        results |= _probe(subject.trained, train, test, train_features, test_features, num_classes, folder)
         shown = pictures.pictures(test, test_features) if distributed.rank() == 0 else {}
     results["config"] = configuration.dumps(config)
     results["versions"] = versions(device)
     results["seconds"] = round(time.monotonic() - started, 1)
     if distributed.rank() == 0:
-        pictures.save(subject.folder / "pictures.npz", shown)
-        write_json(subject.folder / "results.json", results)
+        pictures.save(folder / "pictures.npz", shown)
+        write_json(folder / FILE, results)
         if not config.evaluation.keep_features:
             shutil.rmtree(cache)
-    return results
+    return Stored(subject.step, "" if folder == subject.folder else folder.name, folder, results)
 
 
 def _probe(
-    subject: Subject,
+    trained: Readable,
     train: Split,
     test: Split,
     train_features: Features,
     test_features: Features,
     num_classes: int,
-    device: torch.device,
+    folder: Path,
 ) -> dict[str, Any]:
     """Every probe that works on cached features, then those that read images again."""
-    settings = subject.config.evaluation
+    settings = train.config.evaluation
     correct: dict[str, dict[str, np.ndarray]] = {}
     probes: dict[str, dict[str, Any]] = {}
-    on_features = {"linear": _linear, "knn": _knn}
+    on_features: dict[str, Callable[[Rows, Rows, int, EvaluationConfig], Outcome]] = {"linear": _linear, "knn": _knn}
+    on_features |= {f"few_labels_{part:g}": _few_labels(part) for part in settings.few_label_fractions}
     wanted = settings.probes if num_classes else [name for name in settings.probes if name == "head_information"]
-    chosen: list[str] = [name for name in on_features if name in wanted]
+    chosen = [name for name in on_features if name in wanted or ("few_labels" in wanted and name.startswith("few_"))]
     with Progress("probes", len(chosen) * len(train_features.layers), distributed.rank() == 0) as progress:
         for probe in chosen:
             for layer in train_features.layers:
                 progress.advance(0, f"{probe} on {layer}")
-                hits, extra = on_features[probe](
-                    train_features, test_features, layer, num_classes, subject.config, device
+                rows, scored = (
+                    Rows(part.layers[layer], part.labels, train.device) for part in (train_features, test_features)
                 )
+                hits, extra = on_features[probe](rows, scored, num_classes, settings)
                 correct.setdefault(probe, {})[layer] = hits
                 probes.setdefault(probe, {})[layer] = summarize(hits) | extra
+                if extra.get("at_edge") and distributed.rank() == 0:
+                    log.info("%s on %s: the best weight decay is at the edge of the sweep", probe, layer)
                 progress.advance()
-    for fraction in settings.few_label_fractions if "few_labels" in wanted else []:
-        for layer in train_features.layers:
-            rows = Rows(train_features.layers[layer], train_features.labels, device)
-            scored = Rows(test_features.layers[layer], test_features.labels, device)
-            hits, decays = few_label_probe(rows, scored, num_classes, fraction, settings.num_seeds)
-            correct.setdefault(f"few_labels_{fraction:g}", {})[layer] = hits
-            probes.setdefault(f"few_labels_{fraction:g}", {})[layer] = summarize(hits) | {"weight_decays": decays}
-    on_images = _on_images(subject, train, test, train_features.labels, num_classes) if num_classes else ()
+    on_images = _on_images(trained, train, test, train_features.labels, num_classes) if num_classes else ()
     for name, layer, hits in on_images:
         correct.setdefault(name, {})[layer] = hits
         probes.setdefault(name, {})[layer] = summarize(hits)
     found: dict[str, Any] = {"probes": probes, "comparisons": _comparisons(correct)}
     if "head_information" in wanted:
-        found["head_information"] = head_information(train, test, subject.trained, subject.folder, settings.num_seeds)
+        found["head_information"] = head_information(train, test, trained, folder)
     return found
 
 
 def _on_images(
-    subject: Subject, train: Split, test: Split, labels: np.ndarray, num_classes: int
+    trained: Readable, train: Split, test: Split, labels: np.ndarray, num_classes: int
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """(probe, layer, correct answers) of the protocols that read augmented images again. Collective."""
-    settings, trained = subject.config.evaluation, subject.trained
+    settings = train.config.evaluation
     layer, seeds = settings.fine_tune_from, range(settings.num_seeds)
 
     def run(layers: list[str], seed: int, epochs: int, tune: bool, few: sgd.Images | None = None) -> Any:
@@ -195,35 +202,30 @@ def _on_images(
             yield f"few_labels_fine_tuned_{fraction:g}", layer, np.stack(hits)
 
 
-def _linear(
-    train: Features, test: Features, layer: str, num_classes: int, config: Config, device: torch.device
-) -> tuple[np.ndarray, dict[str, Any]]:
-    result = linear_probe(
-        Rows(train.layers[layer], train.labels, device),
-        Rows(test.layers[layer], test.labels, device),
-        num_classes,
-        num_seeds=config.evaluation.num_seeds,
-    )
-    if result.at_edge and distributed.rank() == 0:
-        log.info("linear on %s: the best weight decay is at the edge of the sweep, %s", layer, result.weight_decays)
-    return result.correct_sn, {"weight_decays": result.weight_decays, "at_edge": result.at_edge}
+def _linear(train: Rows, test: Rows, num_classes: int, settings: EvaluationConfig) -> Outcome:
+    result = linear_probe(train, test, num_classes, num_seeds=settings.num_seeds)
+    return result.correct_sn, _fitted(result)
 
 
-def _knn(
-    train: Features, test: Features, layer: str, num_classes: int, config: Config, device: torch.device
-) -> tuple[np.ndarray, dict[str, Any]]:
-    settings = config.evaluation
+def _few_labels(fraction: float) -> Callable[[Rows, Rows, int, EvaluationConfig], Outcome]:
+    def probe(train: Rows, test: Rows, num_classes: int, settings: EvaluationConfig) -> Outcome:
+        result = few_label_probe(train, test, num_classes, fraction, settings.num_seeds)
+        return result.correct_sn, _fitted(result)
+
+    return probe
+
+
+def _fitted(result: LinearResult) -> dict[str, Any]:
+    fits = [asdict(fit) for fit in result.fits]
+    return {"weight_decays": result.weight_decays, "at_edge": result.at_edge, "fits": fits}
+
+
+def _knn(train: Rows, test: Rows, num_classes: int, settings: EvaluationConfig) -> Outcome:
+    k, temperature = settings.knn_k, settings.knn_temperature
     predicted = knn_predict(
-        test.layers[layer],
-        train.layers[layer],
-        train.labels,
-        num_classes,
-        k=settings.knn_k,
-        temperature=settings.knn_temperature,
-        device=device,
+        test.features, train.features, train.labels, num_classes, k=k, temperature=temperature, device=train.device
     )
-    hits = predicted.cpu().numpy()[None] == test.labels[None]
-    return hits, {"k": settings.knn_k, "temperature": settings.knn_temperature}
+    return predicted.cpu().numpy()[None] == test.labels[None], {"k": k, "temperature": temperature}
 
 
 def _comparisons(correct: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -263,10 +265,11 @@ def _num_classes(train: Features, test: Features) -> int:
     return int(max(values.max() for values in labels.values())) + 1
 
 
-def _data(config: Config, train: Split, test: Split, num_classes: int) -> dict[str, Any]:
+def _data(train: Split, test: Split, num_classes: int) -> dict[str, Any]:
+    settings = train.config.evaluation
     return {
-        "train_shards": config.evaluation.train_shards,
-        "test_shards": config.evaluation.test_shards,
+        "train_shards": settings.train_shards,
+        "test_shards": settings.test_shards,
         "train_manifest": train.manifest.hash,
         "test_manifest": test.manifest.hash,
         "train_images": train.manifest.num_samples,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_ssl.config import UserError
-from dist_ssl.evaluation.linear import WEIGHT_DECAYS, Rows, fit, predict, standardize
+from dist_ssl.evaluation.linear import WEIGHT_DECAYS, LinearResult, Rows, fit, predict, standardize
 
 FOLDS = 5
 
@@ -34,15 +34,13 @@ def sample(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(of_class))
 
 
-def few_label_probe(
-    train: Rows, test: Rows, num_classes: int, fraction: float, num_seeds: int
-) -> tuple[np.ndarray, list[float]]:
-    """Correct answers (S, n_test), a sample of labels a seed, and the weight decay that each chose. Collective.
+def few_label_probe(train: Rows, test: Rows, num_classes: int, fraction: float, num_seeds: int) -> LinearResult:
+    """The linear probe's result for another sample of labels each seed. Collective.
 
     With a handful of images a class a held-out tenth says nothing: the decay is chosen by cross-validation, all folds
     and decays as one batched problem.
     """
-    correct, chosen = [], []
+    correct, chosen, fits = [], [], []
     for seed in range(num_seeds):
         rows = sample(np.asarray(train.labels), fraction, seed)
         few = Rows(np.asarray(train.features[rows]), train.labels[rows], train.device)
@@ -54,14 +52,16 @@ def few_label_probe(
         def kept(start: int, stop: int, out: np.ndarray = out) -> Tensor:
             return torch.from_numpy(~out[:, start:stop]).float()
 
-        sweep = fit(few, standardizer, num_classes, [d for _, d in problems], row_weights=kept, max_iterations=100)
+        sweep, _ = fit(few, standardizer, num_classes, [d for _, d in problems], row_weights=kept, max_iterations=100)
         hits = (predict(few, standardizer, sweep).cpu().numpy() == few.labels[None]) & out
         scores = hits.sum(1).reshape(FOLDS, len(WEIGHT_DECAYS)).sum(0)
         decay = WEIGHT_DECAYS[len(WEIGHT_DECAYS) - 1 - int(np.argmax(scores[::-1]))]
-        weights = fit(few, standardizer, num_classes, [decay])
+        weights, (ended,) = fit(few, standardizer, num_classes, [decay])
         correct.append(predict(test, standardizer, weights)[0].cpu().numpy() == np.asarray(test.labels))
         chosen.append(decay)
-    return np.stack(correct), chosen
+        fits.append(ended)
+    at_edge = bool({WEIGHT_DECAYS[0], WEIGHT_DECAYS[-1]} & set(chosen))
+    return LinearResult(np.stack(correct), chosen, fits, at_edge)
 
 
 def _folds(labels: np.ndarray, seed: int) -> np.ndarray:

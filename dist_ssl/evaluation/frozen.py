@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +154,10 @@ def _tensors(weights: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UserError(f"{weights}: not a safetensors file: {error}") from None
     try:
-        values = torch.load(weights, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said once, below
+            values = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for what is not a file of tensors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{weights}: not loadable as tensors only, so not loaded at all: {reason}") from None
+        raise UserError(f"{weights}: not loadable as tensors only, so not loaded at all: {_reason(error)}") from None
     while isinstance(values, dict) and not any(isinstance(value, Tensor) for value in values.values()):
         inner = next((values[name] for name in CONTAINERS if isinstance(values.get(name), dict)), None)
         if inner is None:
@@ -164,3 +166,12 @@ def _tensors(weights: Path) -> dict[str, Tensor]:
     if not isinstance(values, dict):
         raise UserError(f"{weights}: expected a dictionary of tensors, got {type(values).__name__}")
     return {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _reason(error: Exception) -> str:
+    """One line of the page that torch writes, without its control codes and its advice to trust the file."""
+    if found := re.search(r"GLOBAL ([\w.]{1,100})", str(error)):
+        return f"it holds a {found[1]}, which is code; save the model's state_dict() and give that file"
+    said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    line = said[1] if said else next(iter(str(error).splitlines()), type(error).__name__)
+    return "".join(character for character in line if character.isprintable())[:200]

@@ -27,7 +27,7 @@ from dist_ssl import distributed
 from dist_ssl.data.progress import Progress, track
 from dist_ssl.evaluation.features import RowWriter, Split, layer_dims
 from dist_ssl.evaluation.frozen import Readable
-from dist_ssl.evaluation.intervals import bootstrap_interval
+from dist_ssl.evaluation.intervals import bootstrap_interval, share_interval
 from dist_ssl.evaluation.mlp_probe import mlp_log_probabilities
 
 FACTOR_BINS = 8  # of a factor that is a real number: bins of equal population
@@ -92,13 +92,14 @@ TRANSFORMATIONS = {
 }
 
 
-def head_information(train: Split, test: Split, readable: Readable, folder: Path, num_seeds: int) -> dict[str, Any]:
+def head_information(train: Split, test: Split, readable: Readable, folder: Path) -> dict[str, Any]:
     """The results' `head_information`: for each task its kind, entropy and chance, and per layer accuracy and bits.
 
     Probes are trained on images of `train` and scored on images of `test`, evaluation.head_information_images in all,
     two to one. Collective: ranks share the images, then the probes. `folder` holds features while this runs.
     """
-    total = train.config.evaluation.head_information_images
+    settings = train.config.evaluation
+    total, num_seeds = settings.head_information_images, settings.num_seeds
     num_train = min(total * 2 // 3, train.manifest.num_samples)
     num_test = min(total // 3, test.manifest.num_samples)
     read_train = _read(train, num_train, readable, folder / "head_train")
@@ -148,7 +149,7 @@ def score(
     bits = own / math.log(2) - np.log2(shares[y_test])[None]
     return {
         "accuracy": float(correct.mean()),
-        "accuracy_interval": list(bootstrap_interval(correct)),
+        "accuracy_interval": list(share_interval(correct)),
         "bits": float(bits.mean()),
         "bits_interval": list(bootstrap_interval(bits.mean(axis=0))),
         "seeds_bits": [float(value) for value in bits.mean(axis=1)],

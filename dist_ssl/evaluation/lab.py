@@ -1,17 +1,11 @@
-"""The head laboratory: a matched grid of projection heads on one set of data, pretrained, evaluated, compared.
+"""The head laboratory's grid: matched projection heads on one set of data, to be pretrained, evaluated, compared.
 
-Everything but the head and the seed is the same in all cells. A cell is a run directory of its own, pretrained and
-evaluated by the ordinary commands in processes of their own; one that is done is not run again, one that was
-interrupted goes on. Cells are ordered by seed, so that an unfinished grid is a balanced one.
+Everything but the head and the seed is the same in all cells. A cell is a run directory of its own. Cells are ordered
+by seed, so that an unfinished grid is a balanced one. `launch.lab` runs them, `lab_summary` compares them.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,10 +13,7 @@ from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, LabConfig, UserError
-
-log = logging.getLogger(__name__)
-
-RUN_ME_AGAIN = 75
+from dist_ssl.evaluation.results import stored
 
 
 @dataclass(frozen=True)
@@ -41,14 +32,13 @@ class Cell:
 
     def results(self) -> dict[str, Any] | None:
         """The newest evaluation's results, None where the cell is not done."""
-        found = list(self.folder.glob("evaluation/step-*/results.json"))
-        newest = max(found, key=lambda path: int(path.parent.name.removeprefix("step-")), default=None)
-        return None if newest is None else json.loads(newest.read_text())
+        own = [one.values for one in stored(self.folder) if one.name == ""]
+        return own[-1] if own else None
 
 
 def cells(config: Config) -> list[Cell]:
     """The grid of `config.lab`, seeds outermost; a head of kind none has no width and no batch norm to vary."""
-    lab = _lab(config)
+    lab = lab_section(config)
     grid, seen = [], set()
     for seed, head, batch_norm, dim in product(range(lab.num_seeds), lab.heads, lab.batch_norm, lab.output_dims):
         _head_keys(head)
@@ -60,9 +50,9 @@ def cells(config: Config) -> list[Cell]:
     return grid
 
 
-def cell_config(config: Config, cell: Cell, shards: str) -> Config:
+def cell_config(config: Config, cell: Cell) -> Config:
     """The ordinary config of a cell: the lab's sections, with the cell's head, seed and folder."""
-    values = config.model_dump(mode="python", exclude_none=True)
+    values, shards = config.model_dump(mode="python", exclude_none=True), data_folder(config)
     values.pop("lab")
     values["run"] |= {"dir": str(cell.folder), "seed": config.run.seed + cell.seed}
     values["model"]["head"] |= _head_keys(cell.head) | {"batch_norm": cell.batch_norm, "output_dim": cell.output_dim}
@@ -72,51 +62,14 @@ def cell_config(config: Config, cell: Cell, shards: str) -> Config:
     return configuration.validate(values, cell.name)
 
 
-def prepare_data(config: Config) -> str:
-    """The folder of the lab's shards, written from `lab.source` once; data.shards is used where it is set."""
-    lab = _lab(config)
-    folder = _data_folder(config)
-    if config.data.shards:
-        if not (config.evaluation.train_shards and config.evaluation.test_shards):
-            raise UserError("lab: with data.shards, evaluation.train_shards and evaluation.test_shards are needed too")
-        return str(folder)
-    if lab.source is None:
-        raise UserError("lab: expected data.shards, or lab.source to write shards from")
-    from dist_ssl.data.index import load_manifest
-    from dist_ssl.data.shards import write_shards
-    from dist_ssl.data.sources import open_source
-
-    described = lab.source
-    if described.startswith("shapes:") and described.count(":") == 1:
-        described = f"{described}:{lab.source_image_size}"
-    source = open_source(described, config.run.seed)
-    if (folder / "test" / "manifest.json").exists():
-        details = load_manifest(str(folder / "test"), config.storage).details
-        if (details.get("source"), details.get("files")) != (source.name, source.fingerprint):
-            raise UserError(
-                f"{folder}: holds shards of {details['source']}, or of other files than are there now; lab.source is "
-                f"{lab.source}: name another folder by run.dir"
-            )
-    else:
-        write_shards(
-            source,
-            str(folder),
-            config.storage,
-            seed=config.run.seed,
-            test_fraction=lab.test_fraction,
-            progress=True,
-        )
-    return str(folder)
-
-
-def done(config: Config) -> list[Cell]:
+def checked_cells(config: Config) -> list[Cell]:
     """The grid. Raises UserError where a cell of it was made by another config: they would be compared as if alike."""
     grid = cells(config)
     for cell in grid:
         results = cell.results()
         if results is None:
             continue
-        asked = cell_config(config, cell, str(_data_folder(config)))
+        asked = cell_config(config, cell)
         if differing := configuration.resume_diff(configuration.loads(results["config"]), asked):
             raise UserError(
                 f"{cell.folder}: was made by another config ({'; '.join(differing)}); name another folder by run.dir, "
@@ -125,46 +78,9 @@ def done(config: Config) -> list[Cell]:
     return grid
 
 
-def _data_folder(config: Config) -> Path:
+def data_folder(config: Config) -> Path:
+    """Where the lab's own shards stand, `train` and `test`."""
     return Path(config.run.dir) / "data"
-
-
-def run(config: Config, only: int | None = None) -> list[Cell]:
-    """Runs the cells that are not done (or the one numbered `only`, for a job array) and returns the whole grid.
-
-    A cell that fails is logged with its log's path and the next one is run; SystemExit(75) passes a request to be
-    run again on.
-    """
-    grid = done(config)
-    if only is not None and not 0 <= only < len(grid):
-        raise UserError(f"--cell {only}: expected 0 to {len(grid) - 1}, the lab has {len(grid)} cells")
-    shards = prepare_data(config)
-    chosen = grid if only is None else [grid[only]]
-    for number, cell in enumerate(chosen):
-        if cell.results() is None:
-            log.info("cell %d of %d: %s", number + 1, len(chosen), cell.name)
-            _run_cell(cell, cell_config(config, cell, shards), _lab(config).ranks)
-    return grid
-
-
-def _run_cell(cell: Cell, config: Config, ranks: int) -> None:
-    file, output = cell.folder.with_suffix(".toml"), cell.folder.with_suffix(".log")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(configuration.dumps(config))
-    python = [sys.executable, "-m"]
-    pretrain = ["dist_ssl.cli", "pretrain", str(file)]
-    if ranks > 1:
-        pretrain = ["launch.local", "pretrain", str(file), "--ranks", str(ranks)]
-    for command in (pretrain, ["dist_ssl.cli", "evaluate", str(cell.folder)]):
-        with output.open("a") as stream:
-            code = subprocess.run(
-                python + command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "120"}
-            ).returncode
-        if code == RUN_ME_AGAIN:
-            raise SystemExit(RUN_ME_AGAIN)
-        if code:
-            log.error("cell %s: %s ended with code %d; its words are in %s", cell.name, command[1], code, output)
-            return
 
 
 def _head_keys(head: str) -> dict[str, Any]:
@@ -175,7 +91,7 @@ def _head_keys(head: str) -> dict[str, Any]:
     raise UserError(f"lab.heads: expected none, linear or mlpN with N >= 2 linear layers, got {head!r}")
 
 
-def _lab(config: Config) -> LabConfig:
+def lab_section(config: Config) -> LabConfig:
     if config.lab is None:
         raise UserError("lab: the config has no [lab] section; see configs/lab_cpu.toml")
     return config.lab

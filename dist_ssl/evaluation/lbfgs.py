@@ -18,19 +18,22 @@ def lbfgs(
     tolerance: float,
     progress: Callable[[int], None] | None = None,
     memory: int = 10,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, list[int]]:
     """Minimises P smooth problems at once (Nocedal and Wright 2006, algorithm 7.4), weak Wolfe steps by bisection.
 
     `problem(x (A, K), active (A,))` gives losses (A,) and gradients (A, K) of the problems numbered `active`; only
-    those that have not converged are evaluated. (P, K) -> (P, K).
+    those that go on are evaluated. One stops where the largest entry of its gradient is below `tolerance` of what it
+    was at the start, and where no step descends any more. (P, K) -> (P, K), the gradients there (P, K), and in how
+    many iterations each of the P came there.
     """
     x = start_pk.clone()
     everyone = torch.arange(x.shape[0], device=x.device)
     loss, gradient = problem(x, everyone)
     scale = gradient.abs().amax(1).clamp(min=1e-12)
+    resting, iterations = torch.zeros_like(everyone, dtype=torch.bool), torch.zeros_like(everyone)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # (s, y, 1 / s.y), the last `memory` steps
     for iteration in range(max_iterations):
-        active = everyone[(gradient.abs().amax(1) > tolerance * scale) & loss.isfinite()]
+        active = everyone[(gradient.abs().amax(1) > tolerance * scale) & loss.isfinite() & ~resting]
         if len(active) == 0:
             break
         # Copies of the memory only once some problem rests: they cost as much as an evaluation.
@@ -41,7 +44,7 @@ def lbfgs(
         if not pairs:
             step = 1.0 / gradient[active].norm(dim=1).clamp(min=1e-12)  # a first step of unit length
         new_x, new_loss, new_gradient = _weak_wolfe(
-            problem, active, x[active], loss[active], direction, slope, step, expand=30 if not pairs else 10
+            problem, active, x[active], loss[active], gradient[active], direction, slope, step, 10 if pairs else 30
         )
         s, y = torch.zeros_like(x), torch.zeros_like(x)
         s[active], y[active] = new_x - x[active], new_gradient - gradient[active]
@@ -49,12 +52,12 @@ def lbfgs(
         # A pair without positive curvature (rounding, or a problem at rest) is neutral: it must not move others.
         pairs.append((s, y, torch.where(curvature > 1e-20, 1.0 / curvature.clamp(min=1e-20), 0.0)))
         pairs = pairs[-memory:]
-        stuck = new_loss >= loss[active]
+        resting[active] = new_loss >= loss[active]  # no step of this direction descends in fp32: as far as it goes
         x[active], loss[active], gradient[active] = new_x, new_loss, new_gradient
-        gradient[active[stuck]] = 0.0  # no step of this direction descends in fp32: this is as far as it goes
+        iterations[active] += 1
         if progress is not None:
             progress(iteration + 1)
-    return x
+    return x, gradient, iterations.tolist()
 
 
 def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -77,16 +80,21 @@ def _weak_wolfe(
     active: Tensor,
     x: Tensor,
     loss: Tensor,
+    gradient: Tensor,
     direction: Tensor,
     slope: Tensor,
     step: Tensor,
-    expand: int,
+    trials: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bisection to a step with sufficient decrease and curvature (Lewis and Overton 2013), per problem."""
+    """Bisection to a step with sufficient decrease and curvature (Lewis and Overton 2013), per problem.
+
+    The point reached, its loss and its gradient; the point given, where no trial decreases the loss.
+    """
     low, high = torch.zeros_like(step), torch.full_like(step, float("inf"))
-    best_x, best_loss, best_gradient = x.clone(), loss.clone(), torch.zeros_like(x)
+    best_x, best_loss, best_gradient = x.clone(), loss.clone(), gradient.clone()
+    moved = torch.zeros_like(active, dtype=torch.bool)
     pending = torch.arange(len(active), device=x.device)
-    for _trial in range(expand):
+    for _trial in range(trials):
         candidate = x[pending] + step[pending, None] * direction[pending]
         new_loss, new_gradient = problem(candidate, active[pending])
         new_slope = (new_gradient * direction[pending]).sum(1)
@@ -94,8 +102,9 @@ def _weak_wolfe(
         bound = loss[pending] + 1e-4 * step[pending] * slope[pending] + 1e-9 * loss[pending].abs()
         decreased = (new_loss <= bound) & new_loss.isfinite()
         curved = new_slope >= 0.9 * slope[pending]
-        better = decreased & ((new_loss <= best_loss[pending]) | (best_gradient[pending].abs().amax(1) == 0))
+        better = decreased & ((new_loss <= best_loss[pending]) | ~moved[pending])
         take = pending[better]
+        moved[take] = True
         best_x[take], best_loss[take], best_gradient[take] = candidate[better], new_loss[better], new_gradient[better]
         high[pending] = torch.where(decreased, high[pending], step[pending])
         low[pending] = torch.where(decreased, step[pending], low[pending])

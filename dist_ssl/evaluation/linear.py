@@ -20,6 +20,7 @@ from torch import Tensor
 from dist_ssl.distributed import rank, world_size
 from dist_ssl.evaluation.lbfgs import lbfgs
 
+TOLERANCE = 5e-4  # of the gradient at zero weights: below it a fit has converged
 WEIGHT_DECAYS = tuple(10.0**exponent for exponent in range(-6, 1))
 HISTORY_BYTES = 2 * 2**30
 BLOCK_BYTES = 16 * 2**20  # of a block's features and of its logits: bounds the memory, whatever n, D, C and P are
@@ -88,6 +89,15 @@ def standardize(rows: Rows) -> Standardizer:
     return Standardizer(mean.float(), inverse.float())
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How a fit ended: `gradient_norm` is its gradient's largest entry as a part of that at zero weights."""
+
+    converged: bool
+    iterations: int
+    gradient_norm: float
+
+
 def fit(
     rows: Rows,
     standardizer: Standardizer,
@@ -97,16 +107,16 @@ def fit(
     row_weights: Callable[[int, int], Tensor] | None = None,
     initial: Tensor | None = None,
     max_iterations: int = 300,
-    tolerance: float = 5e-4,
+    tolerance: float = TOLERANCE,
     progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Weights (P, D + 1, C) that minimise, for each problem p, its own objective
+) -> tuple[Tensor, list[Fit]]:
+    """Weights (P, D + 1, C) that minimise, for each problem p, its own objective, and how each fit ended
 
         sum_i a_pi CE(x_i W_p + b_p, y_i) / sum_i a_pi + weight_decays[p] / 2 |W_p|^2        (the bias is free)
 
     over standardised x; the last of the D + 1 rows is the bias. `row_weights(start, stop)` gives a (P, stop - start),
-    all ones by default. L-BFGS for all problems in step, each with its own step lengths; a problem is done when the
-    largest entry of its gradient is below `tolerance` of what it was at zero weights. Collective: one all-reduce an
+    all ones by default. L-BFGS for all problems in step, each with its own step lengths; a problem has converged when
+    the largest entry of its gradient is at most `tolerance` of that at zero weights. Collective: one all-reduce an
     evaluation, on all of which every rank takes the same decisions.
     """
     problem = _Problem(rows, standardizer, num_classes, weight_decays, row_weights)
@@ -114,7 +124,11 @@ def fit(
     start = torch.zeros(shape, device=rows.device) if initial is None else initial.clone()
     # 10 pairs of steps as a rule, fewer where so many large problems would fill the memory with them.
     memory = int(min(max(HISTORY_BYTES // (2 * start.numel() * start.element_size()), 3), 10))
-    return lbfgs(problem, start.flatten(1), max_iterations, tolerance, progress, memory).view(shape)
+    found, gradient, iterations = lbfgs(problem, start.flatten(1), max_iterations, tolerance, progress, memory)
+    _, at_zero = problem(torch.zeros_like(found), torch.arange(len(found), device=rows.device))
+    norms = (gradient.abs().amax(1) / at_zero.abs().amax(1).clamp(min=1e-12)).tolist()
+    fits = [Fit(norm <= tolerance, count, norm) for norm, count in zip(norms, iterations, strict=True)]
+    return found.view(shape), fits
 
 
 class _Problem:
@@ -196,10 +210,11 @@ def held_out_rows(num_rows: int, seed: int, fraction: float = 0.1) -> np.ndarray
 
 @dataclass
 class LinearResult:
-    """correct (S, n_test) 0/1, and the weight decay that each seed chose on its held-out tenth."""
+    """correct (S, n_test) 0/1, the weight decay that each seed chose on held-out rows, and how its last fit ended."""
 
     correct_sn: np.ndarray
     weight_decays: list[float]
+    fits: list[Fit]
     at_edge: bool
 
 
@@ -228,7 +243,7 @@ def linear_probe(
         return torch.from_numpy(~of_setting[:, start:stop]).float()
 
     if len(weight_decays) > 1:
-        sweep = fit(
+        sweep, _ = fit(
             train,
             standardizer,
             num_classes,
@@ -246,7 +261,7 @@ def linear_probe(
         picks, initial = [0] * num_seeds, None
     unique = sorted(set(picks))
     start = None if initial is None else torch.stack([initial[picks.index(pick), pick] for pick in unique])
-    final = fit(
+    final, fits = fit(
         train,
         standardizer,
         num_classes,
@@ -260,5 +275,6 @@ def linear_probe(
     return LinearResult(
         correct_sn=np.stack([correct[unique.index(pick)] for pick in picks]),
         weight_decays=[weight_decays[pick] for pick in picks],
+        fits=[fits[unique.index(pick)] for pick in picks],
         at_edge=len(weight_decays) > 1 and bool({0, len(weight_decays) - 1} & set(picks)),
     )

@@ -1,4 +1,7 @@
-"""The results of an evaluation: their format, writing them, and the table that the command prints.
+"""The results of evaluations: where they stand, their format, and the table that the command prints. Needs no torch.
+
+They are kept by checkpoint and data: RUN/evaluation/step-<n>/results.json on the data that the run's config names,
+RUN/evaluation/step-<n>/<name>/results.json on any other. Those of a file of weights stand in a folder of their own.
 
 results.json (format 1):
 
@@ -7,34 +10,119 @@ results.json (format 1):
     encoder_digest    {"before", "after"}: SHA-256 of encoder and head; equal, or there would be no file
     layers            the layers read, in depth order: "h", "g1", ..., "z", "h_untrained"
     data              shards, manifest hashes, counts and the number of classes
-    probes            {probe: {layer: {"top1", "interval", "seeds", "spread", ...}}}, accuracies in [0, 1]
+    ranks             how many evaluated
+    probes            {probe: {layer: {"top1", "interval", "seeds", "spread", ...}}}, accuracies in [0, 1]; a probe that
+                      was fitted by L-BFGS has "fits", one a seed: {"converged", "iterations", "gradient_norm"}
     comparisons       [{"probe", "a", "b", "difference", "interval"}]: paired on the same test images
     head_information  {"train_images", "test_images", "tasks": {task: {"chance", "entropy_bits", "layers":
                        {layer: {"accuracy", "accuracy_interval", "bits", "bits_interval", ...}}}}}
     config, versions, seconds
 
-`interval` is the 95% bootstrap over test images of the mean over seeds, `spread` the standard deviation over seeds.
+`interval` is the 95% interval over test images of the mean over seeds, `spread` the standard deviation over seeds;
+`gradient_norm` is that of the fit's end, as a part of that at zero weights.
 h_untrained is the encoder of step 0 with batch-norm statistics taken in one pass over training images.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 import dist_ssl
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
+FILE = "results.json"
 
 
-def versions(device: torch.device | None = None) -> dict[str, str]:
+@dataclass(frozen=True)
+class Stored:
+    """The results of one checkpoint (step None: a file of weights) on one data set; `name` "" is the run's own data."""
+
+    step: int | None
+    name: str
+    folder: Path
+    values: dict[str, Any]
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Equal where the data are: probes fitted on the same images, scored on the same."""
+        return data_of(self.values) or (self.name,)
+
+
+def data_of(values: dict[str, Any]) -> tuple[str, ...]:
+    """What tells the data of results apart: its manifests' hashes."""
+    return tuple(values["data"][key] for key in ("train_manifest", "test_manifest") if key in values["data"])
+
+
+def step_folder(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "evaluation" / f"step-{step}"
+
+
+def place(folder: Path, name: str | None, data: tuple[str, ...]) -> Path:
+    """Where results on `data` go: `folder`/`name`, or a folder beside it that the data's hash names.
+
+    The second where there is no name, and where results on other data are there already: nothing is overwritten.
+    """
+    digest = hashlib.sha256(" ".join(data).encode()).hexdigest()[:8]
+    if name is not None:
+        there = _read(folder / name / FILE)
+        if there is None or data_of(there) == data:
+            return folder / name
+    return folder / (f"{name}-{digest}" if name else f"data-{digest}")
+
+
+def stored_in(folder: Path, step: int | None = None) -> list[Stored]:
+    """All results of one checkpoint, by the data's name. What is damaged is left out with a warning."""
+    files = [folder / FILE, *sorted(folder.glob(f"*/{FILE}"))]
+    found = ((file, _read(file)) for file in files)
+    return [
+        Stored(step, "" if file.parent == folder else file.parent.name, file.parent, values)
+        for file, values in found
+        if values is not None
+    ]
+
+
+def stored(run_dir: str | Path) -> list[Stored]:
+    """All results of a run, by step and the data's name."""
+    steps = (path.name.removeprefix("step-") for path in (Path(run_dir) / "evaluation").glob("step-*"))
+    return [
+        one
+        for step in sorted(map(int, filter(str.isdigit, steps)))
+        for one in stored_in(step_folder(run_dir, step), step)
+    ]
+
+
+def newest(results: list[Stored]) -> Iterator[Stored]:
+    """Of results in the order of steps the newest on each data set, the run's own first."""
+    last = {one.name: one for one in results}
+    yield from (last[name] for name in sorted(last))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads(file.read_text())
+        data_of(values)
+        return values
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s: not readable, left out: %s", file, error)
+        return None
+
+
+def versions(device: Any = None) -> dict[str, str]:
+    """What computed the results; `device` is torch's."""
+    import numpy as np
+    import torch
     import torchvision
 
     found = {"dist_ssl": dist_ssl.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -59,25 +147,30 @@ def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
     """The table that the command prints: a row a layer, a column a probe, intervals beside the numbers."""
     from rich.table import Table
 
-    data = results["data"]
-    if not results["probes"]:
-        print_(f"{results['checkpoint']}: the images have no labels, so no accuracy; see the report")
+    data, probes = results["data"], results["probes"]
+    if not probes:
+        print_(f"{results['checkpoint']}: the images have no labels, so no accuracy")
         return
-    chance = 1 / data["num_classes"]
-    table = Table(
-        title=f"{results['encoder']}, {results['checkpoint']}",
-        caption=f"top-1 on {data['test_images']} test images, {data['num_classes']} classes (chance {chance:.1%}), "
-        "95% interval over test images",
-    )
+    caption = f"top-1 on {data['test_images']} test images, {data['num_classes']} classes "
+    caption += f"(chance {1 / data['num_classes']:.1%}), 95% interval over test images"
+    unfinished = [value for layers in probes.values() for value in layers.values() if not converged(value)]
+    if unfinished:
+        caption += "; *: a fit that did not converge"
+    table = Table(title=f"{results['encoder']}, {results['checkpoint']}", caption=caption)
     table.add_column("layer")
-    probes = results["probes"]
     for probe in probes:
         table.add_column(probe, justify="right")
     for layer in results["layers"]:
-        cells = []
-        for probe in probes:
-            value = probes[probe].get(layer)
-            low, high = value["interval"] if value else (0, 0)
-            cells.append(f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]" if value else "")
-        table.add_row(layer, *cells)
+        found = [probes[probe].get(layer) for probe in probes]
+        table.add_row(layer, *(_cell(value) if value else "" for value in found))
     print_(table)
+
+
+def converged(value: dict[str, Any]) -> bool:
+    """Whether all fits behind a probe's value did; results of before they were counted say nothing, so no mark."""
+    return all(one["converged"] for one in value.get("fits", ()))
+
+
+def _cell(value: dict[str, Any]) -> str:
+    low, high = value["interval"]
+    return f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]{'' if converged(value) else '*'}"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dist_ssl.report.elements import figure, grid, section
 from dist_ssl.report.svg import legend, scatter
 
 MAX_LEGEND = 24
@@ -21,8 +22,6 @@ MAX_LEGEND = 24
 
 def sections(file: Path, class_names: list[str]) -> list[str]:
     """HTML sections of the pictures that the file holds; classes without a name are numbered."""
-    from dist_ssl.report.sections import figure, grid, section
-
     with np.load(file, allow_pickle=False) as stored:
         found = {name: stored[name] for name in stored.files}
     neighbours = grid(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_ssl.evaluation.lab_summary import Estimate, Row
+from dist_ssl.report.elements import FACTOR_COLOURS, figure, grid, percent, section, table
 from dist_ssl.report.page import write_page
-from dist_ssl.report.sections import FACTOR_COLOURS, figure, grid, percent, section, table
 from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
 
 

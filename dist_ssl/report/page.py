@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import datetime
 from html import escape
 from importlib import resources
@@ -17,7 +18,7 @@ def build(folders: list[Path], output: Path | None = None) -> Path:
     """Writes the report of one run (RUN/report.html by default) or of several compared, and returns its path."""
     runs = _distinct([read_run(folder) for folder in folders])
     output = output or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
-    parts = [sections.compared(runs)] if len(runs) > 1 else sections.of_one(runs[0])
+    parts = sections.compared(runs) if len(runs) > 1 else sections.of_one(runs[0])
     parts += [sections.curves(runs)]
     if len(runs) == 1:
         parts += sections.pictures(runs[0])
@@ -44,7 +45,4 @@ def write_page(title: str, parts: list[str], output: Path) -> Path:
 def _distinct(runs: list[Run]) -> list[Run]:
     """Runs whose folders share a name are told apart by their parent's."""
     names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else Run(str(run.folder), run.folder, run.config, run.curves, run.results)
-        for run in runs
-    ]
+    return [run if names.count(run.name) == 1 else replace(run, name=str(run.folder)) for run in runs]

@@ -7,47 +7,66 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
+from dist_ssl.evaluation.results import Stored, stored, stored_in
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: curves {metric: (steps, values)}, results {(step, name): results.json} (name "": on its own data)."""
+    """One run, or one file of weights: its curves {metric: (steps, values)} and its results in the order of steps."""
 
     name: str
     folder: Path
     config: Config
     curves: dict[str, tuple[list[float], list[float]]]
-    results: dict[tuple[int, str], dict[str, Any]]
+    results: list[Stored]
+    ranks: int | None  # of the pretraining; None where that is not known
 
-    def latest(self) -> dict[str, Any] | None:
-        """The newest checkpoint's results on the run's own data."""
-        own = [step for step, name in self.results if name == ""]
-        return self.results[max(own), ""] if own else None
+    def data(self) -> list[tuple[str, ...]]:
+        """The data sets that it was evaluated on: its own first, then by their names."""
+        return list(dict.fromkeys(one.data for one in sorted(self.results, key=lambda one: one.name)))
 
-    def pictures(self) -> Path | None:
-        """The newest evaluation's pictures."""
-        own = sorted((step for step, name in self.results if name == ""), reverse=True)
-        files = (self.folder / "evaluation" / f"step-{step}" / "pictures.npz" for step in own)
-        return next((file for file in files if file.exists()), None)
+    def on(self, data: tuple[str, ...]) -> list[Stored]:
+        """Its results on one data set, in the order of steps; of one step those without a name last."""
+        found = [one for one in self.results if one.data == data]
+        return sorted(found, key=lambda one: (one.step or 0, one.name == ""))
+
+    def latest(self) -> Stored | None:
+        """The newest checkpoint's results on its own data, or on the first of others."""
+        return self.on(self.data()[0])[-1] if self.results else None
+
+    def pictures(self) -> Stored | None:
+        """The newest results that have pictures, those on its own data first."""
+        shown = (one for data in self.data() for one in reversed(self.on(data)))
+        return next((one for one in shown if (one.folder / "pictures.npz").exists()), None)
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run's directory; UserError where it is none. What is damaged is left out with a warning."""
-    if not (folder / "config.toml").exists():
-        raise UserError(f"{folder}: expected a run's directory (with config.toml); name the folder that run.dir was")
-    return Run(
-        folder.resolve().name,
-        folder,
-        configuration.load(folder / "config.toml"),
-        _curves(folder / "metrics.jsonl"),
-        _results(folder / "evaluation"),
+    """Reads a run's directory, or the folder of the results of a file of weights; UserError where it is neither.
+
+    What is damaged is left out with a warning.
+    """
+    name = folder.resolve().name
+    if (folder / "config.toml").exists():
+        config = configuration.load(folder / "config.toml")
+        return Run(name, folder, config, _curves(folder / "metrics.jsonl"), stored(folder), _ranks(folder))
+    if results := stored_in(folder):
+        return Run(name, folder, configuration.loads(results[0].values["config"]), {}, results, None)
+    raise UserError(
+        f"{folder}: expected a run's directory (with config.toml), or the folder that the evaluation of a file of "
+        "weights wrote; name the folder that run.dir was"
     )
+
+
+def _ranks(folder: Path) -> int | None:
+    """How many ranks wrote the newest checkpoint: a file each."""
+    newest = max(folder.glob("checkpoints/step-*/manifest.json"), default=None)
+    files = {path.name for path in newest.parent.rglob("rank-*.safetensors")} if newest else set()
+    return len(files) or None
 
 
 def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
@@ -67,15 +86,3 @@ def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
                 steps.append(step)
                 values.append(float(value))
     return curves
-
-
-def _results(folder: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    found = {}
-    for path in [*folder.glob("step-*/results.json"), *folder.glob("step-*/*/results.json")]:
-        name = "" if path.parent.parent == folder else path.parent.name
-        step_folder = path.parent if name == "" else path.parent.parent
-        try:
-            found[int(step_folder.name.removeprefix("step-")), name] = json.loads(path.read_text())
-        except ValueError as error:
-            log.warning("%s: not readable, left out: %s", path, error)
-    return dict(sorted(found.items()))

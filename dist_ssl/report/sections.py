@@ -9,6 +9,19 @@ from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.data import quarantine
+from dist_ssl.evaluation.results import Stored, converged
+from dist_ssl.report import images
+from dist_ssl.report.elements import (
+    FACTOR_COLOURS,
+    figure,
+    grid,
+    layer_colour,
+    layer_name,
+    percent,
+    section,
+    span,
+    table,
+)
 from dist_ssl.report.runs import Run
 from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
 
@@ -31,55 +44,6 @@ CURVES = {
     "data_wait_fraction": "Share of time spent waiting for data",
 }
 
-FACTOR_COLOURS = (0, 1, 2, 3, 7, 6, 8, 9, 10, 11, 15, 14)  # neighbours that differ most; from 8 on dashed
-
-
-def layer_colour(layer: str) -> int:
-    """h is blue, z orange, the untrained encoder grey, wherever they appear."""
-    fixed = {"h": 0, "z": 1, "h_untrained": 7}
-    if layer in fixed:
-        return fixed[layer]
-    return 2 + (int(layer[1:]) - 1) % 5 if layer[:1] == "g" and layer[1:].isdigit() else 6
-
-
-def layer_name(layer: str) -> str:
-    return "untrained h" if layer == "h_untrained" else layer
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _range(low: float, high: float) -> str:
-    return f"{percent(low)} to {percent(high)}"
-
-
-def figure(title: str, chart: str, caption: str = "", after: str = "") -> str:
-    if not chart:
-        return ""
-    caption = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f"<figure><h3>{escape(title)}</h3>{chart}{after}{caption}</figure>"
-
-
-def section(title: str, body: str, lead: str = "") -> str:
-    lead = f"<p>{lead}</p>" if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>" if body else ""
-
-
-def grid(figures: list[str]) -> str:
-    figures = [one for one in figures if one]
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
-
-
-def table(head: list[str], rows: list[list[str]], numeric: int = 1) -> str:
-    """Cells are HTML already; columns from `numeric` on are right-aligned."""
-    kind = ["" if i < numeric else ' class="n"' for i in range(len(head))]
-    top = "".join(f"<th{k}>{cell}</th>" for k, cell in zip(kind, head, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
 
 def not_evaluated(run: Run) -> str:
     command = f"dist-ssl evaluate {run.folder}"
@@ -90,16 +54,17 @@ def not_evaluated(run: Run) -> str:
 
 
 def of_one(run: Run) -> list[str]:
-    """What one run learned: the newest evaluation, earlier ones as a curve, other data's beside it."""
-    results = run.latest()
-    if results is None:
+    """What one run learned: the newest evaluation, earlier ones as a curve, those on other data after it."""
+    latest = run.latest()
+    if latest is None:
         return [not_evaluated(run)]
-    parts = [f'<p class="lead">{_headline(results)}</p>', _probes("What the frozen encoder knows", results)]
-    parts.append(head_information(results))
-    parts.append(_over_steps(run))
-    for (step, name), other in run.results.items():
-        if name:
-            parts.append(_probes(f"On {name}, step {step}", other))
+    parts = [_headline(latest.values), _probes("What the frozen encoder knows", latest.values)]
+    alike = [one for one in run.on(latest.data) if one.name == latest.name]
+    parts += [head_information(latest.values), _over_steps(alike)]
+    for one in run.results:
+        if one not in alike:
+            step = "" if one.step is None else f", step {one.step}"
+            parts.append(_probes(f"On {_data_name([one])}{step}", one.values))
     return parts
 
 
@@ -109,14 +74,15 @@ def _headline(results: dict[str, Any]) -> str:
         return ""
     layers, data = results["probes"][probe], results["data"]
     said = "A linear probe" if probe == "linear" else "Nearest neighbours"
-    text = f"{said} on <b>h</b> of step {results['step']} names the class of <b>{percent(layers['h']['top1'])}</b> "
+    of = results["checkpoint"] if results["step"] is None else f"step {results['step']}"
+    text = f"{said} on <b>h</b> of {escape(of)} names the class of <b>{percent(layers['h']['top1'])}</b> "
     text += f"of {data['test_images']:,} test images ({data['num_classes']} classes)"
     others = []
     if "z" in layers:
         others.append(f"{percent(layers['z']['top1'])} on z, which the loss saw")
     if "h_untrained" in layers:
         others.append(f"{percent(layers['h_untrained']['top1'])} on h of the untrained encoder")
-    return text + (": against " + " and ".join(others) if others else "") + "."
+    return f'<p class="lead">{text}{": against " + " and ".join(others) if others else ""}.</p>'
 
 
 def _probes(title: str, results: dict[str, Any]) -> str:
@@ -139,14 +105,16 @@ def _probes(title: str, results: dict[str, Any]) -> str:
             low, high = value["interval"]
             seeds = len(value["seeds"])
             spread = f"{100 * value['spread']:.2f}" if seeds > 1 else ""
+            name = escape(probe.replace("_", " "))
             rows.append(
                 [
-                    escape(probe.replace("_", " ")),
+                    name,
                     escape(layer_name(layer)),
                     percent(value["top1"]),
-                    _range(low, high),
+                    span(low, high),
                     str(seeds),
                     spread,
+                    _fit(value),
                 ]
             )
     compared_rows = [
@@ -169,11 +137,21 @@ def _probes(title: str, results: dict[str, Any]) -> str:
         f"<code>{escape(digest['after'][:16])}</code> after. Checkpoint "
         f"<code>{escape(results['checkpoint'])}</code>.</p>"
     )
-    details = table(["probe", "layer", "top-1", "95% interval", "seeds", "spread"], rows, 2)
+    details = table(["probe", "layer", "top-1", "95% interval", "seeds", "spread", "fit"], rows, 2)
     if compared_rows:
         details += "<h3>Differences, in points, paired on the same images</h3>"
         details += table(["probe", "difference", "points", "95% interval"], compared_rows, 2)
     return section(title, grid(figures) + f"<details><summary>Numbers</summary>{details}</details>" + proof, lead)
+
+
+def _fit(value: dict[str, Any]) -> str:
+    """How the probe's fit ended, its worst seed's where there are several."""
+    fits = value.get("fits")
+    if not fits:
+        return ""
+    worst = max(fits, key=lambda fit: float(fit["gradient_norm"]))
+    said = f"{worst['iterations']} iterations, gradient {worst['gradient_norm']:.0e}"
+    return said if converged(value) else f"<b>not converged</b>: {said}"
 
 
 def head_information(results: dict[str, Any]) -> str:
@@ -216,10 +194,10 @@ def head_information(results: dict[str, Any]) -> str:
     return section("What the head keeps, and what it throws away", grid(figures) + details, lead)
 
 
-def _over_steps(run: Run) -> str:
-    own = [(step, results) for (step, name), results in run.results.items() if name == ""]
-    if len(own) < 2:
+def _over_steps(results: list[Stored]) -> str:
+    if len(results) < 2:
         return ""
+    own = [(one.step or 0, one.values) for one in results]
     figures = []
     for probe in ("linear", "knn"):
         series = []
@@ -240,40 +218,62 @@ def _over_steps(run: Run) -> str:
     return section("Over training", grid(figures))
 
 
-def compared(runs: list[Run]) -> str:
-    """A table and one chart a probe and layer, a row a run."""
-    evaluated = [(position, run, run.latest()) for position, run in enumerate(runs)]
-    found = [(position, run, results) for position, run, results in evaluated if results is not None]
-    if not found:
-        return '<p class="warning">None of these runs is evaluated yet.</p>'
-    probes = [p for p in ("linear", "knn") if any(p in results["probes"] for _, _, results in found)]
+def compared(runs: list[Run]) -> list[str]:
+    """For each data set a table and a chart a probe and layer, a row a run: results on other data don't compare."""
+    data = list(
+        dict.fromkeys(one for own in (True, False) for run in runs for one in run.data()[:1] * own or run.data())
+    )
+    if not data:
+        return ['<p class="warning">None of these runs is evaluated yet.</p>']
+    parts = [_compared_on(runs, one, only=len(data) == 1) for one in data]
+    return parts + [not_evaluated(run) for run in runs if not run.results]
+
+
+def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
+    found = [(position, run, run.on(data)[-1]) for position, run in enumerate(runs) if run.on(data)]
+    probes = [p for p in ("linear", "knn") if any(p in one.values["probes"] for _, _, one in found)]
     columns = [(probe, layer) for probe in probes for layer in ("h", "z", "h_untrained")]
     rows = []
-    for _, run, results in found:
+    for _, run, one in found:
         cells = []
         for probe, layer in columns:
-            value = results["probes"].get(probe, {}).get(layer)
+            value = one.values["probes"].get(probe, {}).get(layer)
+            mark = "" if value is None or converged(value) else " (not converged)"
             cells.append(
-                f"{percent(value['top1'])}<br><span class='soft'>{percent(value['interval'][0])} to "
-                f"{percent(value['interval'][1])}</span>"
+                f"{percent(value['top1'])}{mark}<br><span class='soft'>{span(*value['interval'])}</span>"
                 if value
                 else ""
             )
-        rows.append([escape(run.name), str(results["step"]), *cells])
+        rows.append([escape(run.name), "" if one.step is None else str(one.step), *cells])
     head = ["run", "step", *(f"{probe}, {layer_name(layer)}" for probe, layer in columns)]
     dots = {
         f"{probe} on {layer}": [
             Dot(run.name[-14:], value["top1"], value["interval"][0], value["interval"][1], position)
-            for position, run, results in found
-            if (value := results["probes"].get(probe, {}).get(layer))
+            for position, run, one in found
+            if (value := one.values["probes"].get(probe, {}).get(layer))
         ]
         for probe in probes
         for layer in ("h", "z")
     }
     everything = [dot for drawn in dots.values() for dot in drawn]
     figures = [figure(name, dot_chart(drawn, label=name, beside=everything)) for name, drawn in dots.items()]
-    body = grid(figures) + table(head, rows) + "".join(not_evaluated(run) for run in runs if run.latest() is None)
-    return section("What the frozen encoders know", body, "95% interval over test images.")
+    absent = [run.name for run in runs if run.results and not run.on(data)]
+    missing = f'<p class="soft">Not evaluated on these images: {escape(", ".join(absent))}.</p>' if absent else ""
+    title = "What the frozen encoders know"
+    if not only:
+        title += f", on {_data_name([one for _, _, one in found])}"
+    return section(title, grid(figures) + table(head, rows) + missing, "95% interval over test images.")
+
+
+def _cell(value: dict[str, Any]) -> str:
+    mark = "" if converged(value) else " (not converged)"
+    return f"{percent(value['top1'])}{mark}<br><span class='soft'>{span(*value['interval'])}</span>"
+
+
+def _data_name(results: list[Stored]) -> str:
+    """What people call a data set: the name of its results, or where its test images are."""
+    names = [one.name for one in results if one.name]
+    return names[0] if names else str(results[0].values["data"].get("test_shards", "their own data"))
 
 
 def curves(runs: list[Run]) -> str:
@@ -293,14 +293,10 @@ def curves(runs: list[Run]) -> str:
 
 def pictures(run: Run) -> list[str]:
     """Images: neighbours, the embedding map, views as trained."""
-    file = run.pictures()
-    if file is None:
+    shown = run.pictures()
+    if shown is None:
         return []
-    from dist_ssl.report import images
-
-    results = run.latest()
-    assert results is not None  # pictures lie beside results
-    return images.sections(file, results["data"].get("class_names", []))
+    return images.sections(shown.folder / "pictures.npz", shown.values["data"].get("class_names", []))
 
 
 def bad_samples(runs: list[Run]) -> str:
@@ -329,17 +325,35 @@ def settings(runs: list[Run]) -> str:
 
 
 def reproduce(runs: list[Run]) -> str:
-    """Commands, and the versions that were used."""
+    """Commands, with as many ranks as there were, and the versions that were used."""
     lines, rows = [], []
     for run in runs:
-        folder = run.folder
-        lines += [f"dist-ssl pretrain {folder}/config.toml --set run.dir=NEW_DIR", f"dist-ssl evaluate {folder}"]
-        results = run.latest()
-        if results:
-            rows.append([escape(run.name), escape(", ".join(f"{k} {v}" for k, v in results["versions"].items()))])
+        if run.curves or run.ranks:
+            lines.append(_on_ranks(f"pretrain {run.folder}/config.toml --set run.dir=NEW_DIR", run.ranks))
+        latest = [run.on(data)[-1] for data in run.data()]
+        lines += [_evaluation(run, one) for one in latest] or [f"dist-ssl evaluate {run.folder}"]
+        if latest:
+            versions = latest[0].values["versions"]
+            rows.append([escape(run.name), escape(", ".join(f"{k} {v}" for k, v in versions.items()))])
     commands = escape("\n".join([*lines, "dist-ssl report " + " ".join(str(run.folder) for run in runs)]))
     body = f"<pre><code>{commands}</code></pre>" + (table(["run", "versions"], rows, 9) if rows else "")
     return section("How to reproduce", body)
+
+
+def _evaluation(run: Run, one: Stored) -> str:
+    """The command that gave these results."""
+    values, data = one.values, one.values["data"]
+    if one.step is None:
+        what = f"evaluate --weights {values['checkpoint']} --encoder {values['encoder']} --output {run.folder}"
+    else:
+        what = f"evaluate {run.folder} --checkpoint {one.step}"
+    if (one.step is None or one.name) and "train_shards" in data:
+        what += f" --train-shards {data['train_shards']} --test-shards {data['test_shards']}"
+    return _on_ranks(what + (f" --name {one.name}" if one.name else ""), values.get("ranks"))
+
+
+def _on_ranks(command: str, ranks: int | None) -> str:
+    return f"python -m launch.local {command} --ranks {ranks}" if ranks and ranks > 1 else f"dist-ssl {command}"
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""What every section of a page is put together from: figures, tables, names, numbers and colours, as HTML."""
+
+from __future__ import annotations
+
+from html import escape
+
+FACTOR_COLOURS = (0, 1, 2, 3, 7, 6, 8, 9, 10, 11, 15, 14)  # neighbours that differ most; from 8 on dashed
+
+
+def layer_colour(layer: str) -> int:
+    """h is blue, z orange, the untrained encoder grey, wherever they appear."""
+    fixed = {"h": 0, "z": 1, "h_untrained": 7}
+    if layer in fixed:
+        return fixed[layer]
+    return 2 + (int(layer[1:]) - 1) % 5 if layer[:1] == "g" and layer[1:].isdigit() else 6
+
+
+def layer_name(layer: str) -> str:
+    return "untrained h" if layer == "h_untrained" else layer
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def span(low: float, high: float) -> str:
+    return f"{percent(low)} to {percent(high)}"
+
+
+def figure(title: str, chart: str, caption: str = "", after: str = "") -> str:
+    if not chart:
+        return ""
+    caption = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure><h3>{escape(title)}</h3>{chart}{after}{caption}</figure>"
+
+
+def section(title: str, body: str, lead: str = "") -> str:
+    lead = f"<p>{lead}</p>" if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>" if body else ""
+
+
+def grid(figures: list[str]) -> str:
+    figures = [one for one in figures if one]
+    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+
+
+def table(head: list[str], rows: list[list[str]], numeric: int = 1) -> str:
+    """Cells are HTML already; columns from `numeric` on are right-aligned."""
+    kind = ["" if i < numeric else ' class="n"' for i in range(len(head))]
+    top = "".join(f"<th{k}>{cell}</th>" for k, cell in zip(kind, head, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,48 @@
+"""The command `dist-ssl` whole: what `dist_ssl.cli` offers, and beside it what starts further processes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_ssl.cli import Overrides, app, main
+
+
+@app.command()
+def lab(
+    config: Annotated[Path, typer.Argument(help="A config with a [lab] section, such as configs/lab_cpu.toml.")],
+    cell: Annotated[int | None, typer.Option(help="Run this cell only: for a job array.")] = None,
+    summary_only: Annotated[bool, typer.Option("--summary", help="Run nothing; sum up what is done.")] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Compare projection heads on one set of data: a grid of pretrainings, one table, one figure, one paragraph.
+
+    Example: dist-ssl lab configs/lab_cpu.toml
+
+    Example: sbatch --array=0-11 --wrap 'dist-ssl lab configs/lab_gpu.toml --cell $SLURM_ARRAY_TASK_ID'
+    """
+    import rich
+
+    from dist_ssl import config as configuration
+    from dist_ssl.evaluation import lab_summary
+    from dist_ssl.evaluation.lab import checked_cells
+    from dist_ssl.evaluation.results import write_json
+    from dist_ssl.report import lab_page
+    from launch import lab as laboratory
+
+    loaded = configuration.load(config, overrides)
+    grid = checked_cells(loaded) if summary_only else laboratory.run(loaded, cell)
+    if cell is not None:
+        return
+    summary, folder = lab_summary.summarize_lab(grid), Path(loaded.run.dir)
+    write_json(folder / "lab.json", lab_summary.to_json(summary))
+    lab_summary.show(summary, rich.print)
+    typer.echo(lab_page.build(summary, folder.name, folder / "lab.html"))
+    if summary["done"] < summary["cells"] and not summary_only:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()
