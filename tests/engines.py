@@ -68,19 +68,15 @@ def assembled(parts: list[dict[tuple[str, str, int], Tensor]]) -> dict[tuple[str
     return {key: torch.cat([pieces[offset] for offset in sorted(pieces)]) for key, pieces in whole.items()}
 
 
-def initial_fragments(config: Config) -> bool:
-    """Whether this rank's fragments hold the untrained model's values."""
+def initial_and_stepped(config: Config, steps: int) -> tuple[bool, dict[tuple[str, str, int], Tensor]]:
+    """Whether this rank's fragments hold the untrained model's values; and what it holds after some steps."""
     expected = {name: p.detach().clone() for name, p in build_model(config).named_parameters()}
     model = build(config)
-    return all(
+    initial = all(
         torch.equal(f.of(f.flat), expected[f.name].view(-1)[f.offset : f.offset + f.length]) for f in model.fragments
     )
-
-
-def step_and_return(config: Config, steps: int) -> dict[tuple[str, str, int], Tensor]:
-    model = build(config)
     take_steps(model, build_model(config), range(steps))
-    return held(model)
+    return initial, held(model)
 
 
 def save_after(config: Config, steps: int, more: int = 0) -> tuple[Any, Any]:

@@ -7,7 +7,6 @@ others did not: their next collectives would not match.
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
 import traceback
@@ -103,9 +102,3 @@ def start_early(sizes: Iterable[int]) -> None:
     """Start pools and don't wait for them: they import torch while other tests run."""
     for size in sizes:
         ranks(size)
-
-
-@atexit.register
-def close_all() -> None:
-    for pool in list(_pools.values()):
-        pool.close()

@@ -9,10 +9,12 @@ Of torch it has run nothing but the imports, so no thread pool is lost in a fork
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib
 import itertools
+import multiprocessing
 import os
 import signal
 import socket
@@ -71,8 +73,13 @@ class _Template:
         self._process = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment, cwd=root)
         there.close()
         self._connection = Connection(here.detach())
+        self._connection.send(bytes(multiprocessing.current_process().authkey))  # with which tensors are passed on
         self._numbers = itertools.count()
         self._answers: dict[tuple[str, int], int] = {}
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.wait()
 
     def fork(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Child:
         here, there = socket.socketpair()
@@ -94,7 +101,9 @@ class _Template:
 
 @functools.cache
 def _started() -> _Template:
-    return _Template()
+    template = _Template()
+    atexit.register(template.close)
+    return template
 
 
 def fork(function: Callable[..., Any], *arguments: Any) -> Child:
@@ -150,4 +159,6 @@ def _run(parent: Connection, connection: Connection, function: Callable[..., Any
 if __name__ == "__main__":
     for module in IMPORTED:
         importlib.import_module(module)
-    _serve(Connection(int(sys.argv[1])))
+    connection = Connection(int(sys.argv[1]))
+    multiprocessing.current_process().authkey = connection.recv()
+    _serve(connection)
