@@ -1,6 +1,7 @@
 """bf16 (the default precision), `deterministic` and `compile`, from the first step through a stop and a resume."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -14,10 +15,12 @@ from tests.trajectory import small_config
 STEPS = 6
 MODES = {
     "fp32": [],
-    "bf16": ["engine.precision=bf16"],
-    "deterministic": ["engine.deterministic=true"],
+    "bf16": ["engine.precision=bf16", "engine.zero_stage=3"],
+    "deterministic": ["engine.deterministic=true", "engine.zero_stage=2"],
     "compile": ["engine.compile=true"],
 }
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+COMPILE = (pytest.mark.slow, needs_a_compiler)  # 40 s of a core for each rank, on a fresh machine
 
 
 def in_mode(function, *arguments):
@@ -50,7 +53,7 @@ def settings(folder, shards, mode):
     return small_config(folder, shards, f"train.steps={STEPS}", *MODES[mode])
 
 
-@pytest.mark.parametrize("mode", ["bf16", "deterministic", "compile"])
+@pytest.mark.parametrize("mode", ["bf16", "deterministic", pytest.param("compile", marks=COMPILE)])
 def test_a_stop_and_a_resume_change_no_bit(tmp_path, small_shards, curve, mode):
     config = settings(tmp_path, small_shards, mode)
     stopped = ranks(2).run(in_mode, inject.pretrain_with_signal, config, 4, signal.SIGTERM)
@@ -61,7 +64,9 @@ def test_a_stop_and_a_resume_change_no_bit(tmp_path, small_shards, curve, mode):
     assert len(curve(mode)) == STEPS
 
 
-@pytest.mark.parametrize(("mode", "rounding"), [("bf16", 2e-2), ("deterministic", 0.0), ("compile", 1e-4)])
+@pytest.mark.parametrize(
+    ("mode", "rounding"), [("bf16", 2e-2), ("deterministic", 1e-5), pytest.param("compile", 1e-4, marks=COMPILE)]
+)
 def test_losses_are_those_of_plain_fp32_to_rounding(curve, mode, rounding):
     assert curve(mode) == pytest.approx(curve("fp32"), rel=rounding, abs=0)
-    assert (curve(mode) == curve("fp32")) == (mode == "deterministic")  # the others do compute otherwise
+    assert mode == "deterministic" or curve(mode) != curve("fp32")  # they do compute otherwise
