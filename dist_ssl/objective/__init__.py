@@ -5,5 +5,18 @@ gradient. Light to import: torch and nothing else, so that another project's loo
 """
 
 from dist_ssl.objective.contrastive import decoupled, nt_xent, supervised
+from dist_ssl.objective.covariance import barlow_twins, vicreg
+from dist_ssl.objective.gaussian import sigreg
+from dist_ssl.objective.momentum import byol, moco_v3, simsiam
 
-__all__ = ["decoupled", "nt_xent", "supervised"]
+__all__ = [
+    "barlow_twins",
+    "byol",
+    "decoupled",
+    "moco_v3",
+    "nt_xent",
+    "sigreg",
+    "simsiam",
+    "supervised",
+    "vicreg",
+]

@@ -25,13 +25,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_ssl import distributed
-
-# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
 from dist_ssl.objective import checks, tiles
 
-# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
-# temperature is computed in fp64, whose range ends at `checks.MIN_TEMPERATURE`.
-MAX_SCALE_FP32 = 64.0
 CHUNK_VIEWS = 8192  # even: both views of an image in one chunk
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -102,7 +97,8 @@ def _contrast(
     validate: bool,
 ) -> Tensor:
     value = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
-    rows_per_rank = checks.agree(form, z1, z2, value, rows_per_rank, sample_ids, labels)
+    least, per_image = {"temperature": (value, checks.MIN_TEMPERATURE)}, {"sample_ids": sample_ids, "labels": labels}
+    rows_per_rank = checks.agree(form, {"z1": z1, "z2": z2}, rows_per_rank, least=least, per_image=per_image)
     device = z1.device
     ids = None if sample_ids is None else sample_ids.to(device, torch.int64)
     if labels is not None:
@@ -134,7 +130,7 @@ class _Contrast(torch.autograd.Function):
             checks.check_finite(form, z, rows_per_rank)
         first = 2 * sum(rows_per_rank[: distributed.rank()])
         own = slice(first, first + 2 * len(z1))
-        if scale > MAX_SCALE_FP32:
+        if scale > tiles.MAX_SCALE_FP32:
             z = z.double()
         elif z.dtype == torch.float16:
             z = z.float()  # its range is too short for the weights in backward
