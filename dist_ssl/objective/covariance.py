@@ -23,8 +23,8 @@ Sends: an all-gather of z (Barlow Twins: and an all-reduce of 2 d sums), or an a
 (d + 2) d, forward; nothing backward. Sums are of centred values, never E[x^2] - E[x]^2: means are global before
 anything is squared.
 
-VICReg's code divides invariance by its batch's N d (the mean square), where the paper's equation 5 divides by N only: taken
-is the code's, since the paper's weights belong to it. Its variance is halved in the code too, a mean over views.
+Where text and code differ, the code is taken, since the papers' weights belong to it: VICReg's invariance is a mean
+over dimensions too and its variance a mean over views (text: a sum over both), Barlow Twins' epsilon (text: none).
 """
 
 from __future__ import annotations

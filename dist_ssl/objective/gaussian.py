@@ -6,8 +6,8 @@ For K unit vectors a_k, u_nk = z_n.a_k and points t_q with weights w_q of the tr
     L    = (N/K) sum_kq w_q |E_kq|^2                             (Epps and Pulley's statistic, the mean over slices)
     dL/dz_n = (2/K) sum_k a_k Re sum_q i w_q t_q conj(E_kq) exp(i t_q u_nk)
 
-The points are equally spaced and both L's sums are even in t, so only t_q = q dt > 0 are visited, and exp(i t_q u) is the
-q-th power of one rotation: a sum of powers forward, a polynomial by Horner's rule for the gradient, one complex
+The points are equally spaced and the sums even in t, so only t_q = q dt > 0 are visited, and exp(i t_q u) is the q-th
+power of one rotation: a sum of powers for the value, a polynomial by Horner's rule for the gradient, one complex
 product a point and no further sine. Rows are visited in tiles, so memory is O(n d + tile).
 
 Sends: one all-reduce of the sums (2 V K Q numbers in fp64, Q the points with t > 0) forward; nothing backward.

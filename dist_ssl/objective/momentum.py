@@ -61,8 +61,8 @@ def byol(p1: Tensor, p2: Tensor, k1: Tensor, k2: Tensor, *, rows_per_rank: Seque
     """
     rows_per_rank = checks.agree("byol", {"p1": p1, "p2": p2, "k1": k1, "k2": k2}, rows_per_rank)
     # Not 2 - 2 u.v, which cancels where predictions are good.
-    pairs = _directions(p1, k2), _directions(p2, k1)
-    return sum((u - v).square().sum() for u, v in pairs) * (len(rows_per_rank) / sum(rows_per_rank))
+    (u1, v2), (u2, v1) = _directions(p1, k2), _directions(p2, k1)
+    return ((u1 - v2).square().sum() + (u2 - v1).square().sum()) * (len(rows_per_rank) / sum(rows_per_rank))
 
 
 def simsiam(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, rows_per_rank: Sequence[int] | None = None) -> Tensor:
@@ -72,8 +72,8 @@ def simsiam(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, rows_per_rank: Se
     Arguments and what is returned otherwise: `moco_v3`. Collective only without rows_per_rank.
     """
     rows_per_rank = checks.agree("simsiam", {"p1": p1, "p2": p2, "z1": z1, "z2": z2}, rows_per_rank)
-    pairs = _directions(p1, z2), _directions(p2, z1)
-    return sum((u * v).sum() for u, v in pairs) * (-0.5 * len(rows_per_rank) / sum(rows_per_rank))
+    (u1, v2), (u2, v1) = _directions(p1, z2), _directions(p2, z1)
+    return ((u1 * v2).sum() + (u2 * v1).sum()) * (-0.5 * len(rows_per_rank) / sum(rows_per_rank))
 
 
 def _directions(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
