@@ -333,6 +333,7 @@ def test_other_libraries_agree():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, on import
         from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
+        from lightly.loss.lejepa_loss import SIGReg
 
     z1, z2, k1, k2 = inputs(4, 30, 8)
     for z in (z1, z2):
@@ -351,6 +352,9 @@ def test_other_libraries_agree():
     ]:
         ours, theirs = ([x.detach(), *torch.autograd.grad(x, (z1, z2), retain_graph=True)] for x in (ours, theirs))
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    theirs = SIGReg(knots=9, t_max=5.0)
+    theirs._generate_unit_vectors = lambda *_: gaussian.slices(8, 64, 0, 0)
+    torch.testing.assert_close(objective.sigreg(z1, 0, 0, 64), theirs(z1), rtol=1e-6, atol=0)  # its t are of fp32
 
 
 # --- cost: collectives, bytes, memory --------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def agree(
 
 def check_finite(form: str, z: Tensor, rows_per_rank: Sequence[int]) -> None:
     """Raise ValueError where z (M, d) of all ranks holds NaN or infinity; every rank holds it, so every rank raises."""
-    bad = (~z.isfinite().all(dim=1)).view(-1, 2).any(dim=1).cpu()
+    bad = (~z.isfinite().all(dim=1)).view(sum(rows_per_rank), -1).any(dim=1).cpu()
     for rank, images in enumerate(bad.split(list(rows_per_rank))):
         if images.any():
             listed = images.nonzero().flatten().tolist()
