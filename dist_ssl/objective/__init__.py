@@ -1,7 +1,7 @@
 """The losses, each exact over the global batch on any number of ranks, with no collective in backward.
 
 The mean over ranks of what a loss returns, and of the gradients that follow, is the loss of the global batch and its
-gradient. Light to import: torch and nothing else, so that another project's loop can take a loss alone.
+gradient. Light to import: torch with its numpy, so that another project's loop can take a loss alone.
 """
 
 from dist_ssl.objective.contrastive import (
