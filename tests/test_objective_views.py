@@ -129,9 +129,7 @@ def test_one_gather_of_z_one_of_lse_none_in_backward():
 
 def test_bad_input():
     z = inputs(5, 3)
-    with pytest.raises(
-        ValueError, match=r"rank 0: expected z of one shape \(n, V, d\), n and d at least 1"
-    ):
+    with pytest.raises(ValueError, match=r"rank 0: expected z of one shape \(n, V, d\), n and d at least 1"):
         objective.nt_xent_views(z[0], 0.1)
     with pytest.raises(ValueError, match="expected a number of views of at least 2, got 1"):
         objective.nt_xent_views(z[:, :1], 0.1)
