@@ -128,17 +128,42 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def agree(loss: Tensor, flags: Sequence[bool]) -> tuple[float, list[bool]]:
-    """The mean of the ranks' losses, and for each flag whether any rank raised it. Collective: one small all-reduce.
+class Verdict:
+    """What all ranks have agreed on, on its way to the host: numbers summed over ranks, flags that any of them raised.
 
-    It is made on the host, and reading the loss waits for the forward only: called when backward is queued behind it,
-    a GPU stays busy meanwhile.
+    `finite`, a bool scalar on the device, says whether all the numbers are; it is there for what is queued next.
     """
-    values = torch.tensor([float(loss), *flags], dtype=torch.float64)
+
+    def __init__(self, sums: Tensor, num_flags: int):
+        self._num_flags = num_flags
+        self.finite = sums.isfinite().all()
+        self._arrived: torch.cuda.Event | None = None
+        self._sums = sums
+        if sums.is_cuda:
+            self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> tuple[list[float], list[bool]]:
+        """(numbers, flags) on the host; waits for the device to come so far."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values = self._sums.tolist()
+        split = len(values) - self._num_flags
+        return values[:split], [count > 0 for count in values[split:]]
+
+
+def agree(numbers: Sequence[Tensor], flags: Sequence[bool]) -> Verdict:
+    """The sums over ranks of scalars on the device, and for each flag whether any rank raised it.
+
+    Collective: one small all-reduce, on the device and by its backend, so that the host waits for nothing.
+    """
+    device = numbers[0].device
+    raised = torch.tensor(flags, dtype=torch.float64, pin_memory=device.type == "cuda")
+    sums = torch.cat([torch.stack([number.double() for number in numbers]), raised.to(device, non_blocking=True)])
     if world_size() > 1:
-        dist.all_reduce(values)
-    mean, *raised = values.tolist()
-    return mean / world_size(), [count > 0 for count in raised]
+        dist.all_reduce(sums)
+    return Verdict(sums, len(flags))
 
 
 def raise_together(error: BaseException | None) -> None:

@@ -13,6 +13,7 @@ from dist_ssl import checkpoint, distributed, engine
 from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
 from dist_ssl.models import build_model
+from dist_ssl.training import verdict
 from tests.trajectory import messages
 
 
@@ -43,8 +44,9 @@ def take_steps(model: engine.Engine, shapes: torch.nn.Module, steps: range, rate
     for step in steps:
         given.update(gradients(shapes, step))
         h, z = model(images)
-        model.backward(0.0 * (h.sum() + z.sum()))
-        model.step(rate)
+        loss = 0.0 * (h.sum() + z.sum())
+        model.backward(loss)
+        model.step(rate, verdict.agree(loss.detach(), verdict.Asked()))
     model._apply = apply
 
 
@@ -175,3 +177,24 @@ def full_state(config: Config, step: int) -> dict[str, Tensor]:
 
 def step_directories(config: Config) -> list[str]:
     return sorted(path.name for path in Path(config.run.dir, "checkpoints").iterdir())
+
+
+def poisoned_steps(config: Config, poison: str) -> dict[str, Any]:
+    """Two good steps with one between them whose gradient, with a finite loss, is `poison` on the last rank only.
+
+    Returns what is held after the first and the second step, whether each was applied, and what is held at the end.
+    """
+    model = build(config)
+    generator = torch.Generator().manual_seed(distributed.rank())
+    answers: dict[str, Any] = {"applied": [], "losses": []}
+    for bad in (False, True, False):
+        h, z = model(torch.randn(4, 3, 32, 32, generator=generator))
+        if bad and distributed.rank() == distributed.world_size() - 1:
+            z.register_hook(lambda gradient: gradient * float(poison))
+        loss = (h.square().mean() + z.square().mean()).float()
+        model.backward(loss)
+        outcome = verdict.read(model.step(0.01, verdict.agree(loss.detach(), verdict.Asked())))
+        answers["applied"].append(outcome.finite)
+        answers["losses"].append(outcome.loss)
+        answers[f"after {len(answers['applied'])}"] = held(model)
+    return answers

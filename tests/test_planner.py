@@ -18,6 +18,7 @@ from dist_ssl.data.index import Manifest, Shard
 from dist_ssl.data.stream import _rank_streams
 from dist_ssl.models import build_model
 from dist_ssl.planning import planner
+from dist_ssl.training import verdict
 from tests.counting import Count
 from tests.pool import ranks
 
@@ -38,8 +39,9 @@ def config_of(*overrides: str) -> Config:
 def one_step(model: engine.Engine) -> None:
     world = distributed.world_size()
     _, z = model(torch.randn(2 * BATCH // world, 3, 32, 32))
-    model.backward(objective.nt_xent(z[0::2], z[1::2], 0.1, rows_per_rank=[BATCH // world] * world))
-    model.step(1e-3)
+    loss = objective.nt_xent(z[0::2], z[1::2], 0.1, rows_per_rank=[BATCH // world] * world)
+    model.backward(loss)
+    model.step(1e-3, verdict.agree(loss.detach(), verdict.Asked()))
 
 
 def live_bytes() -> int:

@@ -54,13 +54,19 @@ class Batch:
     replaced_by: dict[int, str]  # row -> "shard/key" whose image stands there
     quarantined: list[dict[str, str]] = field(default_factory=list)  # shard, key, reason
 
+    def on_device(self) -> list[Tensor]:
+        """What `to` moves. Parameters stay: `augment` reads them on the host."""
+        return [self.crops, self.sample_ids, self.labels]
+
     def pin_memory(self) -> Batch:
-        """With the crops in pinned memory, so that `to` does not wait."""
-        return replace(self, crops=self.crops.pin_memory())
+        """With what goes to the device in pinned memory, so that `to` does not wait."""
+        return self._with(*(tensor.pin_memory() for tensor in self.on_device()))
 
     def to(self, device: torch.device) -> Batch:
-        """With the crops on the device. Parameters stay: `augment` reads them on the host."""
-        return replace(self, crops=self.crops.to(device, non_blocking=True))
+        return self._with(*(tensor.to(device, non_blocking=True) for tensor in self.on_device()))
+
+    def _with(self, crops: Tensor, sample_ids: Tensor, labels: Tensor) -> Batch:
+        return replace(self, crops=crops, sample_ids=sample_ids, labels=labels)
 
 
 @dataclass

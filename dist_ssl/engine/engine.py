@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -33,7 +33,7 @@ if _before is not None:
     os.environ["TORCHDYNAMO_DISABLE"] = _before
 
 from dist_ssl.config import Config, UserError  # noqa: E402
-from dist_ssl.distributed import World, world_size  # noqa: E402
+from dist_ssl.distributed import Verdict, World, world_size  # noqa: E402
 from dist_ssl.engine import partition  # noqa: E402
 from dist_ssl.engine.optimizers import LARS, build_optimizer  # noqa: E402
 from dist_ssl.models import ContrastiveModel  # noqa: E402
@@ -50,9 +50,8 @@ class Engine:
         self.optimizer: torch.optim.Optimizer = deepspeed_engine.basic_optimizer
         self.fragments = partition.read(deepspeed_engine)
         self._apply = self.optimizer.step
-        self._skip = False
-        self.gradient_norm: Tensor | None = None  # of the last step that measured it
-        self._squares: dict[int, Tensor] | None = None  # fragment -> its gradient's sum of squares, where asked for
+        self._decide: Callable[[Tensor], Verdict] | None = None
+        self._verdict: Verdict | None = None  # of the step that is under way
         # Deep inside its own step DeepSpeed calls this; everything around it (freeing gradients, gathering weights)
         # must happen for a skipped step too, so the skip is here and nowhere else.
         self.optimizer.step = self._guarded_step
@@ -68,28 +67,37 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self, learning_rate: float, skip: bool = False, measure: bool = False) -> None:
+    def step(self, learning_rate: float, decide: Callable[[Tensor], Verdict]) -> Verdict:
         """Apply the gradients of the `backward`s since the last step, or throw them away.
 
-        `measure`, the same on all ranks, sets `gradient_norm`, of the averaged gradient: one small all-reduce more.
+        `decide`, which may be collective, is called once on every rank with what the rank adds to the squared norm of
+        the averaged gradient; where its verdict is not finite nothing is applied: on a GPU by a flag that the
+        optimizer's kernels read, so that the host waits for nothing.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._skip, self._squares = skip, {} if measure else None
+        self._decide, self._verdict = decide, None
         self._engine.step()
-        if self._squares is not None:
-            total = torch.stack([torch.zeros((), device=self._engine.device), *self._squares.values()]).sum()
-            if world_size() > 1 and self._engine.zero_optimization_stage() > 0:
-                dist.all_reduce(total)
-            self.gradient_norm = total.sqrt()
+        if self._verdict is None:  # ZeRO 3 has thrown a gradient that is not finite away itself, on all ranks
+            self._verdict = decide(torch.full((), torch.nan, device=self._engine.device))
+        return self._verdict
 
     def _guarded_step(self, *arguments: Any, **keywords: Any) -> Any:
-        if self._squares is not None:
-            # DeepSpeed calls this once a parameter group or sub-group: each fragment is counted when it has a gradient.
-            for number, f in enumerate(self.fragments):
-                if f.flat.grad is not None:
-                    self._squares[number] = f.of(f.flat.grad).square().sum()
-        return None if self._skip else self._apply(*arguments, **keywords)
+        if self._verdict is None:  # DeepSpeed calls this once a parameter group or sub-group
+            assert self._decide is not None
+            self._verdict = self._decide(self._squared_norm())
+        if not self._verdict.finite.is_cuda:
+            return self._apply(*arguments, **keywords) if self._verdict.finite else None
+        # torch's fused kernels know this flag of its gradient scaler, and so does our LARS.
+        self.optimizer.found_inf = (~self._verdict.finite).float()  # type: ignore[attr-defined]
+        return self._apply(*arguments, **keywords)
+
+    def _squared_norm(self) -> Tensor:
+        """This rank's part of it, a scalar in fp64: the ranks' sum is the squared norm of the averaged gradient."""
+        held = partition.gradients(self._engine, self.fragments)
+        norms = torch.stack(torch._foreach_norm(held)) if held else torch.zeros(1, device=self._engine.device)
+        replicated = bool(self.fragments) and self.fragments[0].replicated
+        return norms.double().square().sum() / (world_size() if replicated else 1)
 
     def before_load(self) -> None:
         """Call before writing to `fragments`."""
@@ -189,9 +197,11 @@ def prepare(config: Config, world: World) -> None:
         )
     if world.device.type == "cpu":
         torch.set_num_threads(config.engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world.local_size))
-    else:
-        torch.set_float32_matmul_precision("high" if config.engine.precision == "bf16" else "highest")
-        torch.backends.cudnn.benchmark = not config.engine.deterministic
+    # TF32 rounds fp32 to ten bits: never where the config says fp32, neither in products nor in convolutions.
+    tf32 = config.engine.precision == "bf16"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not config.engine.deterministic
     if config.engine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -31,8 +31,8 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) with momentum over the scaled step, as SimCLR uses it.
 
     Groups with `adapt = False` (biases, norms) take plain momentum SGD. Until `attach` is called each tensor is taken
-    for a whole parameter. `step` is collective after `attach(..., partitioned=True)`: one all-reduce of two numbers a
-    layer.
+    for a whole parameter. Where `found_inf`, a scalar on the device, is 1, a step changes nothing, and the host does
+    not hear of it. `step` is collective after `attach(..., partitioned=True)`: one all-reduce of two numbers a layer.
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class LARS(torch.optim.Optimizer):
             "adapt": True,
         }
         super().__init__(parameters, defaults)
+        self.found_inf: Tensor | None = None  # torch's fused optimizers' name for it
         self._segments: dict[Tensor, list[Segment]] = {}
+        self._layers: dict[tuple[int, ...], Tensor] = {}  # numbers of layers, on the device
         self._num_layers = 0
         self._partitioned = False
 
@@ -69,6 +71,10 @@ class LARS(torch.optim.Optimizer):
                 continue
             decay, momentum = group["weight_decay"], group["momentum"]
             updates = [p.grad.to(p.dtype).add(p, alpha=decay) for p in tensors]
+            if self.found_inf is not None:
+                momentum = momentum + (1 - momentum) * self.found_inf
+                for update in updates:
+                    update.masked_fill_(self.found_inf > 0, 0.0)
             if group["adapt"]:
                 self._scale_by_trust(tensors, updates, group["trust_coefficient"])
             for tensor, update in zip(tensors, updates, strict=True):
@@ -76,7 +82,8 @@ class LARS(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(tensor)
                 state["momentum_buffer"].mul_(momentum).add_(update, alpha=group["lr"])
-                tensor.sub_(state["momentum_buffer"])
+                applied = state["momentum_buffer"]
+                tensor.sub_(applied if self.found_inf is None else applied * (1 - self.found_inf))
 
     def _scale_by_trust(self, tensors: list[Tensor], updates: list[Tensor], coefficient: float) -> None:
         """Multiply each layer's update by coefficient * |w| / |update|, norms over the whole layer on all ranks."""
@@ -99,7 +106,10 @@ class LARS(torch.optim.Optimizer):
         device = tensors[0].device if tensors else torch.device("cpu")
         squares = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
         if pieces:
-            layers = torch.tensor([layer for layer, _, _ in pieces], device=device)
+            numbers = tuple(layer for layer, _, _ in pieces)
+            if numbers not in self._layers:
+                self._layers[numbers] = torch.tensor(numbers, device=device)
+            layers = self._layers[numbers]
             for row, values in enumerate(zip(*((w, u) for _, w, u in pieces), strict=True)):
                 norms = torch.stack(torch._foreach_norm(list(values))).double()
                 squares[row].index_add_(0, layers, norms.square())

@@ -107,6 +107,29 @@ def _check_tiling(engine: Any, fragments: list[Fragment]) -> None:
             )
 
 
+def gradients(engine: Any, fragments: list[Fragment]) -> list[Tensor]:
+    """This rank's part of the averaged gradient, padding left out; to be read when the optimizer's first step begins.
+
+    DeepSpeed hands its optimizer the flat gradient of one group at a time; those of later groups still are in pieces.
+    """
+    optimizer, stage = engine.optimizer, int(engine.zero_optimization_stage())
+    found = [f.of(f.flat.grad) for f in fragments if f.flat.grad is not None]
+    if stage in (1, 2):
+        for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+            if flat.grad is None:
+                found += optimizer.averaged_gradients.get(number) or []
+    elif stage == 3:
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            if flat.grad is None:
+                pieces = optimizer.averaged_gradients.get(number) or []
+                flat_offsets = {f.flat_offset: f.length for f in fragments if f.flat is flat}
+                position = 0
+                for piece in pieces:
+                    found.append(piece.view(-1)[: flat_offsets.get(position, 0)])
+                    position += piece.numel()
+    return found
+
+
 def segments(fragments: list[Fragment], layers: Mapping[str, int]) -> dict[Tensor, list[Segment]]:
     """For LARS: the ranges of each flat tensor that are parameters, padding left out; `layers` numbers the names."""
     held: dict[Tensor, list[Segment]] = {}

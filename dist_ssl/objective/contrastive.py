@@ -229,7 +229,9 @@ class _Contrast(torch.autograd.Function):
                 images = slice(rows.start // num_views, rows.stop // num_views)
                 dz[:, images] = dz_k.view(-1, num_views, dz.shape[2]).transpose(0, 1)
             # s is homogeneous in u: sum_k u_k.dL/du_k = 2 sum_ij s_ij dL/ds_ij = -2 tau dL/dtau.
-            dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature).view(temperature.shape)
+            dtemperature = None
+            if ctx.needs_input_grad[1]:  # to bring it to the host a GPU is waited for
+                dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature).view(temperature.shape)
         return None, dtemperature, None, None, None, None, *dz
 
 

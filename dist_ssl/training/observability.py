@@ -71,7 +71,8 @@ class Observer:
         self._boards = _boards(config) if rank() == 0 else []
         self._progress = _progress_line(rank() == 0)
         self._task = self._progress.add_task("pretrain", total=total_steps, completed=step, loss="", rate="")
-        self._batch, self._total_steps, self._said = config.train.global_batch_size, total_steps, 0.0
+        self.total_steps = total_steps
+        self._batch, self._said = config.train.global_batch_size, 0.0
         self._mark, self._mark_step, self._waited = time.monotonic(), step, 0.0
 
     def __enter__(self) -> Observer:
@@ -84,21 +85,23 @@ class Observer:
             if closable is not None:
                 closable.close()
 
-    def waited(self, seconds: float) -> None:
-        """Count time in which this rank had no batch."""
-        self._waited += seconds
-
     def ledger(self, line: dict[str, Any]) -> None:
         if self._ledger is not None:
             self._ledger.write(line)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics; adds images a second and the data wait since the last. Rank 0 writes."""
+    def log(self, step: int, values: dict[str, float], waited_seconds: float) -> None:
+        """One line of metrics; adds images a second and the data wait since the last. Rank 0 writes.
+
+        `waited_seconds` are those in which this rank had no batch, since the start.
+        """
         now = time.monotonic()
         elapsed = max(now - self._mark, 1e-9)
         rate = (step - self._mark_step) * self._batch / elapsed
-        values = values | {"images_per_second": rate, "data_wait_fraction": min(1.0, self._waited / elapsed)}
-        self._mark, self._mark_step, self._waited = now, step, 0.0
+        values = values | {
+            "images_per_second": rate,
+            "data_wait_fraction": min(1.0, (waited_seconds - self._waited) / elapsed),
+        }
+        self._mark, self._mark_step, self._waited = now, step, waited_seconds
         if self._metrics is None:
             return
         # JSON knows no NaN: a loss that is not finite is null.
@@ -107,9 +110,13 @@ class Observer:
         for board in self._boards:
             board.log(step, values)
         self._progress.update(self._task, loss=f"{values['loss']:.4f}", rate=f"{rate:,.0f}")
-        if self._progress.disable and (now - self._said > SECONDS_BETWEEN_LINES or step == self._total_steps):
+        if self._progress.disable and (now - self._said > SECONDS_BETWEEN_LINES or step == self.total_steps):
             self._said = now
-            log.info("step %d of %d: loss %.4f, %.0f images/s", step, self._total_steps, values["loss"], rate)
+            left = (self.total_steps - step) * self._batch / max(rate, 1e-9) / 60
+            log.info(
+                "step %d of %d: loss %.4f, %.0f images/s, %.0f min left",
+                step, self.total_steps, values["loss"], rate, left,
+            )  # fmt: skip
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)

@@ -35,9 +35,11 @@ class Step:
         self._config, self._model = config, model
         self._views_per_chunk = [2 * rows[rank()] for rows in rows_per_chunk]
         self._rows_per_rank = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
+        self._buffers = BufferSnapshot(model.model)
 
     def __call__(self, batch: Batch, seed: int) -> StepResult:
         """Forward and backward of one global batch; `seed` is of this step and rank, for dropout. Collective."""
+        self._buffers.take()
         views = augment(batch.crops, batch.parameters, self._config.augment).flatten(0, 1)  # (2n, 3, S, S)
         views = views.contiguous(memory_format=torch.channels_last)
         if self._config.objective.chunks > 1:
@@ -47,6 +49,10 @@ class Step:
         loss = self._contrast(z, batch)
         self._model.backward(loss)
         return StepResult(loss.detach(), h.detach(), z.detach())
+
+    def settle(self, applied: Tensor) -> None:
+        """Put batch norm's statistics back where the step was not applied, by a flag on the device."""
+        self._buffers.put_back_unless(applied)
 
     def _in_chunks(self, views: Tensor, batch: Batch, seed: int) -> StepResult:
         """GradCache (Gao et al. 2021): all z without graph, dL/dz exactly, then chunk by chunk with that gradient.
@@ -74,28 +80,42 @@ class Step:
 
     def _contrast(self, z: Tensor, batch: Batch) -> Tensor:
         z1, z2 = z[0::2], z[1::2]
-        temperature, rows, ids = self._config.objective.temperature, self._rows_per_rank, batch.sample_ids.to(z.device)
+        temperature, rows, ids = self._config.objective.temperature, self._rows_per_rank, batch.sample_ids
         match self._config.objective.name:
             case "nt_xent":
                 return objective.nt_xent(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
             case "decoupled":
                 return objective.decoupled(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
             case "supervised":
-                labels = batch.labels.to(z.device)
-                return objective.supervised(z1, z2, temperature, labels, rows_per_rank=rows, sample_ids=ids)
+                return objective.supervised(z1, z2, temperature, batch.labels, rows_per_rank=rows, sample_ids=ids)
 
 
-class Statistics:
-    """Buffers as they were before a step: a loss that is not finite has poisoned batch norm's when it is seen."""
+class BufferSnapshot:
+    """A model's buffers as they were before a step: where it is thrown away, batch norm's have been poisoned by then.
+
+    All buffers of a dtype become views of one tensor, so that taking and putting back are a launch each.
+    """
 
     def __init__(self, model: nn.Module):
-        self._buffers = list(model.buffers())
-        self._saved = [buffer.clone() for buffer in self._buffers]
+        places: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {}
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    places.setdefault(buffer.dtype, []).append((module, name, buffer))
+        self._buffers = []
+        for held in places.values():
+            flat = torch.cat([buffer.reshape(-1) for _, _, buffer in held])
+            parts = flat.split([buffer.numel() for _, _, buffer in held])
+            for (module, name, buffer), part in zip(held, parts, strict=True):
+                module._buffers[name] = part.view(buffer.shape)
+            self._buffers.append(flat)
+        self._saved = [flat.clone() for flat in self._buffers]
 
-    def remember(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._saved, self._buffers)
+    def take(self) -> None:
+        for saved, flat in zip(self._saved, self._buffers, strict=True):
+            saved.copy_(flat)
 
-    def restore(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved)
+    def put_back_unless(self, keep: Tensor) -> None:
+        """`keep` is a bool scalar on the device, which the host does not read."""
+        for saved, flat in zip(self._saved, self._buffers, strict=True):
+            torch.where(keep, flat, saved, out=flat)

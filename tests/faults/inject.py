@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -9,10 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from dist_ssl import distributed
 from dist_ssl.augment.parameters import BRIGHTNESS, JITTER
 from dist_ssl.config import Config
 from dist_ssl.data.stream import Batch, Batches
+from dist_ssl.models import ContrastiveModel
 from dist_ssl.training import train
 from tests.faults.harness import last_step
 
@@ -46,15 +51,59 @@ def _pretrain(config: Config, disturb: Callable[[int, Batch], None]) -> int:
         train.training_batches = real
 
 
-def pretrain_with_poison(config: Config, steps: list[int]) -> int:
-    """Rank 1's first image has a brightness of NaN in the given steps."""
+def pretrain_with_poison(config: Config, steps: list[int], send: tuple[int, int] | None = None) -> int:
+    """Rank 1's first image has a brightness of NaN in the given steps; `send`: in which step it gets which signal."""
 
     def poison(step: int, batch: Batch) -> None:
         if step in steps:
             batch.parameters[0, :, JITTER] = 1.0
             batch.parameters[0, :, BRIGHTNESS] = float("nan")
 
-    return _pretrain(config, poison)
+    with _at_each_step(lambda step, _: _send(step, send)):
+        return _pretrain(config, poison)
+
+
+def pretrain_with_bad_gradients(config: Config, steps: list[int], send: tuple[int, int] | None = None) -> int:
+    """Rank 1's gradient is infinite in the given steps, and its loss is not; `send` as above."""
+
+    def spoil(step: int, z: Tensor) -> None:
+        if step in steps and distributed.rank() == 1:
+            z.register_hook(lambda gradient: gradient * float("inf"))
+        _send(step, send)
+
+    with _at_each_step(spoil):
+        return train.pretrain(config)
+
+
+def error_with_bad_gradients(config: Config, steps: list[int]) -> str:
+    """What `pretrain_with_bad_gradients` raised on this rank."""
+    try:
+        pretrain_with_bad_gradients(config, steps)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def _send(step: int, what: tuple[int, int] | None) -> None:
+    if what is not None and step == what[0] and distributed.rank() == 1:
+        os.kill(os.getpid(), what[1])
+
+
+@contextlib.contextmanager
+def _at_each_step(act: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `act(step of this start, z)` after each training forward."""
+    real = train.build_model
+
+    def build(config: Config) -> ContrastiveModel:
+        model, counter = real(config), itertools.count(1)
+        model.register_forward_hook(lambda module, inputs, outputs: act(next(counter), outputs[1]))
+        return model
+
+    train.build_model = build
+    try:
+        yield
+    finally:
+        train.build_model = real
 
 
 def pretrain_with_signal(config: Config, at_step: int, number: int) -> int:
@@ -70,11 +119,11 @@ def pretrain_with_a_signal_and_a_lost_peer(config: Config, at_step: int) -> int:
             time.sleep(5)
 
     if distributed.rank() == 0:
-        threading.Thread(target=_signal_at, args=(config, at_step - 1), daemon=True).start()
+        threading.Thread(target=_signal_at, args=(config, at_step - 4), daemon=True).start()
     return _pretrain(config, stay_away)
 
 
 def _signal_at(config: Config, step: int) -> None:
-    while last_step(Path(config.run.dir)) < step - 1:
+    while last_step(Path(config.run.dir)) < step:
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,49 @@
+"""What a run says of itself when it starts and when it is over: a few lines, on rank 0."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from dist_ssl import config as config_module
+from dist_ssl.config import Config
+from dist_ssl.data.index import Manifest
+from dist_ssl.distributed import World
+from dist_ssl.models import ContrastiveModel
+
+log = logging.getLogger(__name__)
+
+
+class Announcement:
+    """Says what is about to run; `over` says how long it took and what to do next."""
+
+    def __init__(self, config: Config, world: World, manifest: Manifest, model: ContrastiveModel, done_steps: int):
+        self._config, self._world = config, world
+        self._started, self._done_steps = time.monotonic(), done_steps
+        if world.rank != 0:
+            return
+        batch, samples = config.train.global_batch_size, manifest.num_samples
+        steps = config_module.total_steps(config, samples)
+        encoder, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.head))
+        classes = f", {len(manifest.classes)} classes for the probes" if manifest.classes else ", no labels"
+        device = "GPU" if world.device.type == "cuda" else "CPU"
+        for line in (
+            f"data: {samples:,} images in {len(manifest.shards):,} shards{classes}",
+            f"model: {config.model.encoder} ({encoder:.2f}M parameters), head {config.model.head.kind} ({head:.2f}M), "
+            f"{config.objective.name}",
+            f"ranks: {world.size} ({device}, {config.engine.precision}, ZeRO {config.engine.zero_stage}), "
+            f"a batch of {batch:,} over all of them",
+            f"steps: {steps:,}, {batch * steps / samples:.1f} epochs of {samples / batch:.1f} steps; "
+            f"a checkpoint every {config.checkpoint.every_steps:,}",
+        ):
+            log.info("%s", line)
+
+    def over(self, steps: int) -> None:
+        """Call on every rank when all steps are done."""
+        if self._world.rank == 0:
+            minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
+            run_dir = self._config.run.dir
+            log.info(
+                "%s: complete, %d steps in %d min %02d s; next: dist-ssl evaluate %s",
+                run_dir, steps - self._done_steps, minutes, seconds, run_dir,
+            )  # fmt: skip

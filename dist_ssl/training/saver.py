@@ -1,0 +1,52 @@
+"""When a run is saved, and what of it: the checkpointer's only caller."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from dist_ssl.checkpoint import Checkpointer, RunState
+from dist_ssl.config import Config
+from dist_ssl.distributed import rank
+from dist_ssl.engine import Engine
+from dist_ssl.training.diagnostics import OnlineProbe
+from dist_ssl.training.run_directory import versions
+from dist_ssl.training.verdict import Asked
+
+
+class Saver:
+    """Saves every so many steps, and after so many minutes by rank 0's clock, whose wish travels in the verdict."""
+
+    def __init__(self, config: Config, checkpointer: Checkpointer, model: Engine, probe: OnlineProbe | None):
+        self._config, self._checkpointer = config, checkpointer
+        self._model, self._probe = model, probe
+        self._saved_at = time.monotonic()
+
+    @property
+    def last_step(self) -> int:
+        return self._checkpointer.last_step
+
+    def wish(self) -> bool:
+        """Whether the clock asks for a save; no other rank's than the first one's is asked."""
+        minutes = self._config.checkpoint.every_minutes
+        return rank() == 0 and minutes is not None and time.monotonic() - self._saved_at > minutes * 60
+
+    def is_due(self, step: int, heard: Asked) -> bool:
+        every = self._config.checkpoint.every_steps
+        return heard.save_due or step // every > self.last_step // every
+
+    def failed(self) -> bool:
+        """Whether the last save has failed by now on this rank."""
+        return self._checkpointer.failed()
+
+    def save(self, state: RunState) -> None:
+        """Start a checkpoint; versions are added. Collective."""
+        replicated = dict(self._model.model.named_buffers())
+        if self._probe is not None:
+            replicated |= {f"probe.{name}": tensor for name, tensor in self._probe.state_dict().items()}
+        self._checkpointer.save(replace(state, versions=versions()), replicated)
+        self._saved_at = time.monotonic()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises, on all ranks, what made the last save fail."""
+        self._checkpointer.wait()
