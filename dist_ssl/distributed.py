@@ -139,6 +139,13 @@ def gather_rows(rows: Tensor, rows_per_rank: Sequence[int]) -> Tensor:
     return torch.cat([received[r * largest : r * largest + n] for r, n in enumerate(rows_per_rank)])
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """`values` of all ranks added up, in place, without gradient. Collective: one all-reduce."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Small picklable values of all ranks, in rank order. Collective."""
     if world_size() == 1:

@@ -9,8 +9,10 @@ s is symmetric, so a rank that knows all z and all LSE has its own rows' whole g
 and one of M numbers forward, no collective in backward. The pairs are visited in tiles that are computed again in
 backward (`tiles`; `tiles_triton` on CUDA), so memory is O(M d), never O(M m).
 
-Legend: W ranks; n images of this rank, N of all; m = 2n and M = 2N views; d dimensions. Rows of (M, d) are ordered
-by rank, image, view: row r belongs to image r // 2 and its positive is row r ^ 1.
+With V > 2 views an image's other views are all positives and all in the denominator, and s_i,p(i) is their mean.
+
+Legend: W ranks; n images of this rank, N of all; V views of an image; m = V n and M = V N views; d dimensions. Rows of
+(M, d) are ordered by rank, image, view: row r belongs to image r // V, and of two views the positive is row r ^ 1.
 """
 
 from __future__ import annotations
@@ -25,14 +27,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_ssl import distributed
-
-# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
 from dist_ssl.objective import checks, tiles
 
-# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
-# temperature is computed in fp64, whose range ends at `checks.MIN_TEMPERATURE`.
-MAX_SCALE_FP32 = 64.0
-CHUNK_VIEWS = 8192  # even: both views of an image in one chunk
+CHUNK_VIEWS = 8192
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -57,7 +54,7 @@ def nt_xent(
     The mean over ranks of what is returned, and of the parameter gradients that follow, is the loss of the global
     batch and its gradient: rank r returns (W/M) times the sum over its own views. Collective in forward only.
     """
-    return _contrast("nt_xent", z1, z2, temperature, rows_per_rank, sample_ids, None, validate)
+    return _contrast("nt_xent", {"z1": z1, "z2": z2}, temperature, rows_per_rank, sample_ids, None, validate)
 
 
 def decoupled(
@@ -70,7 +67,7 @@ def decoupled(
     validate: bool = False,
 ) -> Tensor:
     """NT-Xent without the positive in the denominator (Yeh et al. 2021, DCL, equation 6). Arguments: `nt_xent`."""
-    return _contrast("decoupled", z1, z2, temperature, rows_per_rank, sample_ids, None, validate)
+    return _contrast("decoupled", {"z1": z1, "z2": z2}, temperature, rows_per_rank, sample_ids, None, validate)
 
 
 def supervised(
@@ -88,13 +85,53 @@ def supervised(
     labels: (n,) int64; a negative one means unlabelled: only the views of that image are its positives.
     Other arguments: `nt_xent`. Where no two images share a label it is `nt_xent`.
     """
-    return _contrast("supervised", z1, z2, temperature, rows_per_rank, sample_ids, labels, validate)
+    return _contrast("supervised", {"z1": z1, "z2": z2}, temperature, rows_per_rank, sample_ids, labels, validate)
+
+
+def nt_xent_views(
+    z: Tensor,
+    temperature: float | Tensor,
+    *,
+    rows_per_rank: Sequence[int] | None = None,
+    sample_ids: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """`nt_xent` over V views, z (n, V, d), as L_out of Khosla et al. 2020 with an image's views as its class.
+
+    Positives are the other views of the image, their mean outside the logarithm; all of them are in the denominator.
+    Other arguments: `nt_xent`, which it is for V = 2.
+    """
+    return _contrast("nt_xent", {"z": z}, temperature, rows_per_rank, sample_ids, None, validate)
+
+
+def decoupled_views(
+    z: Tensor,
+    temperature: float | Tensor,
+    *,
+    rows_per_rank: Sequence[int] | None = None,
+    sample_ids: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """`decoupled` over V views, z (n, V, d): no view of the image is in the denominator. Arguments: `nt_xent`."""
+    return _contrast("decoupled", {"z": z}, temperature, rows_per_rank, sample_ids, None, validate)
+
+
+def supervised_views(
+    z: Tensor,
+    temperature: float | Tensor,
+    labels: Tensor,
+    *,
+    rows_per_rank: Sequence[int] | None = None,
+    sample_ids: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """`supervised` over V views, z (n, V, d). Arguments: `supervised`."""
+    return _contrast("supervised", {"z": z}, temperature, rows_per_rank, sample_ids, labels, validate)
 
 
 def _contrast(
     form: str,
-    z1: Tensor,
-    z2: Tensor,
+    rows: dict[str, Tensor],
     temperature: float | Tensor,
     rows_per_rank: Sequence[int] | None,
     sample_ids: Tensor | None,
@@ -102,17 +139,22 @@ def _contrast(
     validate: bool,
 ) -> Tensor:
     value = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
-    rows_per_rank = checks.agree(form, z1, z2, value, rows_per_rank, sample_ids, labels)
-    device = z1.device
+    least, per_image = {"temperature": (value, checks.MIN_TEMPERATURE)}, {"sample_ids": sample_ids, "labels": labels}
+    views, shape = tuple(rows.values()), "(n, d)"
+    if "z" in rows:
+        views, shape = (rows["z"].unbind(1) if rows["z"].dim() == 3 else ()), "(n, V, d)"
+        least["number of views"] = len(views), 2
+    rows_per_rank = checks.agree(form, rows, rows_per_rank, least=least, per_image=per_image, shape=shape)
+    device, n = views[0].device, len(views[0])
     ids = None if sample_ids is None else sample_ids.to(device, torch.int64)
     if labels is not None:
         if ids is None:
-            ids = sum(rows_per_rank[: distributed.rank()]) + torch.arange(len(z1), device=device)
+            ids = sum(rows_per_rank[: distributed.rank()]) + torch.arange(n, device=device)
         ids = torch.where(labels.to(device) < 0, -1 - ids, labels.to(device, torch.int64))
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(value)
     with torch.autocast(device.type, enabled=False):
-        loss: Tensor = _Contrast.apply(form, z1, z2, temperature, 1.0 / value, ids, tuple(rows_per_rank), validate)
+        loss: Tensor = _Contrast.apply(form, temperature, 1.0 / value, ids, tuple(rows_per_rank), validate, *views)
     return loss
 
 
@@ -121,32 +163,35 @@ class _Contrast(torch.autograd.Function):
     def forward(
         ctx: Any,
         form: str,
-        z1: Tensor,
-        z2: Tensor,
         temperature: Tensor,
         scale: float,
         ids: Tensor | None,
         rows_per_rank: tuple[int, ...],
         validate: bool,
+        *views: Tensor,
     ) -> Tensor:
-        z, ids = _gather(z1, z2, ids, rows_per_rank)
+        num_views, dtype = len(views), views[0].dtype
+        z, ids = _gather(views, ids, rows_per_rank)
         if validate:
             checks.check_finite(form, z, rows_per_rank)
-        first = 2 * sum(rows_per_rank[: distributed.rank()])
-        own = slice(first, first + 2 * len(z1))
-        if scale > MAX_SCALE_FP32:
+        first = num_views * sum(rows_per_rank[: distributed.rank()])
+        own = slice(first, first + num_views * len(views[0]))
+        if scale > tiles.MAX_SCALE_FP32:
             z = z.double()
         elif z.dtype == torch.float16:
             z = z.float()  # its range is too short for the weights in backward
         wide = torch.promote_types(z.dtype, torch.float32)
         # As F.normalize: a vector shorter than 1e-12 is divided by that.
         inverse_norm = torch.linalg.vector_norm(z, dim=1, dtype=wide).clamp(min=1e-12).reciprocal()
-        key = _keys(form, ids, z)
-        lse = _kernels(z).exponential_sums(z, inverse_norm, key, own, scale).log()
+        key = _keys(form, ids, z, num_views)
+        lse = _kernels(z).exponential_sums(z, inverse_norm, key, own, scale)
         s_positive = torch.empty_like(lse)
-        for rows, unit, positive in _anchors(form, z, inverse_norm, ids, own):
+        for rows, unit, positive in _anchors(form, z, inverse_norm, ids, own, num_views):
             s_positive[rows] = (unit * positive).sum(dim=1) * scale
-        if form == "nt_xent":
+            if form == "nt_xent" and num_views > 2:
+                lse[rows] += _within_images(unit, num_views, scale)[0].sum(dim=2).flatten()
+        lse = lse.log()
+        if form == "nt_xent" and num_views == 2:
             # The positive joins the denominator last: where it dominates, LSE_i - s_i,p(i) would cancel.
             losses = -F.logsigmoid(s_positive - lse)
             pull = torch.sigmoid(lse - s_positive)
@@ -154,33 +199,40 @@ class _Contrast(torch.autograd.Function):
         else:
             losses = lse - s_positive
             pull = torch.ones_like(lse)
-        weight = distributed.gather_rows(lse, [2 * n for n in rows_per_rank]).neg_().exp_()
+        weight = distributed.gather_rows(lse, [num_views * n for n in rows_per_rank]).neg_().exp_()
         ctx.save_for_backward(z, inverse_norm, key, ids, weight, pull, temperature)
-        ctx.form, ctx.own, ctx.scale, ctx.dtype = form, own, scale, z1.dtype
+        ctx.form, ctx.own, ctx.scale, ctx.num_views, ctx.dtype = form, own, scale, num_views, dtype
         ctx.factor = len(rows_per_rank) / len(z)  # W/M
         loss = losses.sum() * ctx.factor
-        return loss.to(torch.promote_types(z1.dtype, torch.float32))
+        return loss.to(torch.promote_types(dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         z, inverse_norm, key, ids, weight, pull, temperature = ctx.saved_tensors
+        num_views = ctx.num_views
         with torch.autocast(z.device.type, enabled=False):
             du = _kernels(z).weighted_sums(z, inverse_norm, key, weight, ctx.own, ctx.scale)
-            pulls = pull + pull.view(-1, 2).flip(1).flatten()  # u_k is pulled as an anchor and as a positive
+            # u_k is pulled as an anchor and as a positive. Of more views than two each pulls in full.
+            pulls = pull + pull.view(-1, 2).flip(1).flatten() if num_views == 2 else 2 * pull
             factor = gradients[0].to(du.dtype) * (ctx.factor * ctx.scale)
             radial = torch.empty_like(pull)
-            dz = torch.empty(2, len(du) // 2, du.shape[1], dtype=ctx.dtype, device=du.device)
-            for rows, unit, positive in _anchors(ctx.form, z, inverse_norm, ids, ctx.own):
+            dz = torch.empty(num_views, len(du) // num_views, du.shape[1], dtype=ctx.dtype, device=du.device)
+            for rows, unit, positive in _anchors(ctx.form, z, inverse_norm, ids, ctx.own, num_views):
+                if ctx.form == "nt_xent" and num_views > 2:
+                    e, unit_nvd = _within_images(unit, num_views, ctx.scale)
+                    w = weight[ctx.own][rows].view(-1, num_views, 1)
+                    du[rows] += (e * (w + w.mT) @ unit_nvd).flatten(0, 1)
                 du_k = (du[rows] - pulls[rows, None] * positive) * factor
                 radial[rows] = (unit * du_k).sum(dim=1)
                 dz_k = (du_k - radial[rows, None] * unit) * inverse_norm[ctx.own][rows, None]
-                dz[:, rows.start // 2 : rows.stop // 2] = dz_k.view(-1, 2, dz.shape[2]).transpose(0, 1)
+                images = slice(rows.start // num_views, rows.stop // num_views)
+                dz[:, images] = dz_k.view(-1, num_views, dz.shape[2]).transpose(0, 1)
             # s is homogeneous in u: sum_k u_k.dL/du_k = 2 sum_ij s_ij dL/ds_ij = -2 tau dL/dtau.
             dtemperature = None
-            if ctx.needs_input_grad[3]:  # to bring it to the host a GPU is waited for
+            if ctx.needs_input_grad[1]:  # to bring it to the host a GPU is waited for
                 dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature).view(temperature.shape)
-        return None, dz[0], dz[1], dtemperature, None, None, None, None
+        return None, dtemperature, None, None, None, None, *dz
 
 
 def _kernels(z: Tensor) -> Any:
@@ -192,43 +244,57 @@ def _kernels(z: Tensor) -> Any:
     return tiles_triton
 
 
-def _gather(z1: Tensor, z2: Tensor, ids: Tensor | None, rows_per_rank: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+def _gather(views: Sequence[Tensor], ids: Tensor | None, rows_per_rank: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """z (M, d) and ids (N,) of all ranks, by one all-gather: an id travels as the last elements of its image's row."""
-    d = z1.shape[1]
-    parts = [z1, z2] if ids is None else [z1, z2, ids[:, None].view(z1.dtype)]
+    d = views[0].shape[1]
+    parts = [*views] if ids is None else [*views, ids[:, None].view(views[0].dtype)]
     rows = distributed.gather_rows(torch.cat(parts, dim=1), rows_per_rank)
     if ids is not None:
-        ids = rows[:, 2 * d :].contiguous().view(ids.dtype).flatten()
-    return rows[:, : 2 * d].reshape(-1, d), ids
+        ids = rows[:, len(views) * d :].contiguous().view(ids.dtype).flatten()
+    return rows[:, : len(views) * d].reshape(-1, d), ids
 
 
-def _keys(form: str, ids: Tensor | None, z: Tensor) -> Tensor:
+def _keys(form: str, ids: Tensor | None, z: Tensor, num_views: int) -> Tensor:
     """(M,): views with equal keys are kept out of each other's denominator."""
     if ids is not None and form != "supervised":
-        return ids.repeat_interleave(2)
+        return ids.repeat_interleave(num_views)
     view = torch.arange(len(z), device=z.device, dtype=torch.int32)
-    return view if form == "supervised" else view // 2
+    return view if form == "supervised" else view // num_views
 
 
 def _anchors(
-    form: str, z: Tensor, inverse_norm: Tensor, ids: Tensor | None, own: slice
+    form: str, z: Tensor, inverse_norm: Tensor, ids: Tensor | None, own: slice, num_views: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows of m, u, the mean of each view's positives), a chunk of own views at a time, since M d is much on a GPU."""
     if form == "supervised":
         _, image_class, images = torch.unique(ids, return_inverse=True, return_counts=True)
-        view_class = image_class.repeat_interleave(2)
+        view_class = image_class.repeat_interleave(num_views)
         sums = inverse_norm.new_zeros(len(images), z.shape[1])
-        for views in _chunks(0, len(z)):
+        for views in _chunks(0, len(z), num_views):
             sums.index_add_(0, view_class[views], z[views] * inverse_norm[views, None])
-    for views in _chunks(own.start, own.stop):
+    for views in _chunks(own.start, own.stop, num_views):
         unit = z[views] * inverse_norm[views, None]
         if form == "supervised":
             of_view = view_class[views]
-            positive = (sums[of_view] - unit) / (2 * images[of_view, None] - 1)
+            positive = (sums[of_view] - unit) / (num_views * images[of_view, None] - 1)
         else:
-            positive = unit.view(-1, 2, unit.shape[1]).flip(1).reshape(unit.shape)
+            unit_nvd = unit.view(-1, num_views, unit.shape[1])
+            if num_views == 2:
+                positive = unit_nvd.flip(1).reshape(unit.shape)
+            else:
+                positive = ((unit_nvd.sum(dim=1, keepdim=True) - unit_nvd) / (num_views - 1)).flatten(0, 1)
         yield slice(views.start - own.start, views.stop - own.start), unit, positive
 
 
-def _chunks(start: int, stop: int) -> list[slice]:
-    return [slice(first, min(first + CHUNK_VIEWS, stop)) for first in range(start, stop, CHUNK_VIEWS)]
+def _within_images(unit: Tensor, num_views: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(exp(s) of the views of each image, zero on the diagonal: (n, V, V), u (n, V, d))."""
+    unit_nvd = unit.view(-1, num_views, unit.shape[1])
+    e = (unit_nvd @ unit_nvd.mT * scale).exp_()
+    e.diagonal(dim1=1, dim2=2).zero_()
+    return e, unit_nvd
+
+
+def _chunks(start: int, stop: int, num_views: int) -> list[slice]:
+    """All views of an image are in one chunk."""
+    size = max(CHUNK_VIEWS // num_views, 1) * num_views
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
+# temperature is computed in fp64, whose range ends at `checks.MIN_TEMPERATURE`.
+MAX_SCALE_FP32 = 64.0
 TILE_ROWS = 256
 TILE_ENTRIES_CPU = 2**18  # 1 MiB of fp32: a core's second-level cache
 TILE_ENTRIES = 2**26
@@ -42,6 +45,27 @@ def weighted_sums(z: Tensor, inverse_norm: Tensor, key: Tensor, weight: Tensor, 
         if mirrored:
             sums[_within(columns, own)].addmm_(e.T, unit[rows])
     return sums
+
+
+def query_sums(u: Tensor, v: Tensor, own: slice, scale: float) -> tuple[Tensor, Tensor]:
+    """sum_j exp(s_ij) and sum_j exp(s_ij) v_j, s_ij = scale u_i.v_j: (n, d), (N, d) -> (n,), (n, d).
+
+    Row i of u has its positive in row i of v[own], which is left out of both.
+    """
+    sums, pulls = u.new_zeros(len(u)), torch.zeros_like(u)
+    entries = min(TILE_ENTRIES_CPU if u.device.type == "cpu" else TILE_ENTRIES, TILE_ROWS * len(v))
+    width, buffer = entries // TILE_ROWS, u.new_empty(entries)
+    for first in range(0, len(u), TILE_ROWS):
+        rows = slice(first, min(first + TILE_ROWS, len(u)))
+        for column in range(0, len(v), width):
+            columns = slice(column, min(column + width, len(v)))
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            e = buffer[: shape[0] * shape[1]].view(shape)
+            torch.addmm(e, u[rows], v[columns].T, beta=0, alpha=scale, out=e).exp_()
+            e.diagonal(own.start + first - column).zero_()
+            sums[rows] += e.sum(dim=1)
+            pulls[rows].addmm_(e, v[columns])
+    return sums, pulls
 
 
 def _within(part: slice, whole: slice) -> slice:

@@ -1,7 +1,8 @@
-"""The objective against its peers: time, memory, bytes on the wire. `python -m tests.benchmarks.objective [FILE]`.
+"""The objectives against their peers: time, memory, bytes on the wire. `python -m tests.benchmarks.objective [FILE]`.
 
 Prints tables, and writes JSON to FILE. Needs the `bench` extra. On a machine with a GPU it measures the Triton kernels
-too, `--sweep` times other tile sizes there, `--gpu-only` leaves the CPU part out. A few minutes on two quiet cores.
+too, `--sweep` times other tile sizes there, `--gpu-only` leaves the CPU part out, `--methods-only` leaves NT-Xent out.
+A few minutes on two quiet cores.
 
 Every CPU rank is a process with one thread on gloo. Times are of forward and backward, of the slowest rank,
 candidates in turn, medians with the smallest and largest; cpu_ms is the time that the process ran, which a busy
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ssl import distributed
-from dist_ssl.objective import nt_xent, tiles
+from dist_ssl.objective import barlow_twins, byol, moco_v3, nt_xent, sigreg, simsiam, tiles, vicreg
 from tests.counting import Count
 from tests.pool import Pool
 from tests.wrong_objectives import textbook
@@ -69,7 +70,57 @@ def candidate(name: str) -> Loss:
 
             loss = MetricLearningNTXentLoss(temperature=TEMPERATURE)
             return lambda z1, z2: loss(torch.cat([z1, z2]), torch.arange(len(z1), device=z1.device).repeat(2))
+    return method(name)
+
+
+def method(name: str) -> Loss:
+    """The objectives beside NT-Xent, ours and lightly's, under the same definitions. Targets are the other view."""
+    size = distributed.world_size()
+
+    def even(z: torch.Tensor) -> list[int]:
+        return [len(z)] * size
+
+    match name:
+        case "vicreg":
+            return lambda z1, z2: vicreg(z1, z2, rows_per_rank=even(z1))
+        case "vicreg, lightly":
+            from lightly.loss import VICRegLoss
+
+            return VICRegLoss(gather_distributed=size > 1)
+        case "barlow_twins":
+            return lambda z1, z2: barlow_twins(z1, z2, rows_per_rank=even(z1))
+        case "barlow_twins, lightly":
+            from lightly.loss import BarlowTwinsLoss
+
+            return BarlowTwinsLoss(lambda_param=0.0051, gather_distributed=size > 1)
+        case "sigreg":
+            return lambda z1, z2: sigreg(torch.stack([z1, z2], dim=1), 0, 0, rows_per_rank=even(z1))
+        case "sigreg, lightly":
+            from lightly.loss.lejepa_loss import SIGReg
+
+            theirs = SIGReg(knots=9, t_max=5.0, num_vectors=256, gather_distributed=size > 1)
+            return lambda z1, z2: theirs(torch.stack([z1, z2]))
+        case "moco_v3":
+            return lambda z1, z2: moco_v3(z1, z2, z1.detach(), z2.detach(), TEMPERATURE, rows_per_rank=even(z1))
+        case "byol":
+            return lambda z1, z2: byol(z1, z2, z1, z2, rows_per_rank=even(z1))
+        case "simsiam":
+            return lambda z1, z2: simsiam(z1, z2, z1, z2, rows_per_rank=even(z1))
+        case "simsiam, lightly":
+            from lightly.loss import NegativeCosineSimilarity
+
+            cosine = NegativeCosineSimilarity()
+            return lambda z1, z2: 0.5 * (cosine(z1, z2.detach()) + cosine(z2, z1.detach()))
     raise ValueError(name)
+
+
+METHODS = [
+    # Fewer images than dimensions, as the papers have them: z is gathered. And more: sums are reduced.
+    (["vicreg", "vicreg, lightly", "barlow_twins", "barlow_twins, lightly"], 1024, 2048),
+    (["vicreg", "vicreg, lightly", "barlow_twins", "barlow_twins, lightly"], 8192, 256),
+    (["sigreg", "sigreg, lightly"], 4096, 128),
+    (["moco_v3", "byol", "simsiam", "simsiam, lightly"], 8192, 128),
+]
 
 
 _TILES = tiles._tiles
@@ -115,13 +166,41 @@ def cost_on_rank(name: str, views: int, d: int) -> tuple[int, int, int]:
     loss(z1, z2).backward()
     growth = _status("VmHWM") - before
     with Count() as forward:
-        value = loss(*inputs(256, d))
+        value = loss(z1, z2)
     with Count() as backward:
         value.backward()
     ranks = distributed.world_size()
-    # Bytes grow with the batch alone, so they are counted on a small one.
-    sent = (forward.wire_bytes(ranks) + backward.wire_bytes(ranks)) * views // 256
+    sent = forward.wire_bytes(ranks) + backward.wire_bytes(ranks)
     return growth, sent, len(backward.collectives)
+
+
+def gradients_on_rank(names: list[str], total: int, d: int) -> list[torch.Tensor]:
+    """dL/dz1 of this rank's rows of one global batch in fp64, as it counts in the mean over ranks."""
+    z = torch.randn(2, total, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z *= torch.linspace(0.3, 2, d, dtype=z.dtype)
+    size, gradients = distributed.world_size(), []
+    for name in names:
+        torch.manual_seed(0)  # lightly draws SIGReg's slices from it
+        z1, z2 = z.chunk(size, dim=1)[distributed.rank()].clone().requires_grad_().unbind()
+        gradients += torch.autograd.grad(candidate(name)(z1, z2) / size, z1)
+    return gradients
+
+
+def gradient_errors(names: list[str], ranks: int, total: int = 24, d: int = 10) -> list[float]:
+    """How far the averaged gradient on some ranks is from the same loss's on one, relatively."""
+    one, many = Pool(1), Pool(ranks)
+    (want,), parts = (pool.run(gradients_on_rank, names, total, d, timeout=1800) for pool in (one, many))
+    one.close()
+    many.close()
+    got = [torch.cat(gradient) for gradient in zip(*parts, strict=True)]
+    return [float((g - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
+
+
+def measure_methods(ranks: int, repetitions: int) -> list[dict[str, Any]]:
+    rows = [row for case in METHODS for row in measure_cpu(ranks, *case, repetitions)]
+    for row, error in zip(rows, gradient_errors([row["loss"] for row in rows], ranks), strict=True):
+        row["gradient_error"] = f"{error:.0e}"
+    return rows
 
 
 def _status(field: str) -> int:
@@ -227,6 +306,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=8192)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--gpu-only", action="store_true")
+    parser.add_argument("--methods-only", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     views, repetitions, d = arguments.views, arguments.repetitions, 128
@@ -237,6 +317,9 @@ def main() -> None:
         show(title, rows)
 
     if not arguments.gpu_only:
+        for ranks in (2, 1):
+            table(f"Methods, {ranks} ranks", measure_methods(ranks, repetitions))
+    if not arguments.gpu_only and not arguments.methods_only:
         two = measure_cpu(2, ["dist_ssl", "lightly", "open_clip"], views, d, repetitions)
         for row in two:
             row |= {
@@ -256,7 +339,7 @@ def main() -> None:
         for row in many:
             row["sent_of_least"] = round(row["sent_mb"] / least_bytes(row["ranks"], views, d), 3)
         table("More ranks than cores: bytes and memory", many)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not arguments.methods_only:
         peers = ["dist_ssl", "textbook, compiled", "lightly"]
         for dtype in (torch.bfloat16, torch.float32):
             table(f"{torch.cuda.get_device_name()}, {dtype}", [measure_gpu(p, 65536, d, dtype) for p in peers])
