@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             count_batch([self])
         momentum = self.momentum
         if momentum is None:  # a cumulative average
-            momentum = 1.0 / float(self.num_batches_tracked) if tracks else 0.0
+            momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked)) if tracks else 0.0
         with torch.autocast(x.device.type, enabled=False):
             if on_gpu(x):
                 running = (self.running_mean, self.running_var) if tracks else (None, None)

@@ -76,7 +76,8 @@ class _BatchNorm(torch.autograd.Function):
         )
         sums = torch.cat([sum_dy, sum_dy_centred])
         dist.all_reduce(sums)
-        dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse_std, weight, *sums.chunk(2), counts_w)
+        sum_dy, sum_dy_centred = sums.chunk(2)
+        dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse_std, weight, sum_dy, sum_dy_centred, counts_w)
         return dx, dweight, dbias, None, None, None, None
 
 

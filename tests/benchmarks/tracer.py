@@ -1,10 +1,11 @@
 """Counts what a GPU would do, without one: code runs on fake tensors, which have shapes and no data, and every operator
 that reaches them is counted as the kernels it starts.
 
-A fake tensor stands for one on the GPU, a real one for one on the host. Fake tensors of device "cuda" do not get through
-autograd without a driver, so they say that they are on the CPU, and `dist_ssl.device.as_on_gpu` sends our code the GPU's
-way. What differs from CUDA: autocast is the CPU's, whose list lets layer_norm, softmax and sums stay in bf16 where CUDA's
-takes fp32; attention is one flash kernel on both; cuDNN's own copies of weights and its choice of batch norm are not seen.
+A fake tensor stands for one on the GPU, a real one for one on the host. Fake tensors of device "cuda" do not get
+through autograd without a driver, so they say that they are on the CPU, and `dist_ssl.device.as_on_gpu` sends our code
+the GPU's way. What differs from CUDA: autocast is the CPU's, which lets layer_norm, softmax and sums stay in bf16 where
+CUDA's takes fp32 (ViTs: batch norm is on neither list); attention is one flash kernel on both; cuDNN's own copies of
+weights to channels-last, and its batch norm where torch chooses that, are not seen.
 
 A copy from the host is seen where a real tensor is sent `.to` a named device, or made there, or meets a fake one in an
 operator; without `non_blocking` it waits for the device. `.item()` and its like answer 1 and are counted.
@@ -34,7 +35,7 @@ from dist_ssl.device import HAS_TRITON, as_on_gpu
 aten: Any = torch.ops.aten
 # Allocations and what only looks at memory that is there: no launch, no bytes.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "resize_"}
-FREE |= {"lift_fresh", "set_", "record_stream", "alias", "_reshape_alias", "expand", "is_same_size", "empty_permuted"}
+FREE |= {"lift_fresh", "set_", "record_stream", "alias", "_reshape_alias", "expand", "is_same_size", "empty_permuted", "as_strided_"}
 WRITES_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "_foreach_zero_", "_foreach_copy_"}
 # Kernels of an operator, and how often it reads its large inputs (x, or x and dy), where that is not one. Batch norm as
 # torch's own kernels do it, on one rank or several: statistics, running statistics, normalise; sums, gradient.
@@ -115,6 +116,14 @@ class Tracer:
                 from triton.runtime.jit import JITFunction
 
                 stack.enter_context(mock.patch.object(JITFunction, "run", _triton_launch(self)))
+            # Autograd's engine calls Python functions without the mode.
+            apply = torch.autograd.function.BackwardCFunction.apply
+
+            def backward(node: Any, *gradients: Any) -> Any:
+                with _Copies(self):
+                    return apply(node, *gradients)
+
+            stack.enter_context(mock.patch.object(torch.autograd.function.BackwardCFunction, "apply", backward))
             stack.enter_context(as_on_gpu())
             stack.enter_context(_Operators(self))
             stack.enter_context(_Copies(self))
@@ -142,6 +151,8 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # what C++ asks of a tensor
+            return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func.namespace == "c10d":
             return self._collective(func, args, kwargs)
@@ -212,7 +223,7 @@ def attention_flops(name: str, args: Any) -> int:
 
 
 class _Copies(TorchFunctionMode):
-    """Sees what the dispatcher can't, since all tensors say that they are on the CPU: who goes to the device, and back."""
+    """Sees what goes to the device and back; the dispatcher can't, since all tensors say that they are on the CPU."""
 
     def __init__(self, tracer: Tracer):
         super().__init__()
