@@ -35,11 +35,22 @@ from dist_ssl.device import HAS_TRITON, as_on_gpu
 aten: Any = torch.ops.aten
 # Allocations and what only looks at memory that is there: no launch, no bytes.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "resize_"}
-FREE |= {"lift_fresh", "set_", "record_stream", "alias", "_reshape_alias", "expand", "is_same_size", "empty_permuted", "as_strided_"}
+FREE |= {
+    "lift_fresh",
+    "set_",
+    "record_stream",
+    "alias",
+    "_reshape_alias",
+    "expand",
+    "is_same_size",
+    "empty_permuted",
+    "as_strided_",
+}
 WRITES_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "_foreach_zero_", "_foreach_copy_"}
-# Kernels of an operator, and how often it reads its large inputs (x, or x and dy), where that is not one. Batch norm as
-# torch's own kernels do it, on one rank or several: statistics, running statistics, normalise; sums, gradient.
-KERNELS = {"native_batch_norm": (3, 2), "native_batch_norm_backward": (2, 2)}
+# Kernels of an operator and how often each of its large inputs is read, where that is not once: batch norm in training
+# as torch's own kernels do it, which on several ranks are operators of their own (statistics, running statistics,
+# normalise; sums, gradient). The last number is the place of the argument that says whether it is training.
+KERNELS = {"native_batch_norm": (3, 2, 5), "native_batch_norm_backward": (2, 2, 7)}
 CHUNK, CHUNKS = 65_536, 320  # of the _foreach and fused optimizer kernels: elements a block, blocks a launch
 PEAK_FLOPS = 800e12
 LAUNCH_SECONDS = 5e-6
@@ -58,17 +69,20 @@ class Counts:
     host_syncs: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(GPUS, 0.0))
 
-    def add(self, num_bytes: int, flops: int = 0, launches: int = 1) -> None:
+    def add(self, num_bytes: int, flops: int, launches: int) -> None:
         self.bytes, self.flops, self.launches = self.bytes + num_bytes, self.flops + flops, self.launches + launches
         for gpu, bandwidth in GPUS.items():
             self.seconds[gpu] += max(num_bytes / bandwidth, flops / PEAK_FLOPS, launches * LAUNCH_SECONDS)
 
 
+FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)  # one, since what one trace caches the next may use
+
+
 class Tracer:
-    """`with tracer: ...` counts into `parts[tracer.part]`; `to_device` makes of a host tensor one on the GPU."""
+    """`with tracer.tracing(): ...` counts into `parts[part]`; `to_device` makes of a host tensor one on the GPU."""
 
     def __init__(self) -> None:
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = FAKE_MODE
         self.part = "other"
         self.parts: dict[str, Counts] = defaultdict(Counts)
         self.operators: Counter[str] = Counter()  # launches
@@ -90,6 +104,11 @@ class Tracer:
     def to_device(self, tensor: Tensor) -> Tensor:
         return self.fake_mode.from_tensor(tensor)
 
+    def launched(self, name: str, num_bytes: int, flops: int, launches: int = 1) -> None:
+        self.parts[self.part].add(num_bytes, flops, launches)
+        self.operators[name] += launches
+        self.operator_bytes[name] += num_bytes
+
     def sync(self, why: str) -> None:
         self.parts[self.part].host_syncs += 1
         self.syncs[f"{self.part}: {why}"] += 1
@@ -97,7 +116,7 @@ class Tracer:
     @contextlib.contextmanager
     def keeping(self, parameters: list[Tensor]) -> Iterator[None]:
         """Counts what autograd keeps for backward, each storage once, without parameters and their copies in bf16."""
-        shapes = {p.shape for p in parameters}
+        shapes = {shape for p in parameters for shape in (p.shape, p.shape[::-1])}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -182,35 +201,24 @@ class _Operators(TorchDispatchMode):
         if name in FREE or any(r.alias_info and not r.alias_info.is_write for r in schema.returns):
             return
         written, read = [], []
-        for argument, value in zip(schema.arguments, args, strict=False):
+        named = [*zip(schema.arguments, args, strict=False)]
+        named += [(argument, kwargs[argument.name]) for argument in schema.arguments if argument.name in kwargs]
+        for argument, value in named:
             mutated = argument.alias_info is not None and argument.alias_info.is_write
             written += distinct(value) if mutated else []
             read += [] if mutated and name in WRITES_ONLY else distinct(value)
-        for argument in schema.arguments:
-            if argument.name in kwargs:
-                mutated = argument.alias_info is not None and argument.alias_info.is_write
-                (written if mutated else read).extend(distinct(kwargs[argument.name]))
-        launches, reads = KERNELS.get(name, (1, 1))
-        if name == "convolution_backward":
-            launches = sum(args[-1][:2])  # of the input, of the weight: each reads dy
-            read += [args[0]] * (launches - 1)
+        launches, reads, training = KERNELS.get(name, (1, 1, None))
+        if training is not None and not args[training]:
+            launches, reads = 1, 1
+        num_bytes = sum(size_of(t) * (reads if t.dim() > 1 else 1) for t in distinct(read))
+        num_bytes += sum(size_of(t) for t in distinct([written, out]))
+        if name == "convolution_backward" and args[-1][0] and args[-1][1]:  # two kernels, of input and weight
+            launches, num_bytes = 2, num_bytes + size_of(args[0])
         if name.startswith(("_foreach", "_fused")):
-            blocks = sum(-(-t.numel() // CHUNK) for t in distinct(args[0]))
-            launches = -(-blocks // CHUNKS)
-        read_bytes = sum(size_of(t) for t in distinct(read)) if reads == 1 else 0
-        if name == "convolution_backward":
-            read_bytes = sum(size_of(t) for t in read if is_fake(t))
-        if reads > 1:
-            read_bytes = sum(size_of(t) * (reads if t.dim() > 1 else 1) for t in distinct(read))
-        num_bytes = read_bytes + sum(size_of(t) for t in distinct([written, out]))
+            launches = -(-sum(-(-t.numel() // CHUNK) for t in distinct(args[0])) // CHUNKS)
         formula = flop_registry.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula else attention_flops(name, args)
-        self.count(name, num_bytes, flops, launches)
-
-    def count(self, name: str, num_bytes: int, flops: int, launches: int) -> None:
-        self.tracer.parts[self.tracer.part].add(num_bytes, flops, launches)
-        self.tracer.operators[name] += launches
-        self.tracer.operator_bytes[name] += num_bytes
+        self.tracer.launched(name, num_bytes, flops, launches)
 
 
 def attention_flops(name: str, args: Any) -> int:
@@ -262,10 +270,7 @@ def _triton_launch(tracer: Tracer) -> Callable[..., None]:
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
         tensors = distinct((args, kwargs))
         flops = TRITON_FLOPS.get(kernel.__name__, lambda _: 0)(dict(zip(kernel.arg_names, args, strict=False)))
-        num_bytes = sum(map(size_of, tensors))
-        tracer.parts[tracer.part].add(num_bytes, flops)
-        tracer.operators[kernel.__name__] += 1
-        tracer.operator_bytes[kernel.__name__] += num_bytes
+        tracer.launched(kernel.__name__, sum(map(size_of, tensors)), flops)
 
     return run
 

@@ -1,9 +1,9 @@
 """What a step costs a GPU, counted without one: `python -m tests.benchmarks.traffic CONFIG [--ranks W] [--json FILE]`.
 
 One whole step of rank 0 (augment, encoder, head, loss, backward, optimizer) is traced through the code that CUDA takes,
-on fake tensors (`tests.benchmarks.tracer`, which says what differs from CUDA), and beside it forward and backward of the
-same network, torchvision's encoder and the head, with torch's own BatchNorm under the same autocast, or with its
-SyncBatchNorm. A kernel's predicted time is the longest of its bytes by bandwidth, its FLOPs by 800 TFLOP/s (bf16
+on fake tensors (`tests.benchmarks.tracer`, which says what differs from CUDA), and beside it forward and backward of
+the same network, torchvision's encoder and the head, with torch's own BatchNorm under the same autocast, or with its
+SyncBatchNorm, without recomputation. A kernel's predicted time is the longest of its bytes by bandwidth, its FLOPs by 800 TFLOP/s (bf16
 products, measured on an H100) and 5 microseconds of launch. DeepSpeed is not in the trace: the stand-in for it reduces
 one flat fp32 gradient and steps the whole optimizer.
 """
@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ssl import config as config_module
 from dist_ssl.config import Config
+from dist_ssl.data.plan import Plan
 from dist_ssl.data.stream import Batch, draw_views
 from dist_ssl.engine.optimizers import build_optimizer
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 from dist_ssl.training.step import Step
-from tests.benchmarks.tracer import GPUS, Counts, Tracer
+from tests.benchmarks.tracer import FAKE_MODE, GPUS, Counts, Tracer
 
 COLUMNS = ("bytes", "flops", "launches", "collectives", "wire_bytes", "host_syncs")
 
@@ -53,7 +54,7 @@ class StandIn:
 
     def backward(self, loss: Tensor) -> None:
         self._enter("backward")
-        torch.autograd.backward(loss)  # Tensor.backward would leave the tracer's mode for copies
+        loss.backward()
         self._enter("loss")
 
 
@@ -61,50 +62,50 @@ def autocast(config: Config) -> Any:
     return torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16")
 
 
+def fake_model(config: Config) -> ContrastiveModel:
+    """Without data, which ViTs' initialisation looks at."""
+    with FAKE_MODE, mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor):
+        return build_model(config)
+
+
 def trace_step(config: Config, ranks: int) -> tuple[Tracer, int]:
-    """A tracer that saw the step, and the views of this rank."""
-    tracer = Tracer()
-    with tracer.fake_mode:
-        model = build_model(config)
-    chunks, batch_size = config.objective.chunks, config.train.global_batch_size
-    edges = [batch_size * k // (chunks * ranks) for k in range(chunks * ranks + 1)]
-    sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
-    rows_per_chunk = [sizes[c * ranks : (c + 1) * ranks] for c in range(chunks)]
+    """A tracer that saw rank 0's step up to the end of backward, and the views of this rank."""
+    tracer, model = Tracer(), fake_model(config)
+    rows_per_chunk = Plan([1], 0, "", 1, 1).rows_per_rank(
+        config.train.global_batch_size, ranks, config.objective.chunks
+    )
     n, size = sum(rows[0] for rows in rows_per_chunk), config.augment.crop_size
-    ids = np.arange(n)
-    parameters, _ = draw_views(0, np.zeros(n, np.int64), ids, config.augment)
+    parameters, _ = draw_views(0, np.zeros(n, np.int64), np.arange(n), config.augment)
     with tracer.fake_mode:
         crops = torch.empty(n, 2, 3, size, size, dtype=torch.uint8)
-    host = torch.from_numpy(ids)
-    batch = Batch(crops, parameters, host, host, host, host % 10, [], {})
-    engine = StandIn(config, model, tracer)
+    numbers = torch.arange(n)
+    batch = Batch(crops, parameters, numbers, numbers, numbers, numbers % 10, [], {})
     with tracer.tracing():
         tracer.part = "augment"
-        Step(config, engine, rows_per_chunk)(batch, seed=0)  # type: ignore[arg-type]
-        tracer.part = "optimizer"
-        optimizer = build_optimizer(model, config.optimizer)
-        prepare_state(optimizer, tracer)
-        if ranks > 1:
-            with tracer.fake_mode:
-                flat = torch.empty(sum(p.numel() for p in model.parameters()))
-            dist.all_reduce(flat)
-        optimizer.step()
+        Step(config, StandIn(config, model, tracer), rows_per_chunk)(batch, seed=0)  # type: ignore[arg-type]
+    trace_optimizer(config, model, tracer)
     return tracer, 2 * n
 
 
-def prepare_state(optimizer: torch.optim.Optimizer, tracer: Tracer) -> None:
-    """The optimizer's state as it is after its first step, so that making it is not counted."""
-    counted = tracer.parts, tracer.operators, tracer.operator_bytes, tracer.syncs
-    tracer.parts, tracer.operators, tracer.operator_bytes, tracer.syncs = defaultdict(Counts), Counter(), Counter(), Counter()
-    optimizer.step()
-    tracer.parts, tracer.operators, tracer.operator_bytes, tracer.syncs = counted
+def trace_optimizer(config: Config, model: ContrastiveModel, tracer: Tracer) -> None:
+    with Tracer().tracing():
+        optimizer = build_optimizer(model, config.optimizer)
+        optimizer.step()  # makes its state
+    with tracer.fake_mode:
+        gradient = torch.empty(sum(p.numel() for p in model.parameters()))
+    tracer.part = "optimizer"
+    with tracer.tracing():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(gradient)
+        optimizer.step()
 
 
 def trace_bare(config: Config, views: int, against: str) -> Tracer:
     """Forward and backward of the same network with torch's batch norm."""
+    kept = config.model.model_copy(update={"activation_checkpointing": False})
+    model = fake_model(config.model_copy(update={"model": kept}))
     tracer, size = Tracer(), config.augment.crop_size
     with tracer.fake_mode:
-        model = build_model(config)
         network = nn.Sequential(model.encoder, model.head)
         for module in network.modules():
             if isinstance(module, GlobalBatchNorm):
@@ -176,7 +177,9 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--against", choices=["torchvision", "sync_bn"], default="torchvision")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--operators", type=int, default=0, metavar="N", help="also list the N that move the most bytes")
+    parser.add_argument(
+        "--operators", type=int, default=0, metavar="N", help="also list the N that move the most bytes"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     config = config_module.load(options.config, options.set)
