@@ -2,8 +2,8 @@
 rank. They read and write x in its own dtype and memory format and keep statistics in fp32; x itself is what is kept for
 backward.
 
-On a CPU the kernels exist only where a test brings them. They are called directly and not as custom operators, which
-cost 25 to 75 microseconds of host time a call where these cost 9 (measured); `torch.compile` needs the fake forms below.
+On a CPU the kernels exist only where a test brings them. They are called directly: as custom operators they would cost
+25 to 75 microseconds more of host time a call (measured). `torch.compile` needs the fake forms below.
 
 Legend: W world size, B rows of a tensor on this rank, C channels.
 """
