@@ -17,7 +17,6 @@ Legend: W ranks; n images of this rank, N of all; V views of an image; m = V n a
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,10 +26,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_ssl import distributed
+from dist_ssl.device import HAS_TRITON, on_gpu
 from dist_ssl.objective import checks, tiles
 
 CHUNK_VIEWS = 8192
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def nt_xent(
@@ -237,7 +236,7 @@ class _Contrast(torch.autograd.Function):
 
 def _kernels(z: Tensor) -> Any:
     """The module whose `exponential_sums` and `weighted_sums` suit this device and dtype."""
-    if not z.is_cuda or z.dtype == torch.float64 or not HAS_TRITON:
+    if not on_gpu(z) or z.dtype == torch.float64 or not HAS_TRITON:
         return tiles
     from dist_ssl.objective import tiles_triton  # torch's builds without CUDA bring no triton
 
