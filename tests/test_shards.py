@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dist_ssl.config import DataConfig, StorageConfig, UserError
+from dist_ssl.data.commands import app
 from dist_ssl.data.decode import ENDINGS, decode
 from dist_ssl.data.index import Manifest, load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards, verify_shards
@@ -356,10 +358,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert run("verify", str(tmp_path / "i"), "--workers", "1").returncode == 0
     shard = tmp_path / "x" / "train" / "000000.tar"
     shard.write_bytes(shard.read_bytes()[:-11_000])
-    undecodable = run("verify", str(tmp_path / "x" / "test"), "--decode", "--set", "data.max_pixels=99", "--workers=1")
-    assert undecodable.returncode == 1
+    decoding = ["verify", str(tmp_path / "x" / "test"), "--decode", "--set", "data.max_pixels=99", "--workers=1"]
+    undecodable = CliRunner().invoke(app, decoding)
+    assert undecodable.exit_code == 1
     assert undecodable.stdout.count("16x16 pixels, more than data.max_pixels = 99") == 10
-    explained = run("write", "--help").stdout
+    explained = CliRunner().invoke(app, ["write", "--help"]).stdout
     assert all(f".{ending}" in explained for ending in ENDINGS)
     damaged = run("verify", str(tmp_path / "x" / "train"), "--workers", "1")
     assert damaged.returncode == 1

@@ -122,9 +122,8 @@ def quarantine_of_rank(run_dir: Path) -> None:
 
 def test_each_rank_writes_a_file_of_its_own(tmp_path: Path) -> None:
     ranks(2).run(quarantine_of_rank, tmp_path)
-    files = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
-    assert files == {"quarantine-rank0.jsonl": 3, "quarantine-rank1.jsonl": files["quarantine-rank1.jsonl"]}
-    assert bad_samples(tmp_path) == ENTRIES[:4], "each sample once"
+    assert {path.name for path in tmp_path.iterdir()} == {"quarantine-rank0.jsonl", "quarantine-rank1.jsonl"}
+    assert sorted(entry["key"] for entry in bad_samples(tmp_path)) == ["s/0", "s/1", "s/2", "s/3"], "each sample once"
 
 
 def test_a_shard_of_nothing_but_bad_samples_is_an_error(tmp_path: Path) -> None:
