@@ -105,18 +105,8 @@ def _probes(title: str, results: dict[str, Any]) -> str:
             low, high = value["interval"]
             seeds = len(value["seeds"])
             spread = f"{100 * value['spread']:.2f}" if seeds > 1 else ""
-            name = escape(probe.replace("_", " "))
-            rows.append(
-                [
-                    name,
-                    escape(layer_name(layer)),
-                    percent(value["top1"]),
-                    span(low, high),
-                    str(seeds),
-                    spread,
-                    _fit(value),
-                ]
-            )
+            names = [escape(probe.replace("_", " ")), escape(layer_name(layer))]
+            rows.append([*names, percent(value["top1"]), span(low, high), str(seeds), spread, _fit(value)])
     compared_rows = [
         [
             escape(one["probe"]),
@@ -220,9 +210,8 @@ def _over_steps(results: list[Stored]) -> str:
 
 def compared(runs: list[Run]) -> list[str]:
     """For each data set a table and a chart a probe and layer, a row a run: results on other data don't compare."""
-    data = list(
-        dict.fromkeys(one for own in (True, False) for run in runs for one in run.data()[:1] * own or run.data())
-    )
+    own = [data for run in runs for data in run.data()[:1]]
+    data = list(dict.fromkeys([*own, *(data for run in runs for data in run.data())]))
     if not data:
         return ['<p class="warning">None of these runs is evaluated yet.</p>']
     parts = [_compared_on(runs, one, only=len(data) == 1) for one in data]
@@ -235,15 +224,8 @@ def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
     columns = [(probe, layer) for probe in probes for layer in ("h", "z", "h_untrained")]
     rows = []
     for _, run, one in found:
-        cells = []
-        for probe, layer in columns:
-            value = one.values["probes"].get(probe, {}).get(layer)
-            mark = "" if value is None or converged(value) else " (not converged)"
-            cells.append(
-                f"{percent(value['top1'])}{mark}<br><span class='soft'>{span(*value['interval'])}</span>"
-                if value
-                else ""
-            )
+        values = [one.values["probes"].get(probe, {}).get(layer) for probe, layer in columns]
+        cells = [_cell(value) if value else "" for value in values]
         rows.append([escape(run.name), "" if one.step is None else str(one.step), *cells])
     head = ["run", "step", *(f"{probe}, {layer_name(layer)}" for probe, layer in columns)]
     dots = {
