@@ -1,4 +1,4 @@
-"""Pools of real gloo ranks that tests reuse, since a process that imports torch and DeepSpeed takes seconds to start.
+"""Pools of real gloo ranks that tests reuse: even a forked process takes a while until it has done its first step.
 
 `ranks(W).run(function, *arguments)` calls an importable function on W processes that share a process group and
 returns what each of them returned, in rank order. A pool is thrown away where a rank hung or died, or some raised and
@@ -7,14 +7,14 @@ others did not: their next collectives would not match.
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests import template
 
 
 class RankFailed(Exception):
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
     from dist_ssl import distributed
@@ -54,15 +54,8 @@ def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
 class Pool:
     def __init__(self, size: int):
         self.size, port = size, free_port()
-        context = multiprocessing.get_context("spawn")
-        self.connections, self.processes = [], []
-        for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, port), daemon=True)
-            process.start()
-            there.close()
-            self.connections.append(here)
-            self.processes.append(process)
+        self.processes = [template.fork(_serve, rank, size, port) for rank in range(size)]
+        self.connections = [process.connection for process in self.processes]
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
         for connection in self.connections:
@@ -92,7 +85,7 @@ class Pool:
         _pools.pop(self.size, None)
         for process in self.processes:
             process.kill()
-            process.join()
+            process.wait()
 
 
 _pools: dict[int, Pool] = {}
@@ -109,9 +102,3 @@ def start_early(sizes: Iterable[int]) -> None:
     """Start pools and don't wait for them: they import torch while other tests run."""
     for size in sizes:
         ranks(size)
-
-
-@atexit.register
-def close_all() -> None:
-    for pool in list(_pools.values()):
-        pool.close()

@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dist_ssl import config as config_module
-from tests.faults.harness import Launch
+from tests import trajectory
+from tests.pool import ranks
 from tests.terminal import dist_ssl
 
 SETTINGS = {
@@ -57,8 +58,7 @@ def test_digits_are_learned(tmp_path):
         "data": {"shards": f"{tmp_path}/shards/train", "num_workers": 0},
         "evaluation": {"train_shards": f"{tmp_path}/shards/train", "test_shards": f"{tmp_path}/shards/test"},
     }
-    launch = Launch(config_module.validate(values, "test"), 2)
-    assert launch.wait(500) == 0, launch.said()
+    assert ranks(2).run(trajectory.pretrain, config_module.validate(values, "test"), timeout=500) == [0, 0]
     (tmp_path / "without").mkdir()  # an evaluation never needs DeepSpeed
     (tmp_path / "without" / "deepspeed.py").write_text("raise ImportError('not installed here')")
     evaluated = dist_ssl("evaluate", f"{tmp_path}/run", "--probes", "linear,knn", PYTHONPATH=f"{tmp_path}/without")

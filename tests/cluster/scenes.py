@@ -1,6 +1,6 @@
 """Pretrainings on the real cluster, disturbed in one way each, and compared with one that nobody touched.
 
-The undisturbed run has the same number of ranks, on this machine, by launch.local: its losses must be met bit by bit.
+The undisturbed run has the same number of ranks, on this machine: its losses must be met bit by bit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dist_ssl import config as configuration
+from tests import trajectory
 from tests.cluster.slurm import Cluster, wait_until
+from tests.pool import ranks
 
 STEPS, MANY_STEPS = 60, 400  # the longer run outlives the time that Slurm needs to miss a node
 
@@ -121,8 +124,8 @@ class Scene:
         """A run of `num_ranks` on this machine that nothing happens to; made on first use."""
         run = self.directory / f"undisturbed-{num_ranks}-{steps}"
         if not run.exists():
-            config = Scene(self.directory, None).config(run.name, steps)  # from local files
-            self.call("launch.local", "pretrain", str(config), "--ranks", str(num_ranks), timeout=600)
+            config = configuration.load(Scene(self.directory, None).config(run.name, steps))  # from local files
+            assert ranks(num_ranks).run(trajectory.pretrain, config) == [0] * num_ranks
         return run
 
     def submit(self, config: Path, nodes: int, *options: str) -> str:

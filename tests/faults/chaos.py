@@ -140,7 +140,7 @@ class Chaos:
     def run(self, kills: int) -> list[str]:
         """The differences to the undisturbed run; empty where there are none."""
         quiet, chaotic = self.config("quiet"), self.config("chaotic")
-        launch = Launch(quiet, 2)
+        launch = ForkedLaunch(quiet, 2)
         assert launch.wait(PATIENCE_SECONDS) == 0, launch.said()
         if not self.fixed_ranks:
             other = self.config("quiet-3")

@@ -1,7 +1,7 @@
-"""A launcher that forks its ranks from this process, which has imported all they need.
+"""A launcher forked from the template (tests/template.py), as its ranks are, which run the same `dist-ssl pretrain`.
 
-A start takes two seconds of a core then, where `launch.local` imports torch and DeepSpeed once a rank and needs twenty;
-the ranks run the same command, `dist-ssl pretrain`. For chaos runs, whose hundred starts are about what comes after.
+A start takes two seconds of a core then, where `launch.local` imports torch and DeepSpeed once a rank and needs
+fifteen. For what comes after the start; what the launcher itself does is tested on `launch.local`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
-from multiprocessing.context import ForkProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-import dist_ssl.training.train  # noqa: F401  imported here, so that no rank has to
 from dist_ssl import cli
 from dist_ssl.config import Config
+from tests import template
 from tests.faults.harness import Launch, children, write_config
 from tests.pool import free_port
 
@@ -35,35 +34,13 @@ class ForkedLaunch(Launch):
         path = write_config(config)
         self.run_dir = Path(config.run.dir)
         self.output = path.parent / f"launch-{time.monotonic_ns()}.log"
-        self.process = _Process(_context.Process(target=_launch, args=(path, size, self.output)))
+        self.process = template.fork(_launch, path, size, self.output)
 
     def ranks(self) -> list[psutil.Process]:
         return sorted(children(self.process.pid), key=lambda process: process.pid)
 
 
-class _Process:
-    """What is used of a `subprocess.Popen`, of a forked process."""
-
-    def __init__(self, process: ForkProcess):
-        self._process = process
-        process.start()
-        self.pid = process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("dist-ssl pretrain", timeout or 0.0)
-        return self._process.exitcode
-
-
-def _launch(path: Path, size: int, output: Path) -> None:
+def _launch(connection: Connection, path: Path, size: int, output: Path) -> None:
     """Run the ranks; take the others down with one that fails; exit as the first of them did."""
     os.setsid()
     with open(output, "wb") as file:

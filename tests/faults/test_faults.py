@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -16,8 +14,9 @@ import torch
 from dist_ssl import checkpoint
 from dist_ssl.config import StorageConfig
 from tests import trajectory
-from tests.faults import inject
-from tests.faults.harness import ROOT, Launch, last_step, send
+from tests.faults import chaos, inject
+from tests.faults.forked import ForkedLaunch
+from tests.faults.harness import Launch, last_step, send
 from tests.pool import RankFailed, ranks
 from tests.trajectory import ledger, losses, small_config
 
@@ -34,7 +33,7 @@ def undisturbed(tmp_path_factory, small_shards):
 
 
 def goes_on(config, size=2, code=0, **options):
-    """The same run once more, to its end, on ranks that are there already: a launch takes ten seconds to import."""
+    """The same run once more, to its end, on ranks that are there already."""
     assert ranks(size).run(partial(trajectory.pretrain, config, **options)) == [code] * size
 
 
@@ -58,7 +57,7 @@ def same_bits(found, expected):
 def test_kill_9_and_the_same_command_again_is_bit_identical(tmp_path, small_shards, undisturbed):
     config = settings(tmp_path, small_shards)
     for step in (7, 16):
-        launch = Launch(config, 2)
+        launch = ForkedLaunch(config, 2)
         launch.wait_for_step(step)
         launch.kill()
     goes_on(config)
@@ -69,7 +68,7 @@ def test_kill_9_and_the_same_command_again_is_bit_identical(tmp_path, small_shar
 
 def test_other_ranks_and_stage_after_a_kill(tmp_path, small_shards, undisturbed):
     for step, size, stage in ((8, 3, 2), (16, 1, 0)):
-        launch = Launch(settings(tmp_path, small_shards, f"engine.zero_stage={stage}"), size)
+        launch = ForkedLaunch(settings(tmp_path, small_shards, f"engine.zero_stage={stage}"), size)
         launch.wait_for_step(step)
         launch.kill()
     config = settings(tmp_path, small_shards, "engine.zero_stage=3")
@@ -82,7 +81,7 @@ def test_other_ranks_and_stage_after_a_kill(tmp_path, small_shards, undisturbed)
 @pytest.mark.parametrize("to_launcher", [True, False], ids=["launcher", "one-rank"])
 def test_sigterm_commits_and_exits_75(tmp_path, small_shards, undisturbed, to_launcher):
     config = settings(tmp_path, small_shards, "checkpoint.every_steps=1000")
-    launch = Launch(config, 2)
+    launch = (Launch if to_launcher else ForkedLaunch)(config, 2)
     launch.wait_for_step(5)
     if to_launcher:
         os.kill(launch.process.pid, signal.SIGTERM)
@@ -123,7 +122,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, small_shards):
 
 def test_a_hanging_rank_is_found_and_its_stack_shown(tmp_path, small_shards):
     config = settings(tmp_path, small_shards, "engine.hang_minutes=0.1", "engine.grace_seconds=2")
-    launch = Launch(config, 2)
+    launch = ForkedLaunch(config, 2)
     launch.wait_for_step(3)
     send(launch.ranks()[1:], signal.SIGSTOP)
     assert launch.wait(60) != 0
@@ -133,7 +132,7 @@ def test_a_hanging_rank_is_found_and_its_stack_shown(tmp_path, small_shards):
 
 def test_an_older_incarnation_that_lives_on_does_not_write(tmp_path, small_shards, undisturbed):
     config = settings(tmp_path, small_shards)
-    old = Launch(config, 2)
+    old = ForkedLaunch(config, 2)
     old.wait_for_step(7)
     send(old.ranks(), signal.SIGSTOP)
     goes_on(config)
@@ -192,9 +191,4 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
 
 
 def test_a_short_chaos_run(tmp_path):
-    """In a process of its own, since it forks ranks."""
-    options = ["--kills", "3", "--steps", "30", "--seed", "3", "--folder", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.chaos", *options], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert chaos.main(["--kills", "3", "--steps", "30", "--seed", "3", "--folder", str(tmp_path)]) == 0
