@@ -15,6 +15,8 @@ from dist_ssl.config import Config
 from dist_ssl.models import build_model
 from tests.trajectory import messages
 
+LARS_RATE = 1.0  # a layer moves by 1e-3 of its norm in a step: a trust ratio that is 1% off is seen after a few
+
 
 def build(config: Config) -> engine.Engine:
     return engine.initialize(build_model(config), config, distributed.initialize())
@@ -68,19 +70,15 @@ def assembled(parts: list[dict[tuple[str, str, int], Tensor]]) -> dict[tuple[str
     return {key: torch.cat([pieces[offset] for offset in sorted(pieces)]) for key, pieces in whole.items()}
 
 
-def initial_fragments(config: Config) -> bool:
-    """Whether this rank's fragments hold the untrained model's values."""
+def initial_and_stepped(config: Config, steps: int) -> tuple[bool, dict[tuple[str, str, int], Tensor]]:
+    """Whether this rank's fragments hold the untrained model's values; and what it holds after some steps."""
     expected = {name: p.detach().clone() for name, p in build_model(config).named_parameters()}
     model = build(config)
-    return all(
+    initial = all(
         torch.equal(f.of(f.flat), expected[f.name].view(-1)[f.offset : f.offset + f.length]) for f in model.fragments
     )
-
-
-def step_and_return(config: Config, steps: int) -> dict[tuple[str, str, int], Tensor]:
-    model = build(config)
-    take_steps(model, build_model(config), range(steps))
-    return held(model)
+    take_steps(model, build_model(config), range(steps), LARS_RATE)
+    return initial, held(model)
 
 
 def save_after(config: Config, steps: int, more: int = 0) -> tuple[Any, Any]:
@@ -154,7 +152,7 @@ def naive_lars(config: Config, steps: int) -> dict[str, Tensor]:
                     update = gradient + optimizer.weight_decay * p
                     trust = optimizer.trust_coefficient * p.double().norm() / update.double().norm()
                     update = update * trust.float()
-                momenta[name] = optimizer.momentum * momenta[name] + 0.01 * update
+                momenta[name] = optimizer.momentum * momenta[name] + LARS_RATE * update
                 p -= momenta[name]
     return {name: p.detach().view(-1) for name, p in model.named_parameters()}
 

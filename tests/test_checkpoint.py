@@ -21,8 +21,16 @@ from tests.pool import ranks
 from tests.s3 import s3_server
 from tests.trajectory import small_config
 
-ELASTIC = [((2, 1), (3, 3)), ((3, 3), (2, 2)), ((1, 0), (2, 1)), ((2, 2), (1, 0))]
 PLACES = list(itertools.product((1, 2, 3), (0, 1, 2, 3)))
+# Optimizer, (W, stage) where it is saved, where it is loaded: each stage from each, more ranks and fewer and the same.
+QUICK = [("adamw", (2, 1), [(2, 1), (3, 3)]), ("lars", (3, 3), [(2, 2), (1, 0)])]
+ELASTIC = [
+    ("adamw", (2, 0), [(2, 0), (3, 1), (1, 2), (3, 3)]),
+    ("lars", (3, 1), [(1, 0), (3, 1), (2, 2), (2, 3)]),
+    ("lars", (2, 2), [(3, 0), (1, 1), (2, 2), (1, 3)]),
+    ("adamw", (3, 3), [(2, 0), (2, 1), (1, 2), (3, 3)]),
+    ("adamw", (1, 0), [(2, 1)]),
+]
 
 
 def saved_at(optimizer, place, path):
@@ -55,22 +63,14 @@ def whole(answers):
     return tuple(engines.assembled(list(parts)) for parts in zip(*answers, strict=True))
 
 
-def places(optimizer, saved, loaded, path):
-    loaded_equals(optimizer, loaded, path, saved_at(optimizer, saved, path), exactly=saved == loaded)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-@pytest.mark.parametrize(("saved", "loaded"), [*ELASTIC, ((2, 1), (2, 1))])
-def test_saved_here_loaded_there(tmp_path, optimizer, saved, loaded):
-    places(optimizer, saved, loaded, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("saved", PLACES)
-def test_saved_anywhere_loaded_anywhere(tmp_path, saved):
-    """One optimizer each way in the suite; `python -m tests.faults.matrix` runs all."""
-    loaded = PLACES[(PLACES.index(saved) * 5 + 3) % len(PLACES)]
-    places("lars" if sum(saved) % 2 else "adamw", saved, loaded, tmp_path)
+@pytest.mark.parametrize(
+    ("optimizer", "place", "others"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ELASTIC)]
+)
+def test_saved_here_loaded_there(tmp_path, optimizer, place, others):
+    """A choice; `python -m tests.faults.matrix` runs all."""
+    saved = saved_at(optimizer, place, tmp_path)
+    for other in others:
+        loaded_equals(optimizer, other, tmp_path, saved, exactly=place == other)
 
 
 @pytest.fixture(scope="module")
