@@ -112,30 +112,32 @@ def fork(function: Callable[..., Any], *arguments: Any) -> Child:
 
 
 def _serve(parent: Connection) -> None:
-    """Fork what is asked for, tell of each end; end the children when the parent has ended."""
+    """Do as asked until the parent has ended; end its children then."""
     children: dict[int, tuple[int, int]] = {}  # file descriptor of a process -> (its number, its id)
     numbers = itertools.count()
-    while True:
-        for ready in wait([parent, *children]):
-            if ready is not parent:
+    try:
+        while True:
+            for ready in wait([parent, *children]):
+                if ready is parent:
+                    _fork(parent, children, next(numbers))
+                    continue
                 number, pid = children.pop(ready)  # type: ignore[arg-type]
                 os.close(ready)  # type: ignore[arg-type]
                 parent.send(("ended", number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
-                continue
-            try:
-                function, arguments = parent.recv()
-            except EOFError:
-                for _, pid in children.values():
-                    os.kill(pid, signal.SIGKILL)
-                return
-            descriptor = reduction.recv_handle(parent)
-            pid = os.fork()
-            if pid == 0:
-                _run(parent, Connection(descriptor), function, arguments)
-            os.close(descriptor)
-            number = next(numbers)
-            children[os.pidfd_open(pid)] = (number, pid)
-            parent.send(("forked", number, pid))
+    except (EOFError, ConnectionError):
+        for _, pid in children.values():
+            os.kill(pid, signal.SIGKILL)
+
+
+def _fork(parent: Connection, children: dict[int, tuple[int, int]], number: int) -> None:
+    function, arguments = parent.recv()
+    descriptor = reduction.recv_handle(parent)
+    pid = os.fork()
+    if pid == 0:
+        _run(parent, Connection(descriptor), function, arguments)
+    os.close(descriptor)
+    children[os.pidfd_open(pid)] = (number, pid)
+    parent.send(("forked", number, pid))
 
 
 def _run(parent: Connection, connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
