@@ -30,7 +30,7 @@ class Count(TorchDispatchMode):
         """Bytes that one rank sends: ring algorithms, which no backend can undercut."""
         share = (ranks - 1) / ranks
         factor = {"allgather": ranks - 1, "allgather_base": ranks - 1, "allreduce": 2 * share}
-        factor |= {"alltoall": share, "scatter": share}
+        factor |= {"alltoall": share, "scatter": share, "broadcast": share}
         return round(sum(factor[name] * size for name, size in self.collectives))
 
 
