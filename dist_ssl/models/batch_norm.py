@@ -41,8 +41,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
     torch's SyncBatchNorm refuses CPU tensors. Statistics are merged as counts, means and centred sums (Chan et al.
     1979), never as E[x^2] - E[x]^2. On a CPU they are taken and merged in fp64: rounded to fp32 they then are the same
-    bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a last bit turns a
-    ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `batch_norm_cuda`.
+    bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a last bit turns
+    a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `batch_norm_cuda`.
     Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
     """
 
