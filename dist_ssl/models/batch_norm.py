@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ssl.device import on_gpu
-from dist_ssl.distributed import all_gather_single, world_size
+from dist_ssl.distributed import all_gather_single, on_gpu, world_size
 from dist_ssl.models import batch_norm_cuda
 
 MOMENTS_BLOCK = 2**18  # elements
