@@ -70,7 +70,7 @@ def test_a_run_skips_them_and_is_not_saved_inside_a_streak(tmp_path, small_shard
     assert None not in found
     lines = [json.loads(line) for line in (tmp_path / "run" / "ledger-rank0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("skipped")] == [4, 5, 6]
-    assert checkpoint.committed_steps(checkpoint.checkpoint_url(config), config.storage) == [0, 7, 8]
+    assert checkpoint.committed_steps(checkpoint.checkpoint_store(config)) == [0, 7, 8]
 
 
 @pytest.mark.parametrize("poison", ["gradient", "loss"])
@@ -79,8 +79,8 @@ def test_a_stop_in_a_streak_leaves_the_last_good_checkpoint_the_newest(tmp_path,
     config = small_config(tmp_path / "run", small_shards, "train.steps=12", "checkpoint.every_steps=2")
     run = {"gradient": inject.pretrain_with_bad_gradients, "loss": inject.pretrain_with_poison}[poison]
     assert ranks(2).run(run, config, list(range(5, 13)), (7, signal.SIGTERM)) == [75, 75]
-    assert checkpoint.committed_steps(checkpoint.checkpoint_url(config), config.storage)[-1] == 4
-    state = checkpoint.read_model_state(checkpoint.checkpoint_url(config), 4, config.storage)
+    assert checkpoint.committed_steps(checkpoint.checkpoint_store(config))[-1] == 4
+    state = checkpoint.read_model_state(checkpoint.open_checkpoint(checkpoint.checkpoint_store(config), 4))
     assert all(tensor.double().isfinite().all() for tensor in state.values())
     assert ranks(2).run(run, config, []) == [0, 0]
     assert len(losses(tmp_path / "run")) == 12

@@ -23,6 +23,7 @@ class Progress(ExitStack):
     def __init__(self, what: str, total: int, shown: bool = True, done: int = 0, stays: bool = False):
         super().__init__()
         self._what, self._total, self._shown, self._done, self._stays = what, total, shown, done, stays
+        self._done_before = done
         self._note, self._started = "", time.monotonic()
         self._said = self._started
         self._bar: Any = None
@@ -57,12 +58,18 @@ class Progress(ExitStack):
             self._bar.update(self._task, completed=self._done, description=what, note=self._note)
         elif self._shown and self._done < self._total and time.monotonic() - self._said >= LINE_SECONDS:
             self._said = time.monotonic()
-            self._log(f"{what}: {self._done} of {self._total}")
+            self._log(f"{what}: {self._done} of {self._total}{self._time_left()}")
 
     def __exit__(self, kind: Any, *details: Any) -> Any:
         if self._shown and kind is None and self._bar is None:
             self._log(f"{self._what}: {self._done} done in {time.monotonic() - self._started:.1f} s")
         return super().__exit__(kind, *details)
+
+    def _time_left(self) -> str:
+        """In a log, where it is more than a minute."""
+        rate = (self._done - self._done_before) / max(time.monotonic() - self._started, 1e-9)
+        minutes = (self._total - self._done) / rate / 60 if rate > 0 else 0.0
+        return f", {minutes:.0f} min left" if minutes > 1 else ""
 
     def _log(self, line: str) -> None:
         log.info("%s", f"{line}, {self._note}" if self._note else line)

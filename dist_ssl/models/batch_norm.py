@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ssl.device import on_gpu
-from dist_ssl.distributed import all_gather_single, world_size
+from dist_ssl.distributed import all_gather_single, on_gpu, world_size
 from dist_ssl.models import batch_norm_cuda
 
 MOMENTS_BLOCK = 2**18  # elements
@@ -46,7 +45,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
     """
 
-    counted_by_model = False  # `num_batches_tracked` is then added to by `count_batch`, for all layers at once
+    # `num_batches_tracked` is then added to by `count_batch`, for all layers at once; a cumulative average counts itself.
+    counted_by_model = False
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4):
@@ -57,7 +57,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         tracks = self.track_running_stats and not _statistics_frozen
-        if tracks and not self.counted_by_model:
+        if tracks and (self.momentum is None or not self.counted_by_model):
             count_batch([self])
         momentum = self.momentum
         if momentum is None:  # a cumulative average

@@ -35,6 +35,9 @@ def batch_norm(
     Collective on more than one rank: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C backward.
     """
     if world_size() == 1:
+        if running_mean is None:
+            # Without them torch keeps two tensors less, and a recomputation in backward must keep what forward kept.
+            running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     y: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
     return y

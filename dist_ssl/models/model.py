@@ -31,7 +31,7 @@ class ContrastiveModel(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.training:
-            count_batch(self._batch_norms)
+            count_batch([layer for layer in self._batch_norms if layer.momentum is not None])
         h = self.encoder(x)
         return h, self.head(h)
 

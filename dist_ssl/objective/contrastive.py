@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_ssl import distributed
-from dist_ssl.device import HAS_TRITON, on_gpu
+from dist_ssl.distributed import HAS_TRITON, on_gpu
 from dist_ssl.objective import checks, tiles
 
 CHUNK_VIEWS = 8192

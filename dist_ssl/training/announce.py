@@ -8,6 +8,7 @@ import time
 from dist_ssl import config as config_module
 from dist_ssl.config import Config
 from dist_ssl.data.index import Manifest
+from dist_ssl.data.quarantine import bad_samples
 from dist_ssl.distributed import World
 from dist_ssl.models import ContrastiveModel
 
@@ -43,7 +44,9 @@ class Announcement:
         if self._world.rank == 0:
             minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
             run_dir = self._config.run.dir
+            replaced = len(bad_samples(run_dir))
             log.info(
-                "%s: complete, %d steps in %d min %02d s; next: dist-ssl evaluate %s",
-                run_dir, steps - self._done_steps, minutes, seconds, run_dir,
+                "%s: complete, %d steps in %d min %02d s%s; next: dist-ssl evaluate %s",
+                run_dir, steps - self._done_steps, minutes, seconds,
+                f", {replaced} bad samples replaced (quarantine-rank*.jsonl)" if replaced else "", run_dir,
             )  # fmt: skip

@@ -96,7 +96,7 @@ class Monitor:
             if batch.replaced_by:
                 line["replaced_by"] = {batch.keys[row]: key for row, key in batch.replaced_by.items()}
             self._observer.ledger(line if outcome.finite else line | {"skipped": True})
-        self._observer.advance(step)
+        self._observer.advance()
         if outcome.finite:
             self.skipped_in_a_row = 0
             return
@@ -133,7 +133,7 @@ class Monitor:
             "learning_rate": taken.learning_rate,
             "skipped_steps": self.skipped_steps,
         }
-        if self._is_due(step, config.diagnostics.every_steps):
+        if outcome.finite and self._is_due(step, config.diagnostics.every_steps):
             values |= diagnostics.diagnose(
                 result.h,
                 result.z[0::2],

@@ -13,15 +13,11 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
 from dist_ssl.config import Config
+from dist_ssl.data.progress import Progress
 from dist_ssl.distributed import rank
 
 log = logging.getLogger(__name__)
-SECONDS_BETWEEN_LINES = 30.0  # where the progress line would go to a file
 
 
 def trim_jsonl(path: Path, last_step: int) -> None:
@@ -69,18 +65,75 @@ class Observer:
         self._ledger = Journal(run_dir / f"ledger-rank{rank()}.jsonl") if config.data.ledger else None
         self._metrics = Journal(run_dir / "metrics.jsonl") if rank() == 0 else None
         self._boards = _boards(config) if rank() == 0 else []
-        self._progress = _progress_line(rank() == 0)
-        self._task = self._progress.add_task("pretrain", total=total_steps, completed=step, loss="", rate="")
-        self.total_steps = total_steps
-        self._batch, self._said = config.train.global_batch_size, 0.0
+        self._progress = Progress("pretrain", total_steps, shown=rank() == 0, done=step, stays=True)
+        self.total_steps, self._batch = total_steps, config.train.global_batch_size
         self._mark, self._mark_step, self._waited = time.monotonic(), step, 0.0
 
     def __enter__(self) -> Observer:
-        self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._progress.stop()
+        self._progress.__exit__(*exception)
+        for closable in [*self._boards, self._ledger, self._metrics]:
+            if closable is not None:
+                closable.close()
+
+    def ledger(self, line: dict[str, Any]) -> None:
+        if self._ledger is not None:
+            self._ledger.write(line)
+
+    def log(self, step: int, values: dict[str, float], waited_seconds: float) -> None:
+        """One line of metrics; adds images a second and the data wait since the last. Rank 0 writes.
+
+        `waited_seconds` are those in which this rank had no batch, since the start.
+        """
+        now = time.monotonic()
+        elapsed = max(now - self._mark, 1e-9)
+        rate = (step - self._mark_step) * self._batch / elapsed
+        values = values | {
+            "images_per_second": rate,
+            "data_wait_fraction": min(1.0, (waited_seconds - self._waited) / elapsed),
+        }
+        self._mark, self._mark_step, self._waited = now, step, waited_seconds
+        if self._metrics is None:
+            return
+        # JSON knows no NaN: a loss that is not finite is null.
+        finite = {key: value if abs(value) < float("inf") else None for key, value in values.items()}
+        self._metrics.write({"step": step, **finite})
+        for board in self._boards:
+            board.log(step, values)
+        self._progress.advance(0, note=f"loss {values['loss']:.4f}, {rate:,.0f} images/s")
+
+    def advance(self) -> None:
+        """A step is completed."""
+        self._progress.advance()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Observer:
+    """Metrics on rank 0, the ledger on every rank where it is asked for, and the progress line."""
+
+    def __init__(self, config: Config, total_steps: int, step: int):
+        run_dir = Path(config.run.dir)
+        self._ledger = Journal(run_dir / f"ledger-rank{rank()}.jsonl") if config.data.ledger else None
+        self._metrics = Journal(run_dir / "metrics.jsonl") if rank() == 0 else None
+        self._boards = _boards(config) if rank() == 0 else []
+        self._progress = Progress("pretrain", total_steps, shown=rank() == 0, done=step, stays=True)
+        self.total_steps, self._batch = total_steps, config.train.global_batch_size
+        self._mark, self._mark_step, self._waited = time.monotonic(), step, 0.0
+
+    def __enter__(self) -> Observer:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._progress.__exit__(*exception)
         for closable in [*self._boards, self._ledger, self._metrics]:
             if closable is not None:
                 closable.close()
@@ -161,21 +214,3 @@ class _WeightsAndBiases:
 def _boards(config: Config) -> list[Any]:
     boards: list[Any] = [_TensorBoard(Path(config.run.dir))] if config.log.tensorboard else []
     return boards + ([_WeightsAndBiases(config)] if config.log.wandb_project else [])
-
-
-class _Steps(ProgressColumn):
-    def render(self, task: Any) -> Text:
-        return Text(f"{int(task.completed)}/{int(task.total or 0)}")
-
-
-def _progress_line(enabled: bool) -> Progress:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        _Steps(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]} images/s"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=False)

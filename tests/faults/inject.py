@@ -113,7 +113,7 @@ def pretrain_with_poisoned_momentum(config: Config, at_step: int) -> int:
     engine.initialize = lambda *arguments: built.append(real(*arguments)) or built[0]
 
     def poison(step: int, batch: Batch) -> None:
-        if step == at_step + 1:
+        if step == at_step + 2:  # which is fetched while the step before it is under way
             f = built[0].fragments[0]
             f.of(built[0].optimizer.state[f.flat]["exp_avg"])[0] = float("nan")
 
