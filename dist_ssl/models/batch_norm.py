@@ -45,7 +45,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
     """
 
-    # `num_batches_tracked` is then added to by `count_batch`, for all layers at once; a cumulative average counts itself.
+    # `num_batches_tracked` is then added to by `count_batch`, for all layers at once, but for cumulative averages.
     counted_by_model = False
 
     def _check_input_dim(self, input: Tensor) -> None:

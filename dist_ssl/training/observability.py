@@ -73,8 +73,8 @@ class Observer:
         self._progress.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._progress.__exit__(*exception)
+    def __exit__(self, kind: Any, *details: Any) -> None:
+        self._progress.__exit__(kind, *details)
         for closable in [*self._boards, self._ledger, self._metrics]:
             if closable is not None:
                 closable.close()
@@ -108,71 +108,6 @@ class Observer:
     def advance(self) -> None:
         """A step is completed."""
         self._progress.advance()
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class Observer:
-    """Metrics on rank 0, the ledger on every rank where it is asked for, and the progress line."""
-
-    def __init__(self, config: Config, total_steps: int, step: int):
-        run_dir = Path(config.run.dir)
-        self._ledger = Journal(run_dir / f"ledger-rank{rank()}.jsonl") if config.data.ledger else None
-        self._metrics = Journal(run_dir / "metrics.jsonl") if rank() == 0 else None
-        self._boards = _boards(config) if rank() == 0 else []
-        self._progress = Progress("pretrain", total_steps, shown=rank() == 0, done=step, stays=True)
-        self.total_steps, self._batch = total_steps, config.train.global_batch_size
-        self._mark, self._mark_step, self._waited = time.monotonic(), step, 0.0
-
-    def __enter__(self) -> Observer:
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._progress.__exit__(*exception)
-        for closable in [*self._boards, self._ledger, self._metrics]:
-            if closable is not None:
-                closable.close()
-
-    def ledger(self, line: dict[str, Any]) -> None:
-        if self._ledger is not None:
-            self._ledger.write(line)
-
-    def log(self, step: int, values: dict[str, float], waited_seconds: float) -> None:
-        """One line of metrics; adds images a second and the data wait since the last. Rank 0 writes.
-
-        `waited_seconds` are those in which this rank had no batch, since the start.
-        """
-        now = time.monotonic()
-        elapsed = max(now - self._mark, 1e-9)
-        rate = (step - self._mark_step) * self._batch / elapsed
-        values = values | {
-            "images_per_second": rate,
-            "data_wait_fraction": min(1.0, (waited_seconds - self._waited) / elapsed),
-        }
-        self._mark, self._mark_step, self._waited = now, step, waited_seconds
-        if self._metrics is None:
-            return
-        # JSON knows no NaN: a loss that is not finite is null.
-        finite = {key: value if abs(value) < float("inf") else None for key, value in values.items()}
-        self._metrics.write({"step": step, **finite})
-        for board in self._boards:
-            board.log(step, values)
-        self._progress.update(self._task, loss=f"{values['loss']:.4f}", rate=f"{rate:,.0f}")
-        if self._progress.disable and (now - self._said > SECONDS_BETWEEN_LINES or step == self.total_steps):
-            self._said = now
-            left = (self.total_steps - step) * self._batch / max(rate, 1e-9) / 60
-            log.info(
-                "step %d of %d: loss %.4f, %.0f images/s, %.0f min left",
-                step, self.total_steps, values["loss"], rate, left,
-            )  # fmt: skip
-
-    def advance(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
 
     def sync(self) -> None:
         """Everything written so far is on the disk: call before a checkpoint that counts on it."""
