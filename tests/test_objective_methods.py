@@ -1,13 +1,12 @@
 """The gate of the objectives beside NT-Xent: what test_objective.py holds, for each of them.
 
-Loss and gradient on real ranks against one process that sees the global batch, written as loops over the papers'
-sums; the gate against losses that are known to be wrong; the references against other libraries.
+Loss and gradient on real ranks against one process that sees the global batch (`reference_objectives`); the gate
+against losses that are known to be wrong (`wrong_objectives`); ours against other libraries'.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 
 import pytest
@@ -17,118 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_ssl import distributed, objective
-from dist_ssl.objective import covariance, gaussian, tiles
-from tests import wrong_objectives
-from tests.counting import Count
+from dist_ssl.objective import gaussian, tiles
+from tests import reference_objectives, wrong_objectives
 from tests.pool import ranks
+from tests.reference_objectives import CASES, NARROW, SLICES, call, gradients, inputs
 
 SIZES = [[12], [6, 6], [5, 7], [4, 4, 4], [1, 6, 5], [3, 3, 3, 3], [5, 1, 2, 4]]
-NARROW, WIDE = 5, 24  # dimensions of z: with 12 images sums travel, or z does
-SLICES = 9
-
-
-# --- the references: one global batch, one process, the papers' sums ---------------------------------------------
-
-
-def vicreg(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
-    n, d = z1.shape
-    loss = invariance * sum((z1[i, j] - z2[i, j]) ** 2 for i in range(n) for j in range(d)) / (n * d)
-    for z in (z1, z2):
-        centred = [z[:, j] - z[:, j].sum() / n for j in range(d)]
-        for j in range(d):
-            std = torch.sqrt((centred[j] @ centred[j]) / (n - 1) + 1e-4)
-            loss = loss + variance * torch.relu(1 - std) / (2 * d)
-            for k in range(d):
-                if k != j:
-                    loss = loss + covariance * ((centred[j] @ centred[k]) / (n - 1)) ** 2 / d
-    return loss
-
-
-def barlow_twins(z1, z2, off_diagonal=0.0051):
-    n, d = z1.shape
-    a, b = (
-        [(x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + 1e-5) for x in z.unbind(dim=1)] for z in (z1, z2)
-    )
-    c = [[(a[j] * b[k]).sum() / n for k in range(d)] for j in range(d)]
-    on = sum((1 - c[j][j]) ** 2 for j in range(d))
-    return on + off_diagonal * sum(c[j][k] ** 2 for j in range(d) for k in range(d) if j != k)
-
-
-def moco_v3(q1, q2, k1, k2, temperature):
-    def cross_entropy(queries, keys):
-        u, v = ([x / torch.sqrt(x @ x) for x in z] for z in (queries, keys))
-        terms = [torch.stack([ui @ vj / temperature for vj in v]) for ui in u]
-        return sum(s.logsumexp(0) - s[i] for i, s in enumerate(terms)) / len(u)
-
-    return 2 * temperature * (cross_entropy(q1, k2) + cross_entropy(q2, k1))
-
-
-def cosines(p, k):
-    return [(x @ y) / torch.sqrt((x @ x) * (y @ y)) for x, y in zip(p, k, strict=True)]
-
-
-def byol(p1, p2, k1, k2):
-    return sum(2 - 2 * c for c in cosines(p1, k2) + cosines(p2, k1)) / len(p1)
-
-
-def simsiam(p1, p2, z1, z2):
-    z1, z2 = z1.detach(), z2.detach()
-    return sum(-c / 2 for c in cosines(p1, z2) + cosines(p2, z1)) / len(p1)
-
-
-def sigreg(z, seed, step, num_slices, num_points=17, largest_t=5.0):
-    if z.dim() == 3:
-        views = z.unbind(dim=1)
-        return sum(sigreg(view, seed, step, num_slices, num_points, largest_t) for view in views) / len(views)
-    loss, dt = 0.0, 2 * largest_t / (num_points - 1)
-    for a in gaussian.slices(z.shape[1], num_slices, seed, step).T:
-        u = z @ a
-        for point in range(num_points):
-            t = -largest_t + dt * point
-            area = dt * (0.5 if point in (0, num_points - 1) else 1.0) * math.exp(-t * t / 2)
-            real, imaginary = torch.cos(t * u).sum() / len(z) - math.exp(-t * t / 2), torch.sin(t * u).sum() / len(z)
-            loss = loss + len(z) * area * (real**2 + imaginary**2) / num_slices
-    return loss
-
-
-# --- each objective as a function of two views, two keys --------------------------------------------------------
-
-
-def views_of(z1, z2, num_views):
-    """(n, V, d): views that lie between the two."""
-    return torch.stack([z1 + (z2 - z1) * view / num_views for view in range(num_views)], dim=1)
-
-
-def call(case, loss, z1, z2, k1, k2, **rows):
-    name, *variant = case.split()
-    match name:
-        case "vicreg" | "barlow_twins":
-            return loss(z1, z2, **rows)
-        case "moco_v3":
-            return loss(z1, z2, k1, k2, 0.2, **rows)
-        case "byol":
-            return loss(z1, z2, k1, k2, **rows)
-        case "simsiam":  # its targets come from the encoder that learns
-            return loss(z1, z2, z1 * 2 + z2, z2 * 3 - z1, **rows)
-        case "sigreg":
-            z = views_of(z1, z2, int(variant[0])) if variant else z1
-            return loss(z, 3, 14, SLICES, **rows)
-    raise ValueError(case)
-
-
-CASES = [
-    ("vicreg", NARROW),
-    ("vicreg", WIDE),
-    ("barlow_twins", NARROW),
-    ("barlow_twins", WIDE),
-    ("moco_v3", NARROW),
-    ("byol", NARROW),
-    ("simsiam", NARROW),
-    ("sigreg", NARROW),
-    ("sigreg 2", NARROW),
-    ("sigreg 8", NARROW),
-]
-NAMES = sorted({case.split()[0] for case, _ in CASES})
 
 
 def batch(total, dtype):
@@ -159,7 +52,9 @@ def share(case, loss, d, x1, x2, dtype, offset, **rows):
 
 @functools.lru_cache
 def expected(case, total, d, offset):
-    return share(case, globals()[case.split()[0]], d, *batch(total, torch.float64), torch.float64, offset)
+    return share(
+        case, getattr(reference_objectives, case.split()[0]), d, *batch(total, torch.float64), torch.float64, offset
+    )
 
 
 def on_ranks(case, loss, sizes, d, dtype, offset):
@@ -253,24 +148,10 @@ def test_gate_passes_what_is_right():
 # --- one process: tiles, dtypes, slices, other libraries --------------------------------------------------------
 
 
-def inputs(count, n, d, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, d, dtype=torch.float64, generator=generator).to(dtype) for _ in range(count)]
-
-
-def gradients(case, loss, n, d, dtype=torch.float64):
-    z1, z2, k1, k2 = inputs(4, n, d, dtype)
-    z1.requires_grad_()
-    z2.requires_grad_()
-    value = call(case, loss, z1, z2, k1, k2)
-    grads = torch.autograd.grad(value, (z1, z2), allow_unused=True)
-    return [value.detach(), *(grad for grad in grads if grad is not None)]
-
-
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (4, 3), (7, 30)])
 @pytest.mark.parametrize("case", ["moco_v3", "sigreg 2"])
 def test_any_tile(case, rows, width, monkeypatch):
-    want = gradients(case, globals()[case.split()[0]], 11, 3)
+    want = gradients(case, getattr(reference_objectives, case.split()[0]), 11, 3)
     monkeypatch.setattr(tiles, "TILE_ROWS", rows)
     monkeypatch.setattr(tiles, "TILE_ENTRIES_CPU", rows * width)
     monkeypatch.setattr(gaussian, "TILE_ENTRIES_CPU", rows * SLICES)
@@ -282,7 +163,7 @@ def test_any_tile(case, rows, width, monkeypatch):
 def test_small_temperature_with_close_positives(temperature):
     k1, noise, k2 = inputs(3, 16, 10)
     q1, q2 = ((k + 0.02 * noise).requires_grad_() for k in (k2, k1))
-    want = torch.autograd.grad(moco_v3(q1, q2, k1, k2, temperature), (q1, q2))
+    want = torch.autograd.grad(reference_objectives.moco_v3(q1, q2, k1, k2, temperature), (q1, q2))
     narrow = [x.detach().float().requires_grad_() for x in (q1, q2, k1, k2)]
     got = torch.autograd.grad(objective.moco_v3(*narrow, temperature), narrow[:2])
     for a, b in zip(got, want, strict=True):  # at 0.002 the gradient is of 1e-60: nothing, in fp32
@@ -324,7 +205,7 @@ def test_byol_of_near_perfect_predictions_does_not_cancel():
     p1, noise, p2 = inputs(3, 16, 10)
     k1, k2 = p2 + 1e-4 * noise, p1 + 1e-4 * noise
     narrow = [x.float() for x in (p1, p2, k1, k2)]
-    exact = byol(*(x.double() for x in narrow))  # 1e-8: 2 - 2 u.v in fp32 would be rounding alone
+    exact = reference_objectives.byol(*(x.double() for x in narrow))  # 1e-8: 2 - 2 u.v in fp32 would be rounding alone
     assert abs(objective.byol(*narrow) - exact) <= 1e-2 * exact
 
 
@@ -370,144 +251,3 @@ def test_other_libraries_agree():
     theirs = SIGReg(knots=9, t_max=5.0)
     theirs._generate_unit_vectors = lambda *_: gaussian.slices(8, 64, 0, 0)
     torch.testing.assert_close(objective.sigreg(z1, 0, 0, 64), theirs(z1), rtol=1e-6, atol=0)  # its t are of fp32
-
-
-# --- cost: collectives, bytes, memory --------------------------------------------------------------------------
-
-
-def counted(case, n, d, dtype):
-    z1, z2, k1, k2 = inputs(4, n, d, dtype, seed=distributed.rank())
-    z1.requires_grad_()
-    z2.requires_grad_()
-    loss = getattr(objective, case.split()[0])
-    with Count() as forward:
-        value = call(case, loss, z1, z2, k1, k2, rows_per_rank=[n] * distributed.world_size())
-    with Count() as backward:
-        value.backward()
-    sent = forward.wire_bytes(distributed.world_size())
-    return forward.collectives, sent, backward.collectives, max(forward.largest, backward.largest)
-
-
-@pytest.mark.parametrize(
-    ("n", "d", "dtype"), [(20, 16, torch.float32), (20, 96, torch.float32), (8, 40, torch.bfloat16)]
-)
-@pytest.mark.parametrize("name", ["vicreg", "barlow_twins"])
-def test_z_or_sums_travel_whichever_is_less(name, n, d, dtype):
-    width = dtype.itemsize
-    for collectives, sent, backward, _ in ranks(3).run(counted, name, n, d, dtype):
-        gathered, promised = covariance.exchange(name, [n] * 3, d, dtype)
-        z, small = ("allgather_base", 2 * n * d * width), ("allreduce", 2 * d * 4)
-        by_gather, by_sums = [z, small][: 1 + (name == "barlow_twins")], [small, ("allreduce", (d + 2) * d * 4)]
-        assert collectives == (by_gather if gathered else by_sums)
-        assert gathered == (3 * n <= d)
-        assert abs(sent - promised) <= 1
-        assert backward == []
-
-
-def test_the_exchange_is_the_lesser_of_both():
-    for name in ("vicreg", "barlow_twins"):
-        for rows, d, dtype in [
-            ([128] * 8, 8192, torch.bfloat16),
-            ([256] * 8, 128, torch.float32),
-            ([9, 8], 12, torch.float64),
-        ]:
-            _, sent = covariance.exchange(name, rows, d, dtype)
-            share, wide = (len(rows) - 1) / len(rows), max(4, dtype.itemsize)
-            z = share * len(rows) * max(rows) * 2 * d * dtype.itemsize + (name == "barlow_twins") * share * 4 * d * wide
-            assert abs(sent - min(z, 2 * share * (d + 4) * d * wide)) <= 1
-    assert covariance.exchange("vicreg", [64], 128, torch.float32) == (True, 0)
-
-
-@pytest.mark.parametrize(
-    ("case", "collectives"),
-    [
-        ("moco_v3", [("allgather_base", 2 * 20 * 16 * 4)]),
-        ("byol", []),
-        ("simsiam", []),
-        ("sigreg", [("allreduce", 2 * SLICES * 8 * 8)]),
-        ("sigreg 8", [("allreduce", 8 * 2 * SLICES * 8 * 8)]),
-    ],
-)
-def test_what_is_sent_forward_and_nothing_backward(case, collectives):
-    for forward, _, backward, _ in ranks(3).run(counted, case, 20, 16, torch.float32):
-        assert (forward, backward) == (collectives, [])
-
-
-def test_no_tensor_grows_with_a_square():
-    _, _, _, largest = counted("moco_v3", 2048, 8, torch.float32)
-    assert largest <= max(tiles.TILE_ENTRIES_CPU, 2 * 2048 * 8)
-    _, _, _, largest = counted("sigreg 2", 2**15, 2, torch.float32)  # n K alone would be 2^18
-    assert largest <= 2 * gaussian.TILE_ENTRIES_CPU
-    for name in ("vicreg", "barlow_twins"):
-        _, _, _, largest = counted(name, 8, 1024, torch.float32)
-        assert largest <= 2 * 8 * 1024
-
-
-# --- bad input -------------------------------------------------------------------------------------------------
-
-
-def bad_calls():
-    """The error of each objective, for each kind of bad input on rank 1."""
-    second, answers = distributed.rank() == 1, {}
-
-    def message(function):
-        try:
-            function()
-        except ValueError as error:
-            return str(error)
-        return None
-
-    for case in ("right", "d", "dtype", "empty", "shapes", "integer"):
-        d, n, dtype = 6 + (case == "d" and second), 4 * (case != "empty" or not second), torch.float32
-        if second and case in ("dtype", "integer"):
-            dtype = {"dtype": torch.float64, "integer": torch.int64}[case]
-        z1, z2, k1, k2 = (x.to(dtype) for x in torch.ones(4, n, d))
-        if second and case == "shapes":
-            z2 = z2[:-1]
-        for name in NAMES if case != "shapes" else [x for x in NAMES if x != "sigreg"]:
-            loss, target = getattr(objective, name), functools.partial(torch.ones, n, d, dtype=dtype)
-            if name == "simsiam":
-                answers[case, name] = message(functools.partial(loss, z1, z2, target(), target()))
-            else:
-                answers[case, name] = message(functools.partial(call, name, loss, z1, z2, k1, k2))
-    z = torch.ones(4, 6)
-    answers["step", "sigreg"] = message(lambda: objective.sigreg(z, 0, 7 + second))
-    answers["temperature", "moco_v3"] = message(lambda: objective.moco_v3(z, z, z, z, 0.1 * (1 - second)))
-    answers["weight", "vicreg"] = message(lambda: objective.vicreg(z, z, variance=1.0 - 2 * second))
-    return answers
-
-
-def test_bad_input_is_the_same_error_on_every_rank():
-    first, second = ranks(2).run(bad_calls, timeout=30)
-    assert first == second
-    words = {
-        "d": "rank 1: expected the same as on rank 0",
-        "dtype": "rank 1: expected the same as on rank 0",
-        "empty": "rank 1: expected ",
-        "shapes": "and (3, 6)",
-        "integer": "of one dtype among",
-        "step": "'step': 7",
-        "temperature": "moco_v3: rank 1: expected a temperature of at least 0.002, got 0.0",
-        "weight": "vicreg: rank 1: expected a variance of at least 0.0, got -1.0",
-    }
-    for (case, name), message in first.items():
-        if case == "right":
-            assert message is None
-        else:
-            assert message.startswith(f"{name}: rank 1: expected"), (case, name, message)
-            assert words[case] in message, (case, name)
-
-
-def test_input_that_one_rank_sees():
-    z = torch.ones(5, 3)
-    for name in NAMES:
-        with pytest.raises(ValueError, match=rf"{name}: expected rows_per_rank of 1 ranks with 5 at 0, got \[4\]"):
-            call(name, getattr(objective, name), z, z, z, z, rows_per_rank=[4])
-        with pytest.raises(ValueError, match=f"{name}: expected at least two images"):
-            call(name, getattr(objective, name), *[z[:1]] * 4)
-    with pytest.raises(ValueError, match="odd num_points"):
-        objective.sigreg(z, 0, 0, num_points=16)
-    with pytest.raises(ValueError, match=r"expected z of one shape \(n, d\)"):
-        objective.sigreg(z[0], 0, 0)
-    with pytest.raises(ValueError, match=r"got torch.float32 and torch.float64"):
-        objective.byol(z, z, z.double(), z.double())
