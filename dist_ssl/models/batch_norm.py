@@ -6,6 +6,7 @@ Legend: W world size, B rows of a tensor on this rank, C channels.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_ssl.distributed import all_gather_single, world_size
+from dist_ssl.models import fused_batch_norm
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 MOMENTS_BLOCK = 2**18  # elements
 _statistics_frozen = False
 
@@ -48,8 +51,34 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if input.dim() not in (2, 4):
             raise ValueError(f"expected (B, C) or (B, C, H, W), got {tuple(input.shape)}")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(norm(x) + residual), the addition and the ReLU where they are asked for."""
         self._check_input_dim(x)
+        if self.training and _has_kernels(x):
+            return self._fused(x, residual, relu)
+        y = self._normalise(x)
+        if residual is not None:
+            y += residual
+        return y.relu_() if relu else y
+
+    def _fused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        x = fused_batch_norm.channels_last(x)
+        if residual is not None:
+            residual = fused_batch_norm.channels_last(residual.to(x.dtype))
+        with torch.no_grad():
+            parts = fused_batch_norm.moments(x)
+            if world_size() > 1:
+                sent = fused_batch_norm.merge(parts)
+                received = sent.new_empty(world_size() * len(sent))
+                all_gather_single(received, sent)
+                parts = received.view(world_size(), -1)
+            track = self.track_running_stats and not _statistics_frozen
+            buffers = (self.running_mean, self.running_var, self.num_batches_tracked) if track else (None, None, None)
+            statistics = fused_batch_norm.statistics(parts, self.eps, self.momentum, *buffers)
+        reduce = _all_reduced if world_size() > 1 else None
+        return fused_batch_norm.fused_batch_norm(x, residual, self.weight, self.bias, *statistics, relu, reduce)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -70,6 +99,17 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = variance * (count / (count - 1).clamp(min=1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and HAS_TRITON and x.dtype != torch.float64
+
+
+def _all_reduced(sums: Tensor) -> Tensor:
+    """The sum over ranks, `sums` kept. Collective."""
+    reduced = sums.clone()
+    dist.all_reduce(reduced)
+    return reduced
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
