@@ -226,29 +226,25 @@ def test_bytes_of_a_layer(through_fusion):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Bytes(TorchDispatchMode):
-        total = 0
+        total, others = 0, set()
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             if function.namespace == "dist_ssl":
                 tensors = {id(t): t for t in (*args, *(out if isinstance(out, tuple) else (out,)))}
                 self.total += sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, torch.Tensor))
-            else:
-                assert not any(isinstance(t, torch.Tensor) and t.numel() >= x.numel() for t in args), function
+            elif any(isinstance(t, torch.Tensor) and t.numel() >= x.numel() for t in args):
+                self.others.add(function.overloadpacket.__name__)
             return out
 
-    norm = GlobalBatchNorm(64)
-    with FakeTensorMode() as mode:
-        norm = copy.deepcopy(norm)
-        for name, parameter in list(norm.named_parameters()):
-            setattr(norm, name, nn.Parameter(mode.from_tensor(parameter)))
-        for name, buffer in list(norm.named_buffers()):
-            setattr(norm, name, mode.from_tensor(buffer))
+    with FakeTensorMode():
+        norm = GlobalBatchNorm(64)
         x = torch.empty(64, 64, 28, 28, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
         dy = torch.empty_like(x)
         for residual, expected in ((None, 16), (dy, 22)):
             with Bytes() as counted:
                 torch.autograd.backward(norm(x, residual, relu=True), dy)
+            assert counted.others <= {"detach", "device"}  # which move nothing
             x.grad = None
             assert expected <= counted.total / x.numel() <= 1.03 * expected
 

@@ -14,9 +14,10 @@ import tempfile
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_ssl import objective
-from dist_ssl.objective import tiles
+from dist_ssl.objective import contrastive, tiles
 from dist_ssl.objective.contrastive import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="this build of torch came without Triton")
@@ -72,7 +73,7 @@ def loss_errors(form: str, dtype: str, device: str = "cpu", n: int = 150, d: int
 
 
 def in_the_interpreter() -> dict[str, list[float]]:
-    from dist_ssl.objective import contrastive, tiles_triton
+    from dist_ssl.objective import tiles_triton
 
     errors = {name: kernel_errors(*case) for name, case in CASES.items()}
     contrastive._kernels = lambda z: tiles if z.dtype == torch.float64 else tiles_triton
@@ -127,9 +128,24 @@ def assembled(kernel, types: dict, constants: dict, capability: int, aligned=(),
     return fact | {"registers": int(re.search(r"Used (\d+) registers", said)[1])}, binary.asm["ptx"]
 
 
+def test_keys_are_dense_int32_and_nobody_waits_for_them():
+    """On fake tensors, which have no values, whatever the host would read raises."""
+    generator = torch.Generator().manual_seed(0)
+    for values in (1, 2, 50, 2**62):
+        ids = torch.randint(-values, values, (40,), generator=generator)[torch.randint(0, 40, (64,))]
+        key = contrastive._keys("nt_xent", ids, torch.empty(128, 1))
+        assert key.dtype == torch.int32
+        assert torch.equal(key.long(), torch.unique(ids, return_inverse=True)[1].repeat_interleave(2))
+    assert contrastive._keys("nt_xent", ids[:1], torch.empty(2, 1)).tolist() == [0, 0]
+    with FakeTensorMode():
+        z, ids = torch.empty(128, 8), torch.empty(64, dtype=torch.int64)
+        contrastive._keys("decoupled", ids, z)
+        for form in ("nt_xent", "supervised"):
+            list(contrastive._anchors(form, z, torch.empty(128), ids, slice(0, 64)))
+
+
 def compiled() -> list[dict]:
     """Both kernels compiled to machine code for Ampere and Hopper."""
-    from dist_ssl.objective import contrastive
     from dist_ssl.objective import tiles_triton as kernels
 
     key = contrastive._keys("nt_xent", torch.arange(4), torch.empty(8, 1))
