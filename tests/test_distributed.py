@@ -1,10 +1,13 @@
 """Gathers and global batch norm on real ranks, against one process that sees everything."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from dist_ssl import distributed
-from dist_ssl.models import GlobalBatchNorm, frozen_running_statistics
+from dist_ssl.device import as_on_gpu
+from dist_ssl.models import GlobalBatchNorm, batch_norm, build_encoder, frozen_running_statistics
 from tests.pool import RankFailed, ranks
 
 
@@ -55,6 +58,94 @@ def test_outputs_are_the_same_bits_on_any_ranks():
     (expected,) = ranks(1).run(fp32_batch_norm, x, [60])
     for rows in ([30, 30], [41, 19], [7, 33, 20]):
         assert torch.equal(torch.cat(ranks(len(rows)).run(fp32_batch_norm, x, rows)), expected)
+
+
+def on_gpus(function, *arguments):
+    """As on GPUs without Triton, whose kernels `tests.batch_norm_kernels` stands in for."""
+    import tests.batch_norm_kernels  # noqa: F401
+
+    with as_on_gpu(), mock.patch.object(batch_norm, "_has_kernels", return_value=False):
+        return function(*arguments)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(5, 4, 4), (7,)])
+def test_the_gpus_batch_norm_equals_one_process(size, shape, dtype, tolerance):
+    """bf16 activations with fp32 weights, as under autocast; the reference sees the same rounded numbers, in fp64."""
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 11, *shape).to(getattr(torch, dtype))
+    leaf = x.double().requires_grad_()
+    oracle = (torch.nn.BatchNorm2d if len(shape) == 3 else torch.nn.BatchNorm1d)(shape[0]).double()
+    y = oracle(leaf)
+    y.backward(g.double())
+    answers = ranks(size).run(on_gpus, batch_norm_of_rows, x, g)
+    pieces = [torch.cat([a[k] for a in answers]) for k in (0, 1)] + [sum(a[k] for a in answers) for k in (2, 3)]
+    for got, want in zip(pieces, (y.detach(), leaf.grad, oracle.weight.grad, oracle.bias.grad), strict=True):
+        assert float((got.double() - want).norm() / want.norm()) < tolerance
+    for answer in answers:
+        torch.testing.assert_close(answer[4], oracle.running_mean.float(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(answer[5], oracle.running_var.float(), rtol=1e-5, atol=1e-7)
+        assert answer[6] == [getattr(torch, dtype)]  # what is kept of the activations, in the dtype they came in
+
+
+def batch_norm_of_rows(x: torch.Tensor, g: torch.Tensor):
+    layer, kept = GlobalBatchNorm(x.shape[1]), set()
+    rows = slices(len(x), distributed.world_size())
+    leaf = x.split(rows)[distributed.rank()].clone().requires_grad_()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == leaf.numel():
+            kept.add(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(leaf)
+    y.backward(g.split(rows)[distributed.rank()])
+    running = layer.running_mean, layer.running_var
+    return y.detach(), leaf.grad, layer.weight.grad, layer.bias.grad, *running, sorted(kept, key=str)
+
+
+def gradient_of_rows(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet_tiny").to(x.dtype)
+    for module in list(encoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.ReLU) and x.dtype == torch.float32:
+                setattr(module, name, torch.nn.GELU())
+    h = encoder(x.split(rows)[distributed.rank()])
+    (h.square().sum() / len(x)).backward()
+    gradient = torch.cat([p.grad.flatten() for p in encoder.parameters()])
+    distributed.dist.all_reduce(gradient)
+    return gradient
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_the_gpus_gradient_is_that_of_one_process(dtype, tolerance):
+    """In fp32 without ReLUs: a last bit of fp32 statistics turns one over, which no dtype of the messages prevents."""
+    x = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=getattr(torch, dtype))
+    x = x.contiguous(memory_format=torch.channels_last)
+    (expected,) = ranks(1).run(on_gpus, gradient_of_rows, x, [24])
+    for rows in ([17, 7], [5, 11, 8]):
+        gradient, *_ = ranks(len(rows)).run(on_gpus, gradient_of_rows, x, rows)
+        assert float((gradient - expected).norm() / expected.norm()) < tolerance
+
+
+def frozen_on_a_gpu():
+    layer = GlobalBatchNorm(3)
+    with frozen_running_statistics():
+        layer(torch.randn(4, 3))
+    frozen = int(layer.num_batches_tracked), layer.running_mean.tolist(), layer.running_var.tolist()
+    layer(torch.randn(4, 3))
+    trained = int(layer.num_batches_tracked), layer.running_mean.clone()
+    layer.eval()(torch.randn(4, 3))
+    return frozen, trained[0], torch.equal(trained[1], layer.running_mean), bool(layer.running_mean.any())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_frozen_statistics_on_a_gpu(size):
+    for answer in ranks(size).run(on_gpus, frozen_on_a_gpu):
+        assert answer == ((0, [0, 0, 0], [1, 1, 1]), 1, True, True)
 
 
 def test_frozen_statistics():

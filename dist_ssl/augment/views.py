@@ -8,15 +8,12 @@ Legend: n samples, V views of each, S pixels a side, P parameters.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from dist_ssl.augment import cpu
 from dist_ssl.config import AugmentConfig
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from dist_ssl.device import HAS_TRITON, on_gpu
 
 
 def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tensor:
@@ -33,7 +30,7 @@ def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig) -> Tens
 
 
 def _has_kernels(crops_u8: Tensor) -> bool:
-    return crops_u8.is_cuda and HAS_TRITON
+    return on_gpu(crops_u8) and HAS_TRITON
 
 
 def normalize(images_u8: Tensor, config: AugmentConfig) -> Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ssl.config import Config, OptimizerConfig
+from dist_ssl.device import on_gpu
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "lars":
         return LARS(groups, lr=0.0, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
-    fused = next(model.parameters()).is_cuda
+    fused = on_gpu(next(model.parameters()))
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=fused)
 
 

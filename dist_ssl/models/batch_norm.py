@@ -6,19 +6,18 @@ Legend: W world size, B rows of a tensor on this rank, C channels.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_ssl.device import HAS_TRITON, on_gpu
 from dist_ssl.distributed import all_gather_single, world_size
-from dist_ssl.models import fused_batch_norm
+from dist_ssl.models import batch_norm_cuda, fused_batch_norm
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 MOMENTS_BLOCK = 2**18  # elements
 _statistics_frozen = False
 
@@ -41,86 +40,83 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of all ranks' rows, for (B, C) and (B, C, H, W), on any device.
 
     torch's SyncBatchNorm refuses CPU tensors. Statistics are merged as counts, means and centred sums (Chan et al.
-    1979), never as E[x^2] - E[x]^2. They are merged in fp64, and on a CPU taken in fp64 too: rounded to fp32 they then
-    are the same bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a
-    last bit turns a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. Collective in training
-    mode: one all-gather of 2C + 1 fp64 numbers forward, one all-reduce of 2C numbers backward.
+    1979), never as E[x^2] - E[x]^2. On a CPU they are taken and merged in fp64: rounded to fp32 they then are the same
+    bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a last bit turns
+    a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `fused_batch_norm`.
+    Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
     """
+
+    counted_by_model = False  # `num_batches_tracked` is then added to by `count_batch`, for all layers at once
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4):
             raise ValueError(f"expected (B, C) or (B, C, H, W), got {tuple(input.shape)}")
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """relu(norm(x) + residual), the addition and the ReLU where they are asked for."""
+        """relu(norm(x) + residual): the addition and the ReLU where they are asked for, on a GPU in the same pass."""
         self._check_input_dim(x)
         if self.training and _has_kernels(x):
-            return self._fused(x, residual, relu)
+            running, momentum = self._running()
+            return fused_batch_norm.batch_norm(
+                x, residual, self.weight, self.bias, *running, momentum, self.eps, relu=relu
+            )
         y = self._normalise(x)
         if residual is not None:
             y += residual
         return y.relu_() if relu else y
 
-    def _fused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        x = fused_batch_norm.channels_last(x)
-        if residual is not None:
-            residual = fused_batch_norm.channels_last(residual.to(x.dtype))
-        with torch.no_grad():
-            parts = fused_batch_norm.moments(x)
-            if world_size() > 1:
-                sent = fused_batch_norm.merge(parts)
-                received = sent.new_empty(world_size() * len(sent))
-                all_gather_single(received, sent)
-                parts = received.view(world_size(), -1)
-            track = self.track_running_stats and not _statistics_frozen
-            buffers = (self.running_mean, self.running_var, self.num_batches_tracked) if track else (None, None, None)
-            statistics = fused_batch_norm.statistics(parts, self.eps, self.momentum, *buffers)
-        reduce = _all_reduced if world_size() > 1 else None
-        return fused_batch_norm.fused_batch_norm(x, residual, self.weight, self.bias, *statistics, relu, reduce)
+    def _running(self) -> tuple[tuple[Tensor | None, Tensor | None], float]:
+        """(running mean and variance, or None where they are not to move, momentum) of this batch, which is counted."""
+        if not self.track_running_stats or _statistics_frozen:
+            return (None, None), 0.0
+        if not self.counted_by_model:
+            count_batch([self])
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked))
+        return (self.running_mean, self.running_var), momentum
 
     def _normalise(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        running, momentum = self._running()
         with torch.autocast(x.device.type, enabled=False):
+            if on_gpu(x):
+                return batch_norm_cuda.batch_norm(x, self.weight, self.bias, *running, momentum, self.eps)
             # Statistics of bf16 activations are taken in fp32.
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
             y, mean, variance, count = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps)
-        if self.track_running_stats and not _statistics_frozen:
-            self._track(mean, variance, count)
+        if running[0] is not None:
+            self._track(mean, variance, count, momentum)
         return y.to(x.dtype)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        assert self.num_batches_tracked is not None
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor, momentum: float) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = variance * (count / (count - 1).clamp(min=1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and HAS_TRITON and x.dtype != torch.float64
+    return on_gpu(x) and HAS_TRITON and x.dtype != torch.float64
 
 
-def _all_reduced(sums: Tensor) -> Tensor:
-    """The sum over ranks, `sums` kept. Collective."""
-    reduced = sums.clone()
-    dist.all_reduce(reduced)
-    return reduced
+@torch.no_grad()
+def count_batch(layers: Sequence[GlobalBatchNorm]) -> None:
+    """Count one batch in the layers that track statistics, where they are not frozen: one launch for all of them."""
+    counters = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+    if counters and not _statistics_frozen:
+        torch._foreach_add_(counters, 1)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, sum of squared differences from it) of each channel of this rank's x, fp64 (C,) each.
 
-    On a CPU in two passes over blocks that stay in its cache: 3 to 5 times faster than torch.var_mean, whose running
-    updates do not vectorise. On a GPU by one fp32 kernel, which reads x once.
+    In two passes over blocks that stay in a core's cache: 3 to 5 times faster than torch.var_mean, whose running
+    updates do not vectorise.
     """
-    if x.is_cuda:
-        variance, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
-        return mean.double(), variance.double() * (x.numel() / x.shape[1])
     rows_rc = x.movedim(1, -1).reshape(-1, x.shape[1])  # no copy where x is in channels-last format
     blocks = rows_rc.split(max(1, MOMENTS_BLOCK // x.shape[1]))
     total = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0)

@@ -1,10 +1,10 @@
-"""Batch norm with the addition and the ReLU that follow it, as Triton kernels: what `batch_norm_torch` does, for CUDA.
+"""The kernels of `fused_batch_norm`: batch norm with the addition and the ReLU that follow it, in Triton.
 
 A tensor is seen as rows of channels, (N, C) with C innermost: (B, C), or (B, C, H, W) in channels-last format. What is
 elementwise is one kernel over tiles. What is summed over rows goes in two stages, each program its own rows, then the
 parts in a fixed order: no atomics, so results are the same bits every time and on every GPU.
 
-Bytes an element in bf16, where torch's kernels and a ReLU and an addition of their own move 26, or 32 with the addition:
+Bytes an element in bf16, where torch's kernels, a ReLU and an addition of their own move 26, with the addition 32:
 
 | kernel | reads | writes | bytes |
 |---|---|---|---|
@@ -28,17 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_ssl.models.batch_norm_torch import blocks, split
+MAX_BLOCK_C = 128
+TILE = 4096  # elements of a step of a kernel's program
+# Programs of a reduction: enough for any GPU, and not derived from it, so that another one sums in the same order.
+PROGRAMS = 512
 
 MERGED_P, MERGED_C = 64, 16  # a step of `_merge`
 
 
 def moments(x: Tensor) -> Tensor:
-    """(B, C) or channels-last (B, C, H, W) -> (P, 2C + 1) fp32: each part's means, sums of squared differences, count."""
+    """(B, C) or channels-last (B, C, H, W) -> (P, 2C + 1) fp32: means, sums of squared differences, count."""
     n, c = x.numel() // x.shape[1], x.shape[1]
-    num_parts, rows = split(n, c)
+    num_parts, rows = _split(n, c)
     parts = x.new_empty((num_parts, 2 * c + 1), dtype=torch.float32)
-    block = blocks(c)
+    block = _blocks(c)
     _moments[(triton.cdiv(c, block["BLOCK_C"]), num_parts)](x, parts, n, c, rows, **block, num_warps=8)
     return parts
 
@@ -48,27 +51,23 @@ def merge(parts: Tensor) -> Tensor:
     c = parts.shape[1] // 2
     merged = parts.new_empty(parts.shape[1])
     _merge[(triton.cdiv(c, MERGED_C),)](
-        parts, merged, merged, merged, merged, merged, merged, len(parts), c, 0.0, 0.0,
+        parts, merged, merged, merged, merged, merged, len(parts), c, 0.0, 0.0,
         FINAL=False, TRACK=False, BLOCK_P=MERGED_P, BLOCK_C=MERGED_C,
     )  # fmt: skip
     return merged
 
 
 def statistics(
-    parts: Tensor,
-    eps: float,
-    momentum: float,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches: Tensor | None,
+    parts: Tensor, eps: float, momentum: float, running_mean: Tensor | None, running_var: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(P, 2C + 1) -> mean (C,), inverse standard deviation (C,), count (1,); running statistics are moved in place."""
     c = parts.shape[1] // 2
     mean, inverse_std, count = parts.new_empty(c), parts.new_empty(c), parts.new_empty(1)
     track = running_mean is not None
+    running = (running_mean, running_var) if track else (mean, mean)
     _merge[(triton.cdiv(c, MERGED_C),)](
-        parts, mean, inverse_std, count, *((running_mean, running_var, num_batches) if track else (mean, mean, mean)),
-        len(parts), c, eps, momentum, FINAL=True, TRACK=track, BLOCK_P=MERGED_P, BLOCK_C=MERGED_C,
+        parts, mean, inverse_std, count, *running, len(parts), c, eps, momentum,
+        FINAL=True, TRACK=track, BLOCK_P=MERGED_P, BLOCK_C=MERGED_C,
     )  # fmt: skip
     return mean, inverse_std, count
 
@@ -78,7 +77,7 @@ def normalise(
 ) -> Tensor:
     """x, residual -> y, all in the same format and dtype."""
     y = torch.empty_like(x)
-    n, c, block = x.numel() // x.shape[1], x.shape[1], blocks(x.shape[1])
+    n, c, block = x.numel() // x.shape[1], x.shape[1], _blocks(x.shape[1])
     grid = triton.cdiv(n, block["BLOCK_N"]), triton.cdiv(c, block["BLOCK_C"])
     _normalise[grid](
         x, x if residual is None else residual, weight, bias, mean, inverse_std, y, n, c,
@@ -92,10 +91,10 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor]:
     """dy, x -> sums over rows of g and of g xhat, (2, C) fp32, where g is dy behind the ReLU; and g, if y is given."""
     n, c = x.numel() // x.shape[1], x.shape[1]
-    num_parts, rows = split(n, c)
+    num_parts, rows = _split(n, c)
     parts = x.new_empty((num_parts, 2, c), dtype=torch.float32)
     g = x.new_empty(0) if y is None else torch.empty_like(dy)
-    block = blocks(c)
+    block = _blocks(c)
     _gradient_sums[(triton.cdiv(c, block["BLOCK_C"]), num_parts)](
         dy, x, x if y is None else y, weight, bias, mean, inverse_std, g, parts, n, c, rows,
         RELU=relu, FROM_Y=y is not None, **block, num_warps=8,
@@ -116,10 +115,24 @@ def gradient(
 ) -> Tensor:
     """dy (or g, with relu=False), x and the sums (2, C) of all `count` rows -> dx."""
     dx = torch.empty_like(x)
-    n, c, block = x.numel() // x.shape[1], x.shape[1], blocks(x.shape[1])
+    n, c, block = x.numel() // x.shape[1], x.shape[1], _blocks(x.shape[1])
     grid = triton.cdiv(n, block["BLOCK_N"]), triton.cdiv(c, block["BLOCK_C"])
     _gradient[grid](dy, x, weight, bias, mean, inverse_std, sums, count, dx, n, c, RELU=relu, **block)
     return dx
+
+
+def _split(n: int, c: int) -> tuple[int, int]:
+    """(number of parts, rows of each but the last) of a sum over n rows of c channels."""
+    block = _blocks(c)
+    tiles, wanted = triton.cdiv(n, block["BLOCK_N"]), triton.cdiv(PROGRAMS, triton.cdiv(c, block["BLOCK_C"]))
+    rows = triton.cdiv(tiles, min(wanted, tiles)) * block["BLOCK_N"]
+    return triton.cdiv(n, rows), rows
+
+
+def _blocks(c: int) -> dict[str, int]:
+    """Rows and channels of a program's step."""
+    block_c = min(MAX_BLOCK_C, triton.next_power_of_2(c))
+    return {"BLOCK_N": TILE // block_c, "BLOCK_C": block_c}
 
 
 @triton.jit
@@ -164,7 +177,7 @@ def _moments(x, parts, N, C, part_rows, BLOCK_N: tl.constexpr, BLOCK_C: tl.const
 
 @triton.jit
 def _merge(
-    parts, mean_out, other_out, count_out, running_mean, running_var, num_batches, P, C, eps, momentum,
+    parts, mean_out, other_out, count_out, running_mean, running_var, P, C, eps, momentum,
     FINAL: tl.constexpr, TRACK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Chan's formula over parts. FINAL gives what the normalisation needs, else one part in the parts' format."""
@@ -201,7 +214,6 @@ def _merge(
             before = _channel(running_var, channels, C)
             unbiased = centred / tl.maximum(total - 1.0, 1.0)
             tl.store(running_var + channels, before + momentum * (unbiased - before), mask=here)
-            tl.store(num_batches, tl.load(num_batches) + 1, mask=is_first)
     else:
         tl.store(other_out + C + channels, centred, mask=here)
         tl.store(count_out + 2 * C, total, mask=is_first)

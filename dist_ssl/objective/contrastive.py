@@ -15,7 +15,6 @@ by rank, image, view: row r belongs to image r // 2 and its positive is row r ^ 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,15 +24,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_ssl import distributed
-
-# |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
+from dist_ssl.device import HAS_TRITON, on_gpu
 from dist_ssl.objective import checks, tiles
 
 # |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller
 # temperature is computed in fp64, whose range ends at `checks.MIN_TEMPERATURE`.
 MAX_SCALE_FP32 = 64.0
 CHUNK_VIEWS = 8192  # even: both views of an image in one chunk
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def nt_xent(
@@ -183,7 +180,7 @@ class _Contrast(torch.autograd.Function):
 
 def _kernels(z: Tensor) -> Any:
     """The module whose `exponential_sums` and `weighted_sums` suit this device and dtype."""
-    if not z.is_cuda or z.dtype == torch.float64 or not HAS_TRITON:
+    if not on_gpu(z) or z.dtype == torch.float64 or not HAS_TRITON:
         return tiles
     from dist_ssl.objective import tiles_triton  # torch's builds without CUDA bring no triton
 
@@ -225,6 +222,7 @@ def _anchors(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows of m, u, the mean of each view's positives), a chunk of own views at a time, since M d is much on a GPU."""
     if form == "supervised":
+        assert ids is not None
         image_class = _ranks(ids).long()
         images = torch.zeros_like(image_class).scatter_add_(0, image_class, torch.ones_like(image_class))
         view_class = image_class.repeat_interleave(2)

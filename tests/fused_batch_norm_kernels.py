@@ -1,42 +1,19 @@
-"""What `batch_norm_triton` does, in plain torch: for fp64, for tests of what calls it on a CPU, and as its oracle.
+"""The functions of `dist_ssl.models.batch_norm_triton` in plain torch, for CPU tensors and for fp64.
 
 Legend: N rows (of a batch, or of its pixels), C channels, P parts that the rows are cut into.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 
-MAX_BLOCK_C = 128
-TILE = 4096  # elements of a step of a kernel's program
-# Programs of a reduction: enough for any GPU, and not derived from it, so that another one sums in the same order.
-PROGRAMS = 512
-
-
-def blocks(c: int) -> dict[str, int]:
-    """Rows and channels of a step of a kernel's program."""
-    block_c = min(MAX_BLOCK_C, 1 << (c - 1).bit_length())
-    return {"BLOCK_N": TILE // block_c, "BLOCK_C": block_c}
-
-
-def split(n: int, c: int) -> tuple[int, int]:
-    """(number of parts, rows of each but the last) of a sum over n rows of c channels."""
-    block = blocks(c)
-    tiles, wanted = math.ceil(n / block["BLOCK_N"]), math.ceil(PROGRAMS / math.ceil(c / block["BLOCK_C"]))
-    rows = math.ceil(tiles / min(wanted, tiles)) * block["BLOCK_N"]
-    return math.ceil(n / rows), rows
-
-
 def moments(x: Tensor) -> Tensor:
     """(B, C) or (B, C, H, W) -> (P, 2C + 1): each part's means, sums of squared differences, count; fp32 at least."""
-    rows_nc = _rows(x)
     parts = []
-    for part in rows_nc.split(split(*rows_nc.shape)[1]):
-        mean = part.mean(dim=0)
+    for part in _rows(x).tensor_split(3):
+        mean = part.sum(dim=0) / max(len(part), 1)
         parts.append(torch.cat([mean, (part - mean).square().sum(dim=0), mean.new_full((1,), len(part))]))
     return torch.stack(parts)
 
@@ -52,20 +29,14 @@ def merge(parts: Tensor) -> Tensor:
 
 
 def statistics(
-    parts: Tensor,
-    eps: float,
-    momentum: float,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches: Tensor | None,
+    parts: Tensor, eps: float, momentum: float, running_mean: Tensor | None, running_var: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(P, 2C + 1) -> mean (C,), inverse standard deviation (C,), count (1,); running statistics are moved in place."""
     c = parts.shape[1] // 2
     mean, centred, count = (part.clone() for part in merge(parts).split([c, c, 1]))
-    if running_mean is not None and running_var is not None and num_batches is not None:
+    if running_mean is not None and running_var is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((centred / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
-        num_batches.add_(1)
     return mean, torch.rsqrt(centred / count + eps), count
 
 
@@ -82,7 +53,7 @@ def normalise(
 def gradient_sums(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """dy, x -> sums over rows of g and of g xhat, (2, C), where g is dy behind the ReLU; and g itself, if y is given."""
+    """dy, x -> sums over rows of g and of g xhat, (2, C), where g is dy behind the ReLU; and g, if y is given."""
     if y is None and relu:
         y = normalise(x, None, weight, bias, mean, inverse_std, relu=True)
         return gradient_sums(dy, x, y, weight, bias, mean, inverse_std, relu)[0], x.new_empty(0)

@@ -1,0 +1,202 @@
+"""What a step costs a GPU, counted without one: `python -m tests.benchmarks.traffic CONFIG [--ranks W] [--json FILE]`.
+
+One whole step of rank 0 (augment, encoder, head, loss, backward, optimizer) is traced through the code that CUDA takes,
+on fake tensors (`tests.benchmarks.tracer`, which says what differs from CUDA), and beside it forward and backward of
+the same network, torchvision's encoder and the head, with torch's own BatchNorm under the same autocast, or with its
+SyncBatchNorm, without recomputation. A kernel's predicted time is the longest of its bytes by bandwidth, its FLOPs by 800 TFLOP/s (bf16
+products, measured on an H100) and 5 microseconds of launch. DeepSpeed is not in the trace: the stand-in for it reduces
+one flat fp32 gradient and steps the whole optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dist_ssl import config as config_module
+from dist_ssl.config import Config
+from dist_ssl.data.plan import Plan
+from dist_ssl.data.stream import Batch, draw_views
+from dist_ssl.engine.optimizers import build_optimizer
+from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
+from dist_ssl.training.step import Step
+from tests.benchmarks.tracer import FAKE_MODE, GPUS, Counts, Tracer
+
+COLUMNS = ("bytes", "flops", "launches", "collectives", "wire_bytes", "host_syncs")
+
+
+class StandIn:
+    """What `Step` calls an engine: the model under autocast, backward, and the reduction of gradients."""
+
+    def __init__(self, config: Config, model: ContrastiveModel, tracer: Tracer):
+        self.config, self.model, self.tracer = config, model, tracer
+        model.encoder.register_forward_pre_hook(lambda *_: self._enter("encoder"))
+        model.head.register_forward_pre_hook(lambda *_: self._enter("head"))
+
+    def _enter(self, part: str) -> None:
+        self.tracer.part = part
+
+    def __call__(self, views: Tensor) -> Any:
+        with autocast(self.config), self.tracer.keeping(list(self.model.parameters())):
+            result = self.model(views)
+        self._enter("loss")
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        self._enter("backward")
+        loss.backward()
+        self._enter("loss")
+
+
+def autocast(config: Config) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16")
+
+
+def fake_model(config: Config) -> ContrastiveModel:
+    """Without data, which ViTs' initialisation looks at."""
+    with FAKE_MODE, mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor):
+        return build_model(config)
+
+
+def trace_step(config: Config, ranks: int) -> tuple[Tracer, int]:
+    """A tracer that saw rank 0's step up to the end of backward, and the views of this rank."""
+    tracer, model = Tracer(), fake_model(config)
+    rows_per_chunk = Plan([1], 0, "", 1, 1).rows_per_rank(
+        config.train.global_batch_size, ranks, config.objective.chunks
+    )
+    n, size = sum(rows[0] for rows in rows_per_chunk), config.augment.crop_size
+    parameters, _ = draw_views(0, np.zeros(n, np.int64), np.arange(n), config.augment)
+    with tracer.fake_mode:
+        crops = torch.empty(n, 2, 3, size, size, dtype=torch.uint8)
+    numbers = torch.arange(n)
+    batch = Batch(crops, parameters, numbers, numbers, numbers, numbers % 10, [], {})
+    with tracer.tracing():
+        tracer.part = "augment"
+        Step(config, StandIn(config, model, tracer), rows_per_chunk)(batch, seed=0)  # type: ignore[arg-type]
+    trace_optimizer(config, model, tracer)
+    return tracer, 2 * n
+
+
+def trace_optimizer(config: Config, model: ContrastiveModel, tracer: Tracer) -> None:
+    with Tracer().tracing():
+        optimizer = build_optimizer(model, config.optimizer)
+        optimizer.step()  # makes its state
+    with tracer.fake_mode:
+        gradient = torch.empty(sum(p.numel() for p in model.parameters()))
+    tracer.part = "optimizer"
+    with tracer.tracing():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(gradient)
+        optimizer.step()
+
+
+def trace_bare(config: Config, views: int, against: str) -> Tracer:
+    """Forward and backward of the same network with torch's batch norm."""
+    kept = config.model.model_copy(update={"activation_checkpointing": False})
+    model = fake_model(config.model_copy(update={"model": kept}))
+    tracer, size = Tracer(), config.augment.crop_size
+    with tracer.fake_mode:
+        network = nn.Sequential(model.encoder, model.head)
+        for module in network.modules():
+            if isinstance(module, GlobalBatchNorm):
+                module.__class__ = SyncBatchNorm if against == "sync_bn" else BatchNorm
+        x = torch.empty(views, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with tracer.tracing():
+        tracer.part = "forward"
+        with autocast(config), tracer.keeping(list(network.parameters())):
+            z = network(x)
+        gradient = torch.empty_like(z)
+        tracer.part = "backward"
+        torch.autograd.backward(z, gradient)
+    return tracer
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """torch's, for the head's (B, C) too."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+class SyncBatchNorm(BatchNorm):
+    """torch's, past its refusal of tensors that are not on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        group = dist.group.WORLD
+        return torch.nn.modules._functions.SyncBatchNorm.apply(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, group,
+            dist.get_world_size(),
+        )  # fmt: skip
+
+
+def summary(counts: Counts, tracer: Tracer, views: int) -> dict[str, float]:
+    figures = {name: getattr(counts, name) for name in COLUMNS}
+    return figures | {"kept_bytes_per_view": tracer.kept_bytes / views, "ms": milliseconds(counts)}
+
+
+def milliseconds(counts: Counts) -> dict[str, float]:
+    return {gpu: round(1e3 * counts.seconds[gpu], 2) for gpu in GPUS}
+
+
+def table(title: str, tracer: Tracer, views: int) -> str:
+    head = f"{'':10}{'MB':>9}{'GFLOP':>9}{'launches':>10}{'collectives':>13}{'MB sent':>9}{'host syncs':>12}"
+    lines = [f"{title}, {views} views on this rank", head + "".join(f"{gpu + ' ms':>10}" for gpu in GPUS)]
+    for part, counts in [*tracer.parts.items(), ("in all", tracer.total)]:
+        lines.append(
+            f"{part:10}{counts.bytes / 1e6:9.0f}{counts.flops / 1e9:9.0f}{counts.launches:10}{counts.collectives:13}"
+            f"{counts.wire_bytes / 1e6:9.1f}{counts.host_syncs:12}"
+            + "".join(f"{1e3 * counts.seconds[gpu]:10.2f}" for gpu in GPUS)
+        )
+    lines.append(f"kept for backward: {tracer.kept_bytes / views / 1e6:.1f} MB a view")
+    lines += [f"waits for the device, {why} ({n})" for why, n in tracer.syncs.items()]
+    return "\n".join(lines)
+
+
+def operators(tracer: Tracer, number: int) -> str:
+    return "\n".join(
+        f"{name:44}{tracer.operators[name]:6}{num_bytes / 1e6:10.0f} MB"
+        for name, num_bytes in tracer.operator_bytes.most_common(number)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--against", choices=["torchvision", "sync_bn"], default="torchvision")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--operators", type=int, default=0, metavar="N", help="also list the N that move the most bytes"
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    config = config_module.load(options.config, options.set)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
+    step, views = trace_step(config, options.ranks)
+    bare = trace_bare(config, views, options.against)
+    for title, tracer in (("step", step), (f"bare, {options.against}", bare)):
+        print(table(title, tracer, views), operators(tracer, options.operators), sep="\n", end="\n\n")
+    print("step / bare:", ", ".join(
+        f"{name} {getattr(step.total, name) / getattr(bare.total, name):.2f}" for name in ("bytes", "launches", "flops")
+    ), *(f"{gpu} {step.total.seconds[gpu] / bare.total.seconds[gpu]:.2f}" for gpu in GPUS), sep=", ")  # fmt: skip
+    if options.json:
+        figures = {"step": summary(step.total, step, views), "bare": summary(bare.total, bare, views)}
+        figures["parts"] = {part: summary(counts, step, views) for part, counts in step.parts.items()}
+        options.json.write_text(json.dumps(figures, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
