@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def differences(size: int, dtype: str, device: str = "cpu") -> tuple[float, float, bool]:
-    """`augment` by the kernels: against the CPU's, in parts of a pixel's range; against two rows of it alone; its format.
+    """`augment` by the kernels: against the CPU's, in parts of a pixel's range; against two rows alone; its format.
 
     Every order of jitter, and rows without; flip, grey and blur as drawn.
     """
@@ -75,7 +75,7 @@ def test_colours_in_the_interpreter() -> None:
     whole, rounded, unblurred = fresh_process("in_the_interpreter", "tests.test_augment_triton", TRITON_INTERPRET="1")
     assert whole[0] <= 1e-5
     assert unblurred[0] <= 1e-5
-    assert rounded[0] <= 2.7 * 2**-8 * 0.23  # the largest value, bf16's rounding, the standard deviation
+    assert rounded[0] <= 2**-6 * 0.23  # bf16's last bit of values from 2 to 4, the standard deviation
     assert all(from_alone == 0 and channels_last for _, from_alone, channels_last in (whole, rounded, unblurred))
 
 
