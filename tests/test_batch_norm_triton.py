@@ -100,6 +100,9 @@ def errors(shape: tuple[int, ...], dtype: str, device: str = "cpu") -> float:
 
 
 def in_the_interpreter() -> dict[str, float]:
+    from dist_ssl.models import batch_norm_triton
+
+    batch_norm_triton.PROGRAMS = 3  # so that a program takes several steps over its rows
     batch_norm._has_kernels = lambda x: True
     return {name: errors(*case) for name, case in CASES.items()} | {"ranks": merged_error()}
 
