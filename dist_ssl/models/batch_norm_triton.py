@@ -32,7 +32,6 @@ MAX_BLOCK_C = 128
 TILE = 4096  # elements of a step of a kernel's program
 # Programs of a reduction: enough for any GPU, and not derived from it, so that another one sums in the same order.
 PROGRAMS = 512
-
 MERGED_P, MERGED_C = 64, 16  # a step of `_merge`
 
 

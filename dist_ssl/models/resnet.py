@@ -15,16 +15,16 @@ from torch import Tensor
 
 class BasicBlock(torchvision.models.resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
         y = self.bn1(self.conv1(x), relu=True)
+        shortcut = x if self.downsample is None else self.downsample(x)
         return cast(Tensor, self.bn2(self.conv2(y), shortcut, relu=True))
 
 
 class Bottleneck(torchvision.models.resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
         y = self.bn1(self.conv1(x), relu=True)
         y = self.bn2(self.conv2(y), relu=True)
+        shortcut = x if self.downsample is None else self.downsample(x)
         return cast(Tensor, self.bn3(self.conv3(y), shortcut, relu=True))
 
 
