@@ -7,8 +7,9 @@ import torch
 
 from dist_ssl import distributed
 from dist_ssl.device import as_on_gpu
-from dist_ssl.models import GlobalBatchNorm, batch_norm, build_encoder, frozen_running_statistics
+from dist_ssl.models import GlobalBatchNorm, batch_norm, build_encoder, build_model, frozen_running_statistics
 from tests.pool import RankFailed, ranks
+from tests.trajectory import small_config
 
 
 def slices(total: int, size: int) -> list[int]:
@@ -140,6 +141,26 @@ def frozen_on_a_gpu():
     trained = int(layer.num_batches_tracked), layer.running_mean.clone()
     layer.eval()(torch.randn(4, 3))
     return frozen, trained[0], torch.equal(trained[1], layer.running_mean), bool(layer.running_mean.any())
+
+
+def gradient_and_statistics(config, x: torch.Tensor):
+    model = build_model(config)
+    model(x)[1].square().sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return gradient, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_recomputation_on_a_gpu_counts_each_batch_once(size, tmp_path):
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    answers = [
+        ranks(size).run(on_gpus, gradient_and_statistics, small_config(tmp_path, "", *overrides), x)[0]
+        for overrides in ([], ["model.activation_checkpointing=true"])
+    ]
+    (gradient, buffers), (again, buffers_again) = answers
+    assert torch.equal(gradient, again)
+    assert all(torch.equal(buffers[name], value) for name, value in buffers_again.items())
+    assert {int(value) for name, value in buffers.items() if name.endswith("num_batches_tracked")} == {1}
 
 
 @pytest.mark.parametrize("size", [1, 2])

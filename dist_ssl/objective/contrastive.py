@@ -173,8 +173,10 @@ class _Contrast(torch.autograd.Function):
                 radial[rows] = (unit * du_k).sum(dim=1)
                 dz_k = (du_k - radial[rows, None] * unit) * inverse_norm[ctx.own][rows, None]
                 dz[:, rows.start // 2 : rows.stop // 2] = dz_k.view(-1, 2, dz.shape[2]).transpose(0, 1)
-            # s is homogeneous in u: sum_k u_k.dL/du_k = 2 sum_ij s_ij dL/ds_ij = -2 tau dL/dtau.
-            dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature).view(temperature.shape)
+            dtemperature = None
+            if ctx.needs_input_grad[3]:  # a plain number's would be copied to the host, which waits for the device
+                # s is homogeneous in u: sum_k u_k.dL/du_k = 2 sum_ij s_ij dL/ds_ij = -2 tau dL/dtau.
+                dtemperature = (radial.sum() * (-0.5 * ctx.scale)).to(temperature).view(temperature.shape)
         return None, dz[0], dz[1], dtemperature, None, None, None, None
 
 

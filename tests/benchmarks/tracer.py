@@ -8,7 +8,8 @@ CUDA's takes fp32 (ViTs: batch norm is on neither list); attention is one flash 
 weights to channels-last, and its batch norm where torch chooses that, are not seen.
 
 A copy from the host is seen where a real tensor is sent `.to` a named device, or made there, or meets a fake one in an
-operator; without `non_blocking` it waits for the device. `.item()` and its like answer 1 and are counted.
+operator; without `non_blocking` it waits for the device. `.item()` and its like answer 1 and are counted, a boolean
+index takes all; another operator whose shape follows from values raises torch's error.
 """
 
 from __future__ import annotations
@@ -179,6 +180,9 @@ class _Operators(TorchDispatchMode):
         if name == "_local_scalar_dense" and is_fake(args[0]):
             self.tracer.sync("a number is read")
             return torch.ones((), dtype=args[0].dtype).item()
+        if name == "index" and any(is_fake(i) and i.dtype == torch.bool for i in args[1]):
+            self.tracer.sync("a boolean index counts its rows")
+            func, name, args = aten.clone.default, "clone", args[:1]  # as if all were taken
         if any(map(is_fake, tensors)):
             for tensor in tensors:
                 if not is_fake(tensor) and tensor.dim() and name not in FREE:
