@@ -1,5 +1,7 @@
 """Everything that knows ranks: the process group, gathers of rows, errors raised on all ranks.
 
+Also which of our code, the GPU's or the CPU's, a tensor goes through.
+
 With no process group initialised every function here is that of a world of one and calls no collective.
 
 Legend: W world size, m rows of this rank, M rows of all ranks.
@@ -8,6 +10,7 @@ Legend: W world size, m rows of this rank, M rows of all ranks.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ from dist_ssl.config.environment import ranks_in_environment
 
 # torch 2.14 renamed it and warns of the old name; 2.11 knows only that one.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's builds without CUDA bring none
+_as_on_gpu = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,22 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor goes through a GPU's kernels. Every room asks here, so that it can be followed without one."""
+    return tensor.is_cuda or _as_on_gpu
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """In here every tensor goes the GPU's way: a fake one, or a CPU's with stand-ins for the kernels."""
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
 
 
 def world_size() -> int:

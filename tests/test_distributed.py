@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_ssl import distributed
-from dist_ssl.device import as_on_gpu
+from dist_ssl.distributed import as_on_gpu
 from dist_ssl.models import GlobalBatchNorm, batch_norm, build_encoder, build_model, frozen_running_statistics
 from tests.pool import RankFailed, ranks
 from tests.trajectory import small_config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_ssl.augment import cpu
 from dist_ssl.config import AugmentConfig
-from dist_ssl.device import HAS_TRITON, on_gpu
+from dist_ssl.distributed import HAS_TRITON, on_gpu
 
 
 def augment(crops_u8: Tensor, parameters: Tensor, config: AugmentConfig, dtype: torch.dtype = torch.float32) -> Tensor:

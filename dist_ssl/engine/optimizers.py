@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ssl.config import Config, OptimizerConfig
-from dist_ssl.device import on_gpu
+from dist_ssl.distributed import on_gpu
 
 
 @dataclass(frozen=True)

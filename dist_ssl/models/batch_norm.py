@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ssl.device import HAS_TRITON, on_gpu
-from dist_ssl.distributed import all_gather_single, world_size
+from dist_ssl.distributed import HAS_TRITON, all_gather_single, on_gpu, world_size
 from dist_ssl.models import batch_norm_cuda, fused_batch_norm
 
 MOMENTS_BLOCK = 2**18  # elements
@@ -100,6 +99,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def _has_kernels(x: Tensor) -> bool:
+    """Whether the fused kernels take it; on a GPU without Triton, and in fp64, torch's own do (`batch_norm_cuda`)."""
     return on_gpu(x) and HAS_TRITON and x.dtype != torch.float64
 
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_ssl import distributed
-from dist_ssl.device import HAS_TRITON, on_gpu
+from dist_ssl.distributed import HAS_TRITON, on_gpu
 from dist_ssl.objective import checks, tiles
 
 # |s| <= 64 keeps exp(s) and sums of 10^10 of them inside fp32, so no running maximum is needed. A smaller

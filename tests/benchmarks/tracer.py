@@ -2,10 +2,11 @@
 that reaches them is counted as the kernels it starts.
 
 A fake tensor stands for one on the GPU, a real one for one on the host. Fake tensors of device "cuda" do not get
-through autograd without a driver, so they say that they are on the CPU, and `dist_ssl.device.as_on_gpu` sends our code
-the GPU's way. What differs from CUDA: autocast is the CPU's, which lets layer_norm, softmax and sums stay in bf16 where
+through autograd without a driver, so they say that they are on the CPU, and `distributed.as_on_gpu` sends our code the
+GPU's way. What differs from CUDA: autocast is the CPU's, which lets layer_norm, softmax and sums stay in bf16 where
 CUDA's takes fp32 (ViTs: batch norm is on neither list); attention is one flash kernel on both; cuDNN's own copies of
-weights to channels-last, and its batch norm where torch chooses that, are not seen.
+weights to channels-last, and its batch norm where torch chooses that, are not seen; neither are the memsets of torch's
+batch norm kernels, which are those of the bare network too.
 
 A copy from the host is seen where a real tensor is sent `.to` a named device, or made there, or meets a fake one in an
 operator; without `non_blocking` it waits for the device. `.item()` and its like answer 1 and are counted, a boolean
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dist_ssl.device import HAS_TRITON, as_on_gpu
+from dist_ssl.distributed import HAS_TRITON, as_on_gpu
 
 aten: Any = torch.ops.aten
 # Allocations and what only looks at memory that is there: no launch, no bytes.
@@ -246,10 +247,8 @@ class _Copies(TorchFunctionMode):
         here = args[0] if args and isinstance(args[0], Tensor) else None
         name = getattr(func, "__name__", "")
         if here is None and kwargs.get("device") is not None:
-            data = name in ("tensor", "as_tensor", "from_numpy")
-            if data:
+            if name in ("tensor", "as_tensor"):
                 self.tracer.sync(f"torch.{name} copies from the host")
-            if data:
                 return self.tracer.to_device(func(*args, **kwargs))
             with self.tracer.fake_mode:
                 return func(*args, **kwargs)
