@@ -1,11 +1,13 @@
 """Gathers and global batch norm on real ranks, against one process that sees everything."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from dist_ssl import distributed
 from dist_ssl.distributed import as_on_gpu
-from dist_ssl.models import GlobalBatchNorm, build_encoder, build_model, frozen_running_statistics
+from dist_ssl.models import GlobalBatchNorm, batch_norm, build_encoder, build_model, frozen_running_statistics
 from tests.pool import RankFailed, ranks
 from tests.trajectory import small_config
 
@@ -60,10 +62,10 @@ def test_outputs_are_the_same_bits_on_any_ranks():
 
 
 def on_gpus(function, *arguments):
-    """As on GPUs, whose kernels `tests.batch_norm_kernels` stands in for."""
+    """As on GPUs without Triton, whose kernels `tests.batch_norm_kernels` stands in for."""
     import tests.batch_norm_kernels  # noqa: F401
 
-    with as_on_gpu():
+    with as_on_gpu(), mock.patch.object(batch_norm, "_has_kernels", return_value=False):
         return function(*arguments)
 
 

@@ -14,9 +14,10 @@ import tempfile
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_ssl import objective
-from dist_ssl.objective import tiles
+from dist_ssl.objective import contrastive, tiles
 from dist_ssl.objective.contrastive import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="this build of torch came without Triton")
@@ -72,7 +73,7 @@ def loss_errors(form: str, dtype: str, device: str = "cpu", n: int = 150, d: int
 
 
 def in_the_interpreter() -> dict[str, list[float]]:
-    from dist_ssl.objective import contrastive, tiles_triton
+    from dist_ssl.objective import tiles_triton
 
     errors = {name: kernel_errors(*case) for name, case in CASES.items()}
     contrastive._kernels = lambda z: tiles if z.dtype == torch.float64 else tiles_triton
@@ -105,14 +106,49 @@ def test_losses_in_the_interpreter(interpreted, form):
     assert max(interpreted[form]) <= 5e-6
 
 
-def compiled() -> list[dict]:
-    """Both kernels compiled to machine code for Ampere and Hopper."""
+def assembled(kernel, types: dict, constants: dict, capability: int, aligned=(), **options) -> tuple[dict, str]:
+    """(shared memory, registers, spilled bytes; PTX) of a kernel for a GPU, with pointers and `aligned` in 16s."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, (name, t) in enumerate(types.items()) if t[0] == "*" or name in aligned
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    # A cubin's header tells no spills; the assembler does, when it is asked to talk.
+    assembler = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}{'a' * (capability == 90)}"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(binary.asm["ptx"])
+        ptx.flush()
+        command = [*assembler, ptx.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    fact = {"shared": binary.metadata.shared, "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1])}
+    return fact | {"registers": int(re.search(r"Used (\d+) registers", said)[1])}, binary.asm["ptx"]
+
+
+def test_keys_are_dense_int32_and_nobody_waits_for_them():
+    """On fake tensors, which have no values, whatever the host would read raises."""
+    generator = torch.Generator().manual_seed(0)
+    for values in (1, 2, 50, 2**62):
+        ids = torch.randint(-values, values, (40,), generator=generator)[torch.randint(0, 40, (64,))]
+        key = contrastive._keys("nt_xent", ids, torch.empty(128, 1))
+        assert key.dtype == torch.int32
+        assert torch.equal(key.long(), torch.unique(ids, return_inverse=True)[1].repeat_interleave(2))
+    assert contrastive._keys("nt_xent", ids[:1], torch.empty(2, 1)).tolist() == [0, 0]
+    with FakeTensorMode():
+        z, ids = torch.empty(128, 8), torch.empty(64, dtype=torch.int64)
+        contrastive._keys("decoupled", ids, z)
+        for form in ("nt_xent", "supervised"):
+            list(contrastive._anchors(form, z, torch.empty(128), ids, slice(0, 64)))
+
+
+def compiled() -> list[dict]:
+    """Both kernels compiled to machine code for Ampere and Hopper."""
     from dist_ssl.objective import tiles_triton as kernels
 
+    key = contrastive._keys("nt_xent", torch.arange(4), torch.empty(8, 1))
     facts = []
     for capability, dtype, blocks in [
         (90, "bf16", (kernels.FORWARD, kernels.BACKWARD)),
@@ -121,29 +157,18 @@ def compiled() -> list[dict]:
         (80, "fp32", (kernels.SINGLE, kernels.SINGLE)),
     ]:
         for kernel, block in zip((kernels._exponential_sums, kernels._weighted_sums), blocks, strict=True):
-            types = dict.fromkeys(("inverse_norm", "weight", "parts"), "*fp32") | {"z": f"*{dtype}", "key": "*i32"}
-            types |= dict.fromkeys(("first", "m", "M"), "i32") | {"scale": "fp32"}
+            types = dict.fromkeys(("inverse_norm", "weight", "parts"), "*fp32") | {"z": f"*{dtype}"}
+            types |= {"key": {torch.int32: "*i32", torch.int64: "*i64"}[key.dtype], "scale": "fp32"}
+            types |= dict.fromkeys(sizes := ("first", "m", "M"), "i32")
             constants = {"D": 128, "BLOCK_D": 128, "SPLIT": 2**16, "BLOCK_M": block["BLOCK_M"]}
             constants |= {"BLOCK_N": block["BLOCK_N"], "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
             constants["PRODUCT"] = kernels.tl.float32 if dtype == "fp32" else kernels.tl.bfloat16
-            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-            aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] in "*i"}
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+            types = {name: types.get(name, "constexpr") for name in kernel.arg_names}
             options = {"num_warps": block["num_warps"], "num_stages": block["num_stages"]}
-            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            products = re.findall(r"wgmma\.mma_async|mma\.sync", binary.asm["ptx"])
-            facts.append({"kernel": kernel.fn.__name__, "capability": capability, "dtype": dtype})
-            facts[-1]["shared"] = binary.metadata.shared
-            facts[-1]["products"] = sorted(set(products))
-            # A cubin's header tells no spills; the assembler does, when it is asked to talk.
-            assembler = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}{'a' * (capability == 90)}"]
-            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-                ptx.write(binary.asm["ptx"])
-                ptx.flush()
-                command = [*assembler, ptx.name, "-o", os.devnull]
-                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            facts[-1] |= {"spilled": int(re.search(r"(\d+) bytes spill stores", said)[1])}
-            facts[-1] |= {"registers": int(re.search(r"Used (\d+) registers", said)[1])}
+            fact, ptx = assembled(kernel, types, constants, capability, sizes, **options)
+            products = sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)))
+            facts.append({"kernel": kernel.fn.__name__, "capability": capability, "dtype": dtype, **fact})
+            facts[-1]["products"] = products
     return facts
 
 

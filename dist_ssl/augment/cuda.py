@@ -1,9 +1,13 @@
-"""Flip, colour jitter, grey and normalisation of uint8 crops as two Triton kernels: what `augment` does, for CUDA.
+"""Flip, colour jitter, grey, blur and normalisation of uint8 crops as Triton kernels: what `augment` does, for CUDA.
 
 Every row has its own order of operations: a program works on one row, so that the order is a branch which its threads
 take together. The contrast needs the mean luma of its image as it is at that point, so a first launch makes that, as
-whole numbers, whose sums are the same in any order; a second makes the views, all rows at once. The blur comes after
-the normalisation, with which it commutes (its weights add up to one), as two batched products of matrices.
+whole numbers, whose sums are the same in any order. A second makes the views, in the format and dtype that the first
+convolution reads. Rows to be blurred it leaves as fp32 planes, for two more launches: along rows, along columns. The
+blur comes after the normalisation, with which it commutes (its weights add up to one).
+
+Bytes a pixel of three channels: 3 + 3 read, 6 written in bf16; of a blurred row 3 + 3 read, then 12 written and read
+twice, 6 written. Everything that is drawn goes to the device as one table.
 
 Legend: R rows (views), S pixels a side, P parameters, T tiles of a row.
 """
@@ -12,8 +16,7 @@ Legend: R rows (views), S pixels a side, P parameters, T tiles of a row.
 # (a kernel's arguments are pointers, numbers of the device and constants of the compiler)
 from __future__ import annotations
 
-from functools import lru_cache
-
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -28,29 +31,55 @@ ONE = tl.constexpr(2**20)  # a luma of 1 in the whole numbers that are summed: t
 _FLIP, _GREY = tl.constexpr(columns.FLIP), tl.constexpr(columns.GREY)
 _BRIGHTNESS, _CONTRAST = tl.constexpr(columns.BRIGHTNESS), tl.constexpr(columns.CONTRAST)
 _SATURATION, _HUE = tl.constexpr(columns.SATURATION), tl.constexpr(columns.HUE)
-_STEPS = tl.constexpr(columns.NUM_PARAMETERS)  # four more columns: the operations of a row in their order, 0 for none
-_WIDTH = tl.constexpr(columns.NUM_PARAMETERS + 4)
+_BLUR, _SIGMA = tl.constexpr(columns.BLUR), tl.constexpr(columns.SIGMA)
+# Behind the parameters: the operations of a row in their order, 0 for none; the row's place among those that are
+# blurred; and, in the table's k-th row, the k-th row that is blurred.
+_STEPS = tl.constexpr(columns.NUM_PARAMETERS)
+_PLACE, _BLURRED = tl.constexpr(columns.NUM_PARAMETERS + 4), tl.constexpr(columns.NUM_PARAMETERS + 5)
+_WIDTH = tl.constexpr(columns.NUM_PARAMETERS + 6)
+_ORDERS = np.array(columns.ORDERS)
 
 
-def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
-    """uint8 (R, 3, S, S) on a device, parameters (R, P) on the CPU -> float32 (R, 3, S, S), normalised and blurred."""
+def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig, dtype: torch.dtype) -> Tensor:
+    """uint8 (R, 3, S, S) on a device, parameters (R, P) on the CPU -> (R, 3, S, S) in channels-last format.
+
+    Normalised and blurred. Nothing is read back from the device, and the host does not wait for it.
+    """
     rows_u8 = rows_u8.contiguous()
     device, size = rows_u8.device, rows_u8.shape[-1]
-    steps = torch.tensor(columns.ORDERS)[drawn[:, columns.ORDER].long()] * drawn[:, columns.JITTER, None]
-    table = torch.cat([drawn, steps], dim=1).to(device, non_blocking=True)
-    views = torch.empty(rows_u8.shape, dtype=torch.float32, device=device)
+    on_host, num_blurred = _table(drawn, columns.blur_size(size) // 2)
+    if rows_u8.is_cuda:
+        on_host = on_host.pin_memory()
+    table = on_host.to(device, non_blocking=True)
+    views = torch.empty(rows_u8.shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    planes, along_rows = torch.empty((2, num_blurred, 3, size, size), dtype=torch.float32, device=device)
     grid = (len(rows_u8), triton.cdiv(size**2, BLOCK))
     sums = torch.empty(grid, dtype=torch.int64, device=device)
     _luma_sums[grid](rows_u8, table, sums, size, BLOCK=BLOCK)
-    means = (sums.sum(dim=1).double() / (ONE.value * size**2)).float()
     scale = [1 / std for std in config.std]
     shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
-    _colours[grid](rows_u8, table, means, views, size, *scale, *shift, BLOCK=BLOCK)
-    blurred = drawn[:, columns.BLUR].nonzero().flatten()
-    if len(blurred) and columns.blur_size(size) > 1:
-        chosen = blurred.to(device)
-        views[chosen] = blur_by_matrices(views[chosen], drawn[blurred, columns.SIGMA].to(device))
+    tiles = triton.next_power_of_2(grid[1])
+    _colours[grid](rows_u8, table, sums, views, planes, size, *scale, *shift, BLOCK=BLOCK, TILES=tiles)
+    if num_blurred:
+        grid, radius = (num_blurred, grid[1]), columns.blur_size(size) // 2
+        _blur[grid](planes, table, along_rows, size, radius, ALONG_ROWS=True, BLOCK=BLOCK)
+        _blur[grid](along_rows, table, views, size, radius, ALONG_ROWS=False, BLOCK=BLOCK)
     return views
+
+
+def _table(drawn: Tensor, radius: int) -> tuple[Tensor, int]:
+    """(R, P) -> the kernels' table (R, 16), and how many rows are blurred."""
+    parameters = drawn.numpy()
+    table = np.zeros((len(parameters), _WIDTH.value), np.float32)
+    table[:, : columns.NUM_PARAMETERS] = parameters
+    orders = _ORDERS[parameters[:, columns.ORDER].astype(np.int64)]
+    table[:, _STEPS.value : _PLACE.value] = orders * parameters[:, columns.JITTER, None]
+    if radius == 0:
+        table[:, columns.BLUR] = 0
+    (blurred,) = table[:, columns.BLUR].nonzero()
+    table[blurred, _PLACE.value] = np.arange(len(blurred))
+    table[: len(blurred), _BLURRED.value] = blurred
+    return torch.from_numpy(table), len(blurred)
 
 
 @triton.jit
@@ -124,43 +153,75 @@ def _luma_sums(crops, table, sums, S, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _store(views, row, pixels, S, red, green, blue):
+    """Three values of some pixels of a row, side by side as channels-last format has them."""
+    place = views + (row.to(tl.int64) * S * S + pixels) * 3
+    inside = pixels < S * S
+    tl.store(place, red.to(views.dtype.element_ty), mask=inside)
+    tl.store(place + 1, green.to(views.dtype.element_ty), mask=inside)
+    tl.store(place + 2, blue.to(views.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_planes(planes, row, pixels, S, red, green, blue):
+    place = planes + row.to(tl.int64) * 3 * S * S + pixels
+    inside = pixels < S * S
+    tl.store(place, red, mask=inside)
+    tl.store(place + S * S, green, mask=inside)
+    tl.store(place + 2 * S * S, blue, mask=inside)
+
+
+@triton.jit
 def _colours(
-    crops, table, means, views, S, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b, BLOCK: tl.constexpr
+    crops, table, sums, views, planes, S, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row, num_tiles = tl.program_id(0), tl.num_programs(1)
     pixels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     red, green, blue = _load(crops, table, pixels, S)
-    mean = tl.load(means + row)
+    tiles = tl.arange(0, TILES)
+    total = tl.sum(tl.load(sums + row * num_tiles + tiles, mask=tiles < num_tiles, other=0))
+    mean = (total.to(tl.float64) / (tl.full([], ONE, tl.float64) * S * S)).to(tl.float32)
     for step in tl.static_range(4):
         operation = tl.load(table + row * _WIDTH + _STEPS + step).to(tl.int32)
         red, green, blue = _jitter(red, green, blue, operation, table, mean)
     if tl.load(table + row * _WIDTH + _GREY) > 0:
         red = _luma(red, green, blue)
         green, blue = red, red
-    place = views + row.to(tl.int64) * 3 * S * S + pixels
-    inside = pixels < S * S
-    tl.store(place, red * scale_r + shift_r, mask=inside)
-    tl.store(place + S * S, green * scale_g + shift_g, mask=inside)
-    tl.store(place + 2 * S * S, blue * scale_b + shift_b, mask=inside)
+    red, green, blue = red * scale_r + shift_r, green * scale_g + shift_g, blue * scale_b + shift_b
+    if tl.load(table + row * _WIDTH + _BLUR) > 0:
+        place = tl.load(table + row * _WIDTH + _PLACE).to(tl.int32)
+        _store_planes(planes, place, pixels, S, red, green, blue)
+    else:
+        _store(views, row, pixels, S, red, green, blue)
 
 
-def blur_by_matrices(x: Tensor, sigmas: Tensor) -> Tensor:
-    """(R, 3, S, S), (R,) sigmas -> blurred, as two batched matrix products, which a GPU does at once."""
-    taps = _taps(x.shape[-1]).to(x.device)
-    steps = torch.arange(len(taps), dtype=torch.float32, device=x.device) - len(taps) // 2
-    kernels = torch.exp(-0.5 * (steps / sigmas[:, None]).square())
-    kernels = kernels / kernels.sum(dim=1, keepdim=True)
-    matrices = (kernels @ taps.flatten(1)).view(-1, 1, *taps.shape[1:])
-    return matrices @ x @ matrices.mT
-
-
-@lru_cache(maxsize=4)
-def _taps(size: int) -> Tensor:
-    """(k, S, S): entry (t, i, j) is 1 where tap t of the blur at pixel i reads pixel j."""
-    radius = columns.blur_size(size) // 2
-    i = torch.arange(size)
-    taps = torch.zeros(2 * radius + 1, size, size)
-    for t in range(2 * radius + 1):
-        j = (i + t - radius).abs()
-        taps[t, i, torch.minimum(j, 2 * (size - 1) - j)] = 1.0
-    return taps
+@triton.jit
+def _blur(planes, table, out, S, radius, ALONG_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Gaussian blur of fp32 planes, reflecting at the edges: along rows to planes again, along columns to the views."""
+    place = tl.program_id(0)
+    row = tl.load(table + place * _WIDTH + _BLURRED).to(tl.int32)
+    sigma = tl.load(table + row * _WIDTH + _SIGMA)
+    radius = tl.minimum(radius, (4.5 * sigma).to(tl.int32) + 1)  # as on the CPU: 7e-6 of the weights lie beyond
+    pixels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x, y, inside = pixels % S, pixels // S, pixels < S * S
+    source = planes + place.to(tl.int64) * 3 * S * S
+    total = 0.0
+    red = tl.zeros([BLOCK], dtype=tl.float32)
+    green = tl.zeros([BLOCK], dtype=tl.float32)
+    blue = tl.zeros([BLOCK], dtype=tl.float32)
+    for step in range(-radius, radius + 1):
+        away = step / sigma
+        weight = tl.exp(-0.5 * away * away)
+        total += weight
+        along = tl.abs((x if ALONG_ROWS else y) + step)
+        along = tl.minimum(along, 2 * (S - 1) - along)
+        here = source + (y * S + along if ALONG_ROWS else along * S + x)
+        red += weight * tl.load(here, mask=inside, other=0.0)
+        green += weight * tl.load(here + S * S, mask=inside, other=0.0)
+        blue += weight * tl.load(here + 2 * S * S, mask=inside, other=0.0)
+    red, green, blue = red / total, green / total, blue / total
+    if ALONG_ROWS:
+        _store_planes(out, place, pixels, S, red, green, blue)
+    else:
+        _store(out, row, pixels, S, red, green, blue)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ssl.distributed import all_gather_single, on_gpu, world_size
-from dist_ssl.models import batch_norm_cuda
+from dist_ssl.distributed import HAS_TRITON, all_gather_single, on_gpu, world_size
+from dist_ssl.models import batch_norm_cuda, fused_batch_norm
 
 MOMENTS_BLOCK = 2**18  # elements
 _statistics_frozen = False
@@ -41,7 +41,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     torch's SyncBatchNorm refuses CPU tensors. Statistics are merged as counts, means and centred sums (Chan et al.
     1979), never as E[x^2] - E[x]^2. On a CPU they are taken and merged in fp64: rounded to fp32 they then are the same
     bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a last bit turns
-    a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `batch_norm_cuda`.
+    a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `fused_batch_norm`.
     Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
     """
 
@@ -52,24 +52,41 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if input.dim() not in (2, 4):
             raise ValueError(f"expected (B, C) or (B, C, H, W), got {tuple(input.shape)}")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(norm(x) + residual): the addition and the ReLU where they are asked for, on a GPU in the same pass."""
         self._check_input_dim(x)
-        if not self.training:
-            return super().forward(x)
-        tracks = self.track_running_stats and not _statistics_frozen
-        if tracks and (self.momentum is None or not self.counted_by_model):
+        if self.training and _has_kernels(x):
+            running, momentum = self._running()
+            return fused_batch_norm.batch_norm(
+                x, residual, self.weight, self.bias, *running, momentum, self.eps, relu=relu
+            )
+        y = self._normalise(x)
+        if residual is not None:
+            y += residual
+        return y.relu_() if relu else y
+
+    def _running(self) -> tuple[tuple[Tensor | None, Tensor | None], float]:
+        """(running mean and variance, or None where they are not to move, momentum) of this batch, which is counted."""
+        if not self.track_running_stats or _statistics_frozen:
+            return (None, None), 0.0
+        if self.momentum is None or not self.counted_by_model:
             count_batch([self])
         momentum = self.momentum
         if momentum is None:  # a cumulative average
-            momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked)) if tracks else 0.0
+            momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked))
+        return (self.running_mean, self.running_var), momentum
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        running, momentum = self._running()
         with torch.autocast(x.device.type, enabled=False):
             if on_gpu(x):
-                running = (self.running_mean, self.running_var) if tracks else (None, None)
                 return batch_norm_cuda.batch_norm(x, self.weight, self.bias, *running, momentum, self.eps)
             # Statistics of bf16 activations are taken in fp32.
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
             y, mean, variance, count = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps)
-        if tracks:
+        if running[0] is not None:
             self._track(mean, variance, count, momentum)
         return y.to(x.dtype)
 
@@ -80,6 +97,11 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = variance * (count / (count - 1).clamp(min=1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the fused kernels take it; on a GPU without Triton, and in fp64, torch's own do (`batch_norm_cuda`)."""
+    return on_gpu(x) and HAS_TRITON and x.dtype != torch.float64
 
 
 @torch.no_grad()

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from typing import cast
 
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 from dist_ssl.config import UserError
 from dist_ssl.models.batch_norm import GlobalBatchNorm
+from dist_ssl.models.resnet import BasicBlock, Bottleneck, ResNet
 
-_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+}
 ENCODERS = ("resnet_tiny", *_RESNETS, *(f"{name}_small" for name in _RESNETS), "vit_s_16", "vit_b_16")
 
 
@@ -66,13 +70,13 @@ def build_encoder(name: str, image_size: int = 224) -> nn.Module:
 
 def _resnet(name: str, small_stem: bool) -> ResNet:
     # zero_init_residual: Goyal et al. 2017, section 5.1, as in SimCLR.
-    encoder = getattr(torchvision.models, name)(norm_layer=GlobalBatchNorm, zero_init_residual=True)
+    encoder = ResNet(*_RESNETS[name], norm_layer=GlobalBatchNorm, zero_init_residual=True)
     encoder.output_dim, encoder.fc = encoder.fc.in_features, nn.Identity()
     if small_stem:
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
-    return cast(ResNet, encoder)
+    return encoder
 
 
 def _vit(image_size: int, num_heads: int, hidden_dim: int) -> VisionTransformer:

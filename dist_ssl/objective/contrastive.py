@@ -254,11 +254,23 @@ def _gather(views: Sequence[Tensor], ids: Tensor | None, rows_per_rank: Sequence
 
 
 def _keys(form: str, ids: Tensor | None, z: Tensor, num_views: int) -> Tensor:
-    """(M,): views with equal keys are kept out of each other's denominator."""
+    """(M,) int32: views with equal keys are kept out of each other's denominator."""
     if ids is not None and form != "supervised":
-        return ids.repeat_interleave(num_views)
+        return _ranks(ids).repeat_interleave(num_views)
     view = torch.arange(len(z), device=z.device, dtype=torch.int32)
     return view if form == "supervised" else view // num_views
+
+
+def _ranks(ids: Tensor) -> Tensor:
+    """(N,) int64 -> (N,) int32 in [0, N), equal where ids are.
+
+    `torch.unique` would make the host wait for how many there are; with int64 in its tiles, a program of the kernels
+    needs so many registers that a processor holds one instead of two.
+    """
+    ordered, order = ids.sort()
+    starts = torch.zeros_like(ids, dtype=torch.int32)
+    torch.ne(ordered[1:], ordered[:-1], out=starts[1:])
+    return torch.empty_like(starts).scatter_(0, order, starts.cumsum(dim=0, dtype=torch.int32))
 
 
 def _anchors(
@@ -266,7 +278,9 @@ def _anchors(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows of m, u, the mean of each view's positives), a chunk of own views at a time, since M d is much on a GPU."""
     if form == "supervised":
-        _, image_class, images = torch.unique(ids, return_inverse=True, return_counts=True)
+        assert ids is not None
+        image_class = _ranks(ids).long()
+        images = torch.zeros_like(image_class).scatter_add_(0, image_class, torch.ones_like(image_class))
         view_class = image_class.repeat_interleave(num_views)
         sums = inverse_norm.new_zeros(len(images), z.shape[1])
         for views in _chunks(0, len(z), num_views):

@@ -133,11 +133,21 @@ class BatchNorm(nn.BatchNorm2d):
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The addition and the ReLU as torchvision's blocks do them."""
+        y = self.normalise(x)
+        if residual is not None:
+            y += residual
+        return y.relu_() if relu else y
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
 
 class SyncBatchNorm(BatchNorm):
     """torch's, past its refusal of tensors that are not on a GPU."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         group = dist.group.WORLD
