@@ -40,7 +40,9 @@ class Step:
     def __call__(self, batch: Batch, seed: int) -> StepResult:
         """Forward and backward of one global batch; `seed` is of this step and rank, for dropout. Collective."""
         self._buffers.take()
-        views = augment(batch.crops, batch.parameters, self._config.augment).flatten(0, 1)  # (2n, 3, S, S)
+        # In the format and dtype that the first convolution reads; on a GPU they are written so.
+        dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
+        views = augment(batch.crops, batch.parameters, self._config.augment, dtype).flatten(0, 1)  # (2n, 3, S, S)
         views = views.contiguous(memory_format=torch.channels_last)
         if self._config.objective.chunks > 1:
             return self._in_chunks(views, batch, seed)
