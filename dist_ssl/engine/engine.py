@@ -33,7 +33,7 @@ if _before is not None:
     os.environ["TORCHDYNAMO_DISABLE"] = _before
 
 from dist_ssl.config import Config, UserError  # noqa: E402
-from dist_ssl.distributed import Verdict, World, world_size  # noqa: E402
+from dist_ssl.distributed import Verdict, World, on_gpu, world_size  # noqa: E402
 from dist_ssl.engine import partition  # noqa: E402
 from dist_ssl.engine.optimizers import LARS, build_optimizer  # noqa: E402
 from dist_ssl.models import ContrastiveModel  # noqa: E402
@@ -86,7 +86,7 @@ class Engine:
         if self._verdict is None:  # DeepSpeed calls this once a parameter group or sub-group
             assert self._decide is not None
             self._verdict = self._decide(self._squared_norm())
-        if not self._verdict.finite.is_cuda:
+        if not on_gpu(self._verdict.finite):
             return self._apply(*arguments, **keywords) if self._verdict.finite else None
         # torch's fused kernels know this flag of its gradient scaler, and so does our LARS.
         self.optimizer.found_inf = (~self._verdict.finite).float()  # type: ignore[attr-defined]
