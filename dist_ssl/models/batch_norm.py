@@ -19,6 +19,7 @@ from dist_ssl.models import batch_norm_cuda
 
 MOMENTS_BLOCK = 2**18  # elements
 _statistics_frozen = False
+_counted = False
 
 
 @contextlib.contextmanager
@@ -35,6 +36,21 @@ def frozen_running_statistics() -> Iterator[None]:
         _statistics_frozen = before
 
 
+@contextlib.contextmanager
+def counted_at_once(layers: Sequence[GlobalBatchNorm]) -> Iterator[None]:
+    """Count a batch in all these layers by one launch instead of one each, for their forward in here."""
+    global _counted
+    counters = [layer.num_batches_tracked for layer in layers if layer.training and layer.track_running_stats]
+    if counters and not _statistics_frozen:
+        with torch.no_grad():
+            torch._foreach_add_(counters, 1)
+    before, _counted = _counted, True
+    try:
+        yield
+    finally:
+        _counted = before
+
+
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of all ranks' rows, for (B, C) and (B, C, H, W), on any device.
 
@@ -45,8 +61,6 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
     """
 
-    counted_by_model = False  # `num_batches_tracked` is then added to by `count_batch`, for all layers at once
-
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4):
             raise ValueError(f"expected (B, C) or (B, C, H, W), got {tuple(input.shape)}")
@@ -56,8 +70,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         tracks = self.track_running_stats and not _statistics_frozen
-        if tracks and not self.counted_by_model:
-            count_batch([self])
+        if tracks and not _counted:
+            cast(Tensor, self.num_batches_tracked).add_(1)
         momentum = self.momentum
         if momentum is None:  # a cumulative average
             momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked)) if tracks else 0.0
@@ -79,14 +93,6 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = variance * (count / (count - 1).clamp(min=1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-
-
-@torch.no_grad()
-def count_batch(layers: Sequence[GlobalBatchNorm]) -> None:
-    """Count one batch in the layers that track statistics, where they are not frozen: one launch for all of them."""
-    counters = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
-    if counters and not _statistics_frozen:
-        torch._foreach_add_(counters, 1)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
