@@ -40,7 +40,8 @@ def frozen_running_statistics() -> Iterator[None]:
 def counted_at_once(layers: Sequence[GlobalBatchNorm]) -> Iterator[None]:
     """Count a batch in all these layers by one launch instead of one each, for their forward in here."""
     global _counted
-    counters = [layer.num_batches_tracked for layer in layers if layer.training and layer.track_running_stats]
+    tracking = [layer for layer in layers if layer.training and layer.track_running_stats]
+    counters = [cast(Tensor, layer.num_batches_tracked) for layer in tracking]
     if counters and not _statistics_frozen:
         with torch.no_grad():
             torch._foreach_add_(counters, 1)
