@@ -169,6 +169,18 @@ def test_frozen_statistics_on_a_gpu(size):
         assert answer == ((0, [0, 0, 0], [1, 1, 1]), 1, True, True)
 
 
+def test_each_batch_is_counted_once_by_the_model_and_by_its_encoder_alone(tmp_path):
+    model = build_model(small_config(tmp_path, ""))
+    x = torch.randn(4, 3, 32, 32)
+    model(x)
+    model.encoder(x)
+    model.head.eval()
+    model(x)
+    counts = {name: int(n) for name, n in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert {n for name, n in counts.items() if name.startswith("encoder.")} == {3}
+    assert {n for name, n in counts.items() if name.startswith("head.")} == {1}
+
+
 def test_frozen_statistics():
     layer = GlobalBatchNorm(3)
     with frozen_running_statistics():

@@ -19,6 +19,7 @@ from dist_ssl.models import batch_norm_cuda, fused_batch_norm
 
 MOMENTS_BLOCK = 2**18  # elements
 _statistics_frozen = False
+_counted = False
 
 
 @contextlib.contextmanager
@@ -35,6 +36,22 @@ def frozen_running_statistics() -> Iterator[None]:
         _statistics_frozen = before
 
 
+@contextlib.contextmanager
+def counted_at_once(layers: Sequence[GlobalBatchNorm]) -> Iterator[None]:
+    """Count a batch in all these layers by one launch instead of one each, for their forward in here."""
+    global _counted
+    tracking = [layer for layer in layers if layer.training and layer.track_running_stats]
+    counters = [cast(Tensor, layer.num_batches_tracked) for layer in tracking]
+    if counters and not _statistics_frozen:
+        with torch.no_grad():
+            torch._foreach_add_(counters, 1)
+    before, _counted = _counted, True
+    try:
+        yield
+    finally:
+        _counted = before
+
+
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of all ranks' rows, for (B, C) and (B, C, H, W), on any device.
 
@@ -44,9 +61,6 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `fused_batch_norm`.
     Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
     """
-
-    # `num_batches_tracked` is then added to by `count_batch`, for all layers at once, but for cumulative averages.
-    counted_by_model = False
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4):
@@ -69,8 +83,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         """(running mean and variance, or None where they are not to move, momentum) of this batch, which is counted."""
         if not self.track_running_stats or _statistics_frozen:
             return (None, None), 0.0
-        if self.momentum is None or not self.counted_by_model:
-            count_batch([self])
+        if not _counted:
+            cast(Tensor, self.num_batches_tracked).add_(1)
         momentum = self.momentum
         if momentum is None:  # a cumulative average
             momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked))
@@ -102,14 +116,6 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 def _has_kernels(x: Tensor) -> bool:
     """Whether the fused kernels take it; on a GPU without Triton, and in fp64, torch's own do (`batch_norm_cuda`)."""
     return on_gpu(x) and HAS_TRITON and x.dtype != torch.float64
-
-
-@torch.no_grad()
-def count_batch(layers: Sequence[GlobalBatchNorm]) -> None:
-    """Count one batch in the layers that track statistics, where they are not frozen: one launch for all of them."""
-    counters = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
-    if counters and not _statistics_frozen:
-        torch._foreach_add_(counters, 1)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 
 from dist_ssl.config import Config
-from dist_ssl.models.batch_norm import GlobalBatchNorm, count_batch, frozen_running_statistics
+from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once, frozen_running_statistics
 from dist_ssl.models.encoders import build_encoder
 from dist_ssl.models.head import ProjectionHead
 
@@ -26,14 +26,11 @@ class ContrastiveModel(nn.Module):
         self.head = head
         self.widths = {"h": cast(int, encoder.output_dim), "z": head.output_dim}
         self._batch_norms = [module for module in self.modules() if isinstance(module, GlobalBatchNorm)]
-        for layer in self._batch_norms:
-            layer.counted_by_model = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.training:
-            count_batch([layer for layer in self._batch_norms if layer.momentum is not None])
-        h = self.encoder(x)
-        return h, self.head(h)
+        with counted_at_once(self._batch_norms):
+            h = self.encoder(x)
+            return h, self.head(h)
 
 
 def build_model(config: Config) -> ContrastiveModel:
