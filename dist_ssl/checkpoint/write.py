@@ -195,7 +195,7 @@ class Checkpointer:
         present, every = steps_in(self._store), self._config.keep_every_steps
         # Those between the one that was resumed from and our own were passed over on resume: they don't hold.
         known = {step for step in present if step <= self._resumed} | self._committed
-        committed = sorted(step for step in known if present[step])
+        committed = sorted(step for step in known if present.get(step))
         kept = {0, *committed[-self._config.keep_last :]} | {step for step in committed if every and step % every == 0}
         for step in sorted(present.keys() - kept):
             if step < newest:
