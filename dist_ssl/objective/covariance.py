@@ -126,8 +126,8 @@ def _vicreg(
     hinge = (std < 1) / std * (-0.5 * variance / (d * (total - 1)))
     difference *= 2 * invariance / (total * d)
     factor = 4 * covariance / (d * (total - 1) ** 2)
-    dz1, dz2 = (x[own] * h + c * factor for x, h, c in zip(views, hinge, crossed, strict=True))
-    return loss, (dz1 + difference) * size, (dz2 - difference) * size
+    dz1, dz2 = (c.mul_(factor).addcmul_(x[own], h) for x, h, c in zip(views, hinge, crossed, strict=True))
+    return loss, dz1.add_(difference).mul_(size), dz2.sub_(difference).mul_(size)
 
 
 def _barlow_twins(
@@ -160,8 +160,8 @@ def _barlow_twins(
     pull = diagonal - 1
     inner = off_diagonal * off + pull * diagonal
     factor = inverse_std * (2 * size / total)
-    dz1 = (off_diagonal * b_crossed + pull * b_own - inner[0] * a_own) * factor[0]
-    dz2 = (off_diagonal * a_crossed + pull * a_own - inner[1] * b_own) * factor[1]
+    dz1 = b_crossed.mul_(off_diagonal).addcmul_(pull, b_own).addcmul_(inner[0], a_own, value=-1).mul_(factor[0])
+    dz2 = a_crossed.mul_(off_diagonal).addcmul_(pull, a_own).addcmul_(inner[1], b_own, value=-1).mul_(factor[1])
     return loss, dz1, dz2
 
 
