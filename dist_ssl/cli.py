@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -272,23 +273,21 @@ def run(app: typer.Typer) -> None:
     except Exception as error:
         code = EXIT_FENCED if type(error).__name__ == "Fenced" else 1
         problem = str(error) if code == EXIT_FENCED else f"unexpected\n{traceback.format_exc()}".rstrip()
-    is_first, code = _first_to_fail(code)
-    if is_first:
-        print(f"error: {problem}", file=sys.stderr)
-    if code == EXIT_FENCED:
+    if code == EXIT_FENCED:  # on all ranks alike
         from dist_ssl.training.interrupts import tell_the_launcher
 
         tell_the_launcher(code)
-    sys.exit(code)
+    sys.exit(_fail(code, lambda: print(f"error: {problem}", file=sys.stderr, flush=True)))
 
 
-def _first_to_fail(code: int) -> tuple[bool, int]:
-    """Whether this rank has to say its error, and the code to exit with."""
+def _fail(code: int, say: Callable[[], None]) -> int:
+    """The code to exit with; the rank that failed first has said why."""
     distributed = sys.modules.get("dist_ssl.distributed")  # a mistake that is found at once does not wait for torch
     if distributed is None or distributed.world_size() == 1:
-        return rank_in_environment() == 0, code  # all ranks find the same
-    told: tuple[bool, int] = distributed.fail(code)
-    return told
+        if rank_in_environment() == 0:  # all ranks find the same
+            say()
+        return code
+    return int(distributed.fail(code, say))
 
 
 def main() -> None:

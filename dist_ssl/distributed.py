@@ -13,7 +13,7 @@ import contextlib
 import importlib.util
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -118,17 +118,23 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def fail(exit_code: int) -> tuple[bool, int]:
-    """(whether this rank is the first that failed, the first one's exit code); call it before exiting on an error.
+def fail(exit_code: int, say: Callable[[], None]) -> int:
+    """The exit code of the first rank that failed, which has called its `say`; call it before exiting on an error.
+
+    It says so first of all: a launcher ends all ranks as soon as one is gone.
 
     Not collective, since the others may wait in any collective: they fail in it as this rank's connections close, ask
     here too, and learn that theirs is not the error to be told. (What waits inside NCCL is ended by its launcher.)
     """
     if _store is None or not dist.is_initialized():
-        return True, exit_code
-    mine = f"{rank()} {exit_code}"
-    try:
+        say()
+        return exit_code
+    first = mine = f"{rank()} {exit_code}"
+    with contextlib.suppress(RuntimeError):  # the store went with rank 0: killed, it told nobody why
         first = _store.compare_set("failed", "", mine).decode()
+    if first == mine:
+        say()
+    with contextlib.suppress(RuntimeError):
         failed = _store.add("num_failed", 1)
         if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # The store is in this process: it stays until the others have asked.
@@ -137,9 +143,7 @@ def fail(exit_code: int) -> tuple[bool, int]:
             while failed < size and time.monotonic() < deadline:
                 time.sleep(0.05)
                 failed = _store.add("num_failed", 0)
-    except RuntimeError:  # the store went with rank 0: killed, it told nobody why
-        return True, exit_code
-    return first == mine, int(first.split()[1])
+    return int(first.split()[1])
 
 
 def gather_rows(rows: Tensor, rows_per_rank: Sequence[int]) -> Tensor:
