@@ -7,7 +7,7 @@ Under ZeRO the optimizer is handed one flat partition a group instead of the par
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,22 +71,28 @@ class LARS(torch.optim.Optimizer):
             if not group["params"]:
                 continue
             decay, momentum = group["weight_decay"], group["momentum"]
-            updates = [p.grad.to(p.dtype).add(p, alpha=decay) for p in tensors]
+            if not tensors:
+                if group["adapt"]:
+                    self._scale_by_trust([], [], group["trust_coefficient"])  # the others wait for this rank's norms
+                continue
+            # All tensors at once: on a GPU a launch a tensor would cost more than what it computes.
+            updates = torch._foreach_add([p.grad.to(p.dtype) for p in tensors], tensors, alpha=decay)
             if self.found_inf is not None:
                 momentum = momentum + (1 - momentum) * self.found_inf
                 for update in updates:
                     update.masked_fill_(self.found_inf > 0, 0.0)
             if group["adapt"]:
                 self._scale_by_trust(tensors, updates, group["trust_coefficient"])
-            for tensor, update in zip(tensors, updates, strict=True):
-                state = self.state[tensor]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(tensor)
-                state["momentum_buffer"].mul_(momentum).add_(update, alpha=group["lr"])
-                applied = state["momentum_buffer"]
-                tensor.sub_(applied if self.found_inf is None else applied * (1 - self.found_inf))
+            for tensor in tensors:
+                if "momentum_buffer" not in self.state[tensor]:
+                    self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
+            buffers = [self.state[tensor]["momentum_buffer"] for tensor in tensors]
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, updates, alpha=group["lr"])
+            applied = buffers if self.found_inf is None else torch._foreach_mul(buffers, 1 - self.found_inf)
+            torch._foreach_sub_(tensors, applied)
 
-    def _scale_by_trust(self, tensors: list[Tensor], updates: list[Tensor], coefficient: float) -> None:
+    def _scale_by_trust(self, tensors: Sequence[Tensor], updates: Sequence[Tensor], coefficient: float) -> None:
         """Multiply each layer's update by coefficient * |w| / |update|, norms over the whole layer on all ranks."""
         segments = [
             (self._segments.get(tensor) or [Segment(number, 0, tensor.numel())])
