@@ -17,21 +17,24 @@ from tests.benchmarks import traffic
 from tests.benchmarks.tracer import Tracer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
-# Waits of the host for the device that the step still has; a mended one goes from this list.
-KNOWN_WAITS = {"loss: a copy from the host waits"}
-# Ranks, kernels of batch norm, and the bytes that a step may move, of the bare network's.
-CASES = {(1, "fused"): 0.85, (64, "fused"): 0.85, (1, "torch's"): 1.05, (64, "torch's"): 1.05}
+# Ranks, kernels of batch norm: the bytes that a step may move and the launches it may take, of the bare network's.
+CASES = {
+    (1, "fused"): (0.85, 1.3),
+    (64, "fused"): (0.85, 1.3),
+    (1, "torch's"): (1.05, 1.3),
+    (64, "torch's"): (1.05, 1.4),
+}
 
 
 @pytest.fixture(scope="module", params=CASES, ids="{0[0]} ranks, {0[1]}".format)
 def traced(request):
-    """(step up to the end of backward, bare, views of a rank), 64 images a rank."""
+    """(step, bare, views of a rank), 64 images a rank."""
     size, kernels = request.param
     config = config_module.load(CONFIG, [f"train.global_batch_size={64 * size}"])
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         with mock.patch.object(batch_norm, "HAS_TRITON", kernels == "fused"):
-            step, views = traffic.trace_step(config, size, optimizer=False)
+            step, views = traffic.trace_step(config, size)
         return step, traffic.trace_bare(config, views, "torchvision"), views
     finally:
         dist.destroy_process_group()
@@ -40,12 +43,12 @@ def traced(request):
 
 def test_bytes_against_the_bare_networks(traced, request):
     step, bare, _ = traced
-    assert step.total.bytes <= CASES[request.node.callspec.params["traced"]] * bare.total.bytes
+    assert step.total.bytes <= CASES[request.node.callspec.params["traced"]][0] * bare.total.bytes
 
 
-def test_launches_are_nearly_the_bare_networks(traced):
+def test_launches_are_nearly_the_bare_networks(traced, request):
     step, bare, _ = traced
-    assert step.total.launches <= 1.3 * bare.total.launches
+    assert step.total.launches <= CASES[request.node.callspec.params["traced"]][1] * bare.total.launches
 
 
 def test_activations_are_kept_as_they_were_computed(traced):
@@ -56,7 +59,7 @@ def test_activations_are_kept_as_they_were_computed(traced):
 
 def test_the_host_does_not_wait(traced):
     step, _, _ = traced
-    assert set(step.syncs) <= KNOWN_WAITS
+    assert not step.syncs
 
 
 def test_two_collectives_a_batch_norm(traced):
