@@ -112,12 +112,13 @@ class ShardCache:
             if not mine:
                 return False
             files = []
-            for entry in os.scandir(self._directory):
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.name.endswith((".tar", ".part")):
-                        found = entry.stat()
-                        on_disk = max(found.st_size, found.st_blocks * 512)
-                        files.append((found.st_mtime, on_disk, Path(entry.path)))
+            for stem in {Path(name).stem for name in os.listdir(self._directory) if name.endswith((".tar", ".part"))}:
+                # In this order: one that is completed in this moment is not missed.
+                for path in (self._directory / f"{stem}.part", self._directory / f"{stem}.tar"):
+                    with contextlib.suppress(FileNotFoundError):
+                        found = path.stat()
+                        files.append((found.st_mtime, max(found.st_size, found.st_blocks * 512), path))
+                        break
             used, now = sum(size for _, size, _ in files), time.time()
             for touched, size, path in sorted(files):
                 if used + num_bytes <= self._limit:
@@ -145,15 +146,15 @@ class ShardCache:
 
 
 def _evict(path: Path) -> bool:
-    """Remove a shard that nobody reads, or a partial one that nobody is fetching."""
+    """Remove a shard that nobody reads, or a partial one that nobody is fetching; whether that made room."""
     with _locked(path.with_suffix(".lock")) as mine, contextlib.suppress(FileNotFoundError):
-        if not mine:
-            return False
-        with open(path, "rb+") as file:
-            if not _try_lock(file.fileno()):
-                return False
-            path.unlink()
-    return True
+        if mine:
+            with open(path, "rb+") as file:
+                if _try_lock(file.fileno()):
+                    file.truncate()  # a reader may have opened it and not yet locked it
+                    path.unlink()
+                    return True
+    return False
 
 
 @contextlib.contextmanager

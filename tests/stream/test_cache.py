@@ -66,9 +66,10 @@ def test_what_another_process_reads_is_not_evicted(server: S3Server, tmp_path: P
         other.stdin.close()
         other.stdout.readline()
         os.utime(cache.path(a), (1, 1))
-        assert not cache.fetch(b)
-        assert cache.path(a).exists()
+        fetched = cache.fetch(b)
         other.kill()
+    assert not fetched
+    assert cache.path(a).exists()
     assert cache.fetch(b)
     assert not cache.path(a).exists()
 
