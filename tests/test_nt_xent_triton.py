@@ -133,22 +133,22 @@ def test_keys_are_dense_int32_and_nobody_waits_for_them():
     generator = torch.Generator().manual_seed(0)
     for values in (1, 2, 50, 2**62):
         ids = torch.randint(-values, values, (40,), generator=generator)[torch.randint(0, 40, (64,))]
-        key = contrastive._keys("nt_xent", ids, torch.empty(128, 1))
+        key = contrastive._keys("nt_xent", ids, torch.empty(128, 1), 2)
         assert key.dtype == torch.int32
         assert torch.equal(key.long(), torch.unique(ids, return_inverse=True)[1].repeat_interleave(2))
-    assert contrastive._keys("nt_xent", ids[:1], torch.empty(2, 1)).tolist() == [0, 0]
+    assert contrastive._keys("nt_xent", ids[:1], torch.empty(2, 1), 2).tolist() == [0, 0]
     with FakeTensorMode():
         z, ids = torch.empty(128, 8), torch.empty(64, dtype=torch.int64)
-        contrastive._keys("decoupled", ids, z)
+        contrastive._keys("decoupled", ids, z, 2)
         for form in ("nt_xent", "supervised"):
-            list(contrastive._anchors(form, z, torch.empty(128), ids, slice(0, 64)))
+            list(contrastive._anchors(form, z, torch.empty(128), ids, slice(0, 64), 2))
 
 
 def compiled() -> list[dict]:
     """Both kernels compiled to machine code for Ampere and Hopper."""
     from dist_ssl.objective import tiles_triton as kernels
 
-    key = contrastive._keys("nt_xent", torch.arange(4), torch.empty(8, 1))
+    key = contrastive._keys("nt_xent", torch.arange(4), torch.empty(8, 1), 2)
     facts = []
     for capability, dtype, blocks in [
         (90, "bf16", (kernels.FORWARD, kernels.BACKWARD)),

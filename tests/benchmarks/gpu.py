@@ -41,6 +41,7 @@ from dist_ssl.objective import nt_xent
 from dist_ssl.training import step as step_module
 from dist_ssl.training import verdict
 from dist_ssl.training.step import Step
+from tests.benchmarks import traffic
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense, as the makers print it
 WARM_UP, TIMED = 3, 10
@@ -161,20 +162,22 @@ def host_syncs(step: Callable[[], Any]) -> int | None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-class TorchBatchNorm(nn.BatchNorm2d):
-    """torch's own, for pixels and for vectors."""
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's, in networks whose batch norm is asked for the addition and the ReLU behind it."""
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
+    forward = traffic.BatchNorm.forward
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return nn.SyncBatchNorm.forward(self, x)
 
 
-def bare_network(config: Config) -> nn.Module:
+def bare_network(config: Config, batch_norm: type[nn.Module] = traffic.BatchNorm) -> nn.Module:
     """The same model with torch's batch norm in place of the global one."""
     model = build_model(config)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, GlobalBatchNorm):
-                setattr(parent, name, TorchBatchNorm(child.num_features))
+    for module in model.modules():
+        if isinstance(module, GlobalBatchNorm):
+            module.__class__ = batch_norm
+            module.process_group = None  # SyncBatchNorm's: all ranks
     return model.to(DEVICE)
 
 
@@ -214,9 +217,7 @@ def lightly_step(config: Config) -> dict[str, Any]:
     from lightly.loss import NTXentLoss
 
     on_gpu = DEVICE.type == "cuda"
-    model = bare_network(config)
-    if on_gpu:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = bare_network(config, SyncBatchNorm if on_gpu else traffic.BatchNorm)
     parallel = nn.parallel.DistributedDataParallel(model, device_ids=[DEVICE.index or 0] if on_gpu else None)
     loss, views = NTXentLoss(0.1, gather_distributed=True), images(config)
     optimizer = torch.optim.AdamW(parallel.parameters(), 1e-4, fused=on_gpu)
