@@ -143,7 +143,7 @@ def test_a_store_that_is_gone_ends_every_rank(server: S3Server, tmp_path: Path) 
         server.start()
     said = launch.said()
     assert re.search(
-        r"error: (rank 1: )?s3://bucket/shapes/\d+.tar: gave up after \d+ attempts in .*last cause: ", said
+        r"error: (rank \d: )?s3://bucket/shapes/\d+.tar: gave up after \d+ attempts in .*last cause: ", said
     )
     assert "Traceback" not in said, "an error that is told, on both ranks"
     assert not launch.ranks()
