@@ -217,7 +217,7 @@ def plan(
     """
     import rich
 
-    from dist_ssl.data.index import load_manifest
+    from dist_ssl.data.manifest import load_manifest
     from dist_ssl.planning import estimate
 
     checked = configuration.load(config, overrides)

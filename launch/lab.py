@@ -45,7 +45,7 @@ def _prepare_data(config: Config) -> None:
         return
     if lab.source is None:
         raise UserError("lab: expected data.shards, or lab.source to write shards from")
-    from dist_ssl.data.index import load_manifest
+    from dist_ssl.data.manifest import load_manifest
     from dist_ssl.data.shards import write_shards
     from dist_ssl.data.sources import open_source
 

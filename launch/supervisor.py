@@ -31,6 +31,7 @@ from dist_ssl.config.environment import (
     NUM_PORTS,
     slurm_port,
 )
+from dist_ssl.evaluation import results
 from dist_ssl.storage.layout import checkpoint_store, committed_steps, exported_steps
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def evaluate(command: list[str], run_dir: str, step: int | None) -> None:
     logging.basicConfig(level="INFO", format="supervisor: %(message)s", force=True)
     if step is None:
         step = newest_commit(configuration.load(Path(run_dir) / "config.toml"))
-        if Path(run_dir, "evaluation", f"step-{step}", "results.json").exists():
+        if (results.step_folder(run_dir, step) / results.FILE).exists():
             log.info("step %d has been evaluated", step)
             return
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}

@@ -17,7 +17,7 @@ from dist_ssl import checkpoint, distributed, engine, objective
 from dist_ssl import config as configuration
 from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
-from dist_ssl.data.index import Manifest, Shard, load_manifest
+from dist_ssl.data.manifest import Manifest, Shard, load_manifest
 from dist_ssl.data.stream import _rank_streams, training_batches
 from dist_ssl.models import build_model
 from dist_ssl.planning import estimate

@@ -22,8 +22,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.commands import app
 from dist_ssl.data.decode import ENDINGS, decode
-from dist_ssl.data.index import Manifest, load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards, verify_shards
+from dist_ssl.data.manifest import Manifest, load_manifest, read_member_index
 from dist_ssl.data.shards import LEFT_OUT, write_shards
 from dist_ssl.data.sources import open_source
 from tests.s3 import s3_server

@@ -17,7 +17,7 @@ from dist_ssl import config as config_module
 from dist_ssl import distributed, engine, objective
 from dist_ssl.augment import augment
 from dist_ssl.config import Config
-from dist_ssl.data.index import load_manifest
+from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.engine import optimizers
 from dist_ssl.models import build_model

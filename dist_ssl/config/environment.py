@@ -22,6 +22,11 @@ EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not
 EXIT_CODE_FILE = "DIST_SSL_EXIT_CODE_FILE"
 
 
+def ranks_on_this_node() -> int:
+    """As the launcher, or `distributed.initialize` for it, put it into the environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def ranks_in_environment() -> dict[str, str] | None:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun or srun gave them.
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dist_ssl.config import DataConfig, StorageConfig, UserError
-from dist_ssl.data.index import Shard
+from dist_ssl.data.manifest import Shard
 from dist_ssl.storage.large_reads import read_file, writer
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from isal import isal_zlib
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.decode import BadSample, decode
-from dist_ssl.data.index import (
+from dist_ssl.data.manifest import (
     MANIFEST,
     Manifest,
     MemberIndex,

@@ -22,7 +22,7 @@ from dist_ssl import storage
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.cache import FetchAhead, ShardCache
 from dist_ssl.data.decode import BadSample
-from dist_ssl.data.index import Manifest, MemberIndex, read_member_index
+from dist_ssl.data.manifest import Manifest, MemberIndex, read_member_index
 from dist_ssl.data.tar import MAX_JSON_BYTES
 from dist_ssl.storage.large_reads import RANGE_BYTES
 

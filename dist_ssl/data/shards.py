@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dist_ssl import storage
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.decode import BadSample, check_header, decode
-from dist_ssl.data.index import MANIFEST, Manifest, MemberIndex, Shard
+from dist_ssl.data.manifest import MANIFEST, Manifest, MemberIndex, Shard
 from dist_ssl.data.parallel import in_processes
 from dist_ssl.data.progress import track
 from dist_ssl.data.quarantine import GRACE_SAMPLES, NUM_TOLD

@@ -29,8 +29,9 @@ from dist_ssl import storage as storage_module
 from dist_ssl.augment import crop_box, draw
 from dist_ssl.augment.parameters import NUM_UNIFORMS
 from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
+from dist_ssl.config.environment import ranks_on_this_node
 from dist_ssl.data.decode import BadSample, decode
-from dist_ssl.data.index import Manifest
+from dist_ssl.data.manifest import Manifest
 from dist_ssl.data.plan import Plan
 from dist_ssl.data.random import view_uniforms
 from dist_ssl.data.reader import Reader
@@ -320,7 +321,7 @@ def check_working_set(config: Config, manifest: Manifest, rank: int, world_size:
     if not remote:
         return
     data, largest = config.data, max(remote)
-    ranks_here = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world_size)
+    ranks_here = min(ranks_on_this_node(), world_size)
     streams = min(len(_rank_streams(config, rank, world_size)) * ranks_here, data.streams)
     # A stream that begins in the middle of a shard reads one more; none reads more than its part of the epoch.
     block = min(data.block_shards, -(-len(remote) // data.streams) + 1)

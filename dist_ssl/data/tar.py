@@ -18,7 +18,7 @@ from isal import isal_zlib
 
 from dist_ssl.config import UserError
 from dist_ssl.data.decode import ENDINGS
-from dist_ssl.data.index import MemberIndex
+from dist_ssl.data.manifest import MemberIndex
 
 MAX_HEADER_BYTES = 2**20  # a pax header or long name that claims more is hostile
 MAX_JSON_BYTES = 2**20

@@ -26,7 +26,7 @@ from torch import Tensor
 from dist_ssl import distributed
 from dist_ssl.augment import normalize
 from dist_ssl.config import AugmentConfig, Config, UserError
-from dist_ssl.data.index import Manifest, load_manifest
+from dist_ssl.data.manifest import Manifest, load_manifest
 from dist_ssl.data.progress import Progress
 from dist_ssl.data.stream import EvaluationBatch, evaluation_batches
 from dist_ssl.evaluation.frozen import Readable

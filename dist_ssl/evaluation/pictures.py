@@ -21,7 +21,7 @@ from dist_ssl import augment
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
 from dist_ssl.data import stream
-from dist_ssl.data.index import load_manifest
+from dist_ssl.data.manifest import load_manifest
 from dist_ssl.evaluation.features import Features, Split
 from dist_ssl.evaluation.knn import nearest
 

@@ -39,7 +39,7 @@ def check_before_start(config: Config) -> None:
     Raises UserError for what would be wrong at every start; StorageError where the store can't be reached now.
     """
     from dist_ssl import distributed, engine
-    from dist_ssl.data.index import load_manifest
+    from dist_ssl.data.manifest import load_manifest
     from dist_ssl.data.stream import check_working_set, plan_of
 
     world = distributed.initialize(2 * config.engine.hang_minutes)  # as the training would

@@ -206,7 +206,7 @@ def slurm() -> Iterator[Finding]:
 
 def store(config: Config) -> Iterator[Finding]:
     """Whether the shards are there, and how fast they are read from here."""
-    from dist_ssl.data.index import load_manifest
+    from dist_ssl.data.manifest import load_manifest
 
     try:
         manifest = load_manifest(config.data.shards, config.storage)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config
-from dist_ssl.data.index import Manifest
+from dist_ssl.data.manifest import Manifest
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 
 BUCKET = 50_000_000  # elements; the largest that engine.py gives to DeepSpeed's reductions

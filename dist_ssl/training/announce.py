@@ -7,7 +7,7 @@ import time
 
 from dist_ssl import config as config_module
 from dist_ssl.config import Config
-from dist_ssl.data.index import Manifest
+from dist_ssl.data.manifest import Manifest
 from dist_ssl.data.quarantine import bad_samples
 from dist_ssl.distributed import World
 from dist_ssl.models import ContrastiveModel

@@ -17,7 +17,7 @@ from dist_ssl import config as config_module
 from dist_ssl.checkpoint import Checkpointer, RunState
 from dist_ssl.config import Config
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
-from dist_ssl.data.index import load_manifest
+from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.plan import check_batch_size
 from dist_ssl.data.quarantine import Quarantine
 from dist_ssl.data.stream import plan_of, training_batches

@@ -32,8 +32,8 @@ from dist_ssl.augment import augment, crop_box
 from dist_ssl.augment import views as views_module
 from dist_ssl.config import AugmentConfig, Config, StorageConfig
 from dist_ssl.data.cache import ShardCache
-from dist_ssl.data.index import load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards
+from dist_ssl.data.manifest import load_manifest, read_member_index
 from dist_ssl.data.plan import Plan
 from dist_ssl.data.reader import Reader
 from dist_ssl.data.shards import write_shards

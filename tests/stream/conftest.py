@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_ssl.config import StorageConfig
-from dist_ssl.data.index import Manifest, load_manifest
+from dist_ssl.data.manifest import Manifest, load_manifest
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
 from tests.s3 import S3Server, s3_server

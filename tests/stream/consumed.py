@@ -10,7 +10,7 @@ from dist_ssl import config as configuration
 from dist_ssl.augment import augment
 from dist_ssl.config import Config
 from dist_ssl.data.cache import ShardCache
-from dist_ssl.data.index import Manifest, load_manifest
+from dist_ssl.data.manifest import Manifest, load_manifest
 from dist_ssl.data.stream import training_batches
 from tests.s3 import S3Server
 

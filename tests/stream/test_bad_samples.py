@@ -13,8 +13,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from dist_ssl.config import StorageConfig, UserError
-from dist_ssl.data.index import load_manifest
 from dist_ssl.data.indexing import index_shards
+from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.quarantine import Quarantine, bad_samples
 from dist_ssl.data.stream import training_batches
 from dist_ssl.distributed import rank

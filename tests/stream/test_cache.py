@@ -22,7 +22,7 @@ import pytest
 
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data import cache as cache_module
-from dist_ssl.data.index import load_manifest
+from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.reader import Reader
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source

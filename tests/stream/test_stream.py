@@ -20,8 +20,8 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from dist_ssl.config import StorageConfig
-from dist_ssl.data.index import Manifest, load_manifest, read_member_index
 from dist_ssl.data.indexing import index_shards
+from dist_ssl.data.manifest import Manifest, load_manifest, read_member_index
 from dist_ssl.data.reader import Reader
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
@@ -154,7 +154,7 @@ def test_a_store_that_is_gone_ends_every_rank(server: S3Server, tmp_path: Path) 
 HOLDS_WORKERS = """
 import sys, time
 from dist_ssl import config
-from dist_ssl.data.index import load_manifest
+from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.stream import training_batches
 if __name__ == "__main__":
     import signal
