@@ -96,7 +96,7 @@ def export(
 @app.command()
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A run's directory.")] = None,
-    checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest valid one by default.")] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder with train and test shards (transfer).")] = None,
     train_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are fitted on.")] = None,
     test_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are scored on.")] = None,
@@ -126,15 +126,15 @@ def evaluate(
     overrides, other_name = list(overrides), None
     if data is not None:
         train_shards, test_shards = train_shards or f"{data}/train", test_shards or f"{data}/test"
-        other_name = Path(data).name
+        other_name = Path(data).resolve().name if "://" not in data else Path(data).name
     for key, value in (("train_shards", train_shards), ("test_shards", test_shards)):
         overrides += [f"evaluation.{key}={json.dumps(value)}"] if value is not None else []
     if probes is not None:
         overrides += [f"evaluation.probes={json.dumps([p for p in probes.split(',') if p])}"]
     if (run is None) == (weights is None) or (weights is None) != (encoder is None):
         raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
-    if name is not None and Path(name).name != name:
-        raise UserError(f"--name {name}: expected the name of a folder, without a path")
+    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
+        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
     world = distributed.initialize()
     if run is not None:
         subject = evaluation.run_subject(run, checkpoint, overrides, name, other_name)
@@ -284,7 +284,7 @@ def _fail(code: int, say: Callable[[], None]) -> int:
     """The code to exit with; the rank that failed first has said why."""
     distributed = sys.modules.get("dist_ssl.distributed")  # a mistake that is found at once does not wait for torch
     if distributed is None or distributed.world_size() == 1:
-        if rank_in_environment() == 0:  # all ranks find the same
+        if code != EXIT_USERS_MISTAKE or rank_in_environment() == 0:  # a mistake is found by all ranks alike
             say()
         return code
     return int(distributed.fail(code, say))

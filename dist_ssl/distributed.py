@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,9 @@ def fail(exit_code: int, say: Callable[[], None]) -> int:
         if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # The store is in this process: it stays until the others have asked.
             size, deadline = world_size(), time.monotonic() + GOODBYE_SECONDS
+            leave = threading.Timer(2 * GOODBYE_SECONDS, os._exit, [exit_code])  # should leaving the group not end
+            leave.daemon = True
+            leave.start()
             dist.destroy_process_group()
             while failed < size and time.monotonic() < deadline:
                 time.sleep(0.05)

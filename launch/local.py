@@ -21,6 +21,7 @@ import typer
 
 from dist_ssl import cli
 from dist_ssl import config as configuration
+from dist_ssl.config import UserError
 from dist_ssl.config.environment import EXIT_CODE_FILE, EXIT_FENCED, EXIT_RUN_ME_AGAIN, EXIT_USERS_MISTAKE
 from dist_ssl.planning import before_start
 
@@ -69,10 +70,13 @@ def _default_ranks() -> int:
 
 def run_ranks(arguments: list[str], size: int, max_restarts: int, grace_seconds: float) -> NoReturn:
     """Run `dist-ssl ARGUMENTS` on `size` local ranks and exit as they did."""
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if 0 < torch.cuda.device_count() < size:
+        raise UserError(f"--ranks {size}: expected at most one a GPU, this machine shows {torch.cuda.device_count()}")
     logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # we say it in one line
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # dist_ssl sets its own number; torch warns otherwise
     launch = elastic_launch(

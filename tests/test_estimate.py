@@ -18,7 +18,7 @@ from dist_ssl import config as configuration
 from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
 from dist_ssl.data.manifest import Manifest, Shard, load_manifest
-from dist_ssl.data.stream import _rank_streams, training_batches
+from dist_ssl.data.stream import rank_streams, training_batches
 from dist_ssl.models import build_model
 from dist_ssl.planning import estimate
 from dist_ssl.training import verdict
@@ -139,7 +139,7 @@ def test_the_working_set_is_that_of_the_stream():
         manifest = Manifest("s3://b", tuple(shards))
         predicted = estimate.data(config, manifest, num_ranks, num_ranks, None)[0].value
         block = min(config.data.block_shards, -(-len(shards) // streams) + 1)
-        worst = max(len(_rank_streams(config, rank, num_ranks)) for rank in range(num_ranks))
+        worst = max(len(rank_streams(config, rank, num_ranks)) for rank in range(num_ranks))
         assert predicted == min(worst * block * 1000, 4000 * streams), (streams, num_ranks)
 
 

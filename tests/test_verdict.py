@@ -95,6 +95,15 @@ def test_a_run_whose_last_steps_are_lost_says_so(tmp_path, small_shards):
         assert "of step 4, is intact" in error
 
 
+def test_too_many_in_a_row_are_not_forgotten_where_a_save_is_due_next(tmp_path, small_shards):
+    """Steps 3 and 4 are lost, one more than may be; step 5 is good, a save is due in it, and it is read with step 4."""
+    config = small_config(tmp_path / "run", small_shards, "train.max_skipped_steps=1", "checkpoint.every_steps=5")
+    for error in ranks(2).run(inject.error_with_bad_gradients, config, [3, 4]):
+        assert "NotFinite: step 4, rank" in error
+        assert "in step 2 of a row" in error
+    assert checkpoint.committed_steps(checkpoint.checkpoint_store(config)) == [0]
+
+
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", True)])
 def test_tf32_follows_the_precision_in_products_and_convolutions(tmp_path, precision, tf32):
     config = small_config(tmp_path, "", f"engine.precision={precision}", "engine.threads_per_rank=1")

@@ -30,7 +30,7 @@ FORMAT = 1
 PROBE = "probe."  # the names of the online probe's tensors, which are no part of the model
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """A checkpoint that can't be read; the message names the file and what is wrong with it."""
 
 

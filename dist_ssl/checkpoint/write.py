@@ -186,7 +186,7 @@ class Checkpointer:
         body = json.dumps(manifest)
         directory.write(MANIFEST, json.dumps({"crc32": isal_zlib.crc32(body.encode()), "manifest": body}).encode())
         self._committed.add(state.step)
-        if state.step and (every := self._config.export_every_commits) and len(self._committed) % every == 0:
+        if state.step and (every := self._config.export_every_commits) and len(self._committed - {0}) % every == 0:
             write_export(open_checkpoint(self._store, state.step), export_path(self._run_dir, state.step))
         self._clean_up(state.step)
 

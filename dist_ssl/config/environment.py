@@ -98,8 +98,3 @@ def tasks_on_node(environment: Mapping[str, str]) -> int:
         count, _, repeat = part.partition("(x")
         counts += [int(count)] * (int(repeat.rstrip(")")) if repeat else 1)
     return counts[int(environment["SLURM_NODEID"])]
-
-
-# Exit codes that launchers act on: told to stop and committed (BSD's EX_TEMPFAIL); a newer start of the run took over.
-EXIT_RUN_ME_AGAIN = 75
-EXIT_FENCED = 76

@@ -112,7 +112,7 @@ class TrainConfig(Section):
     global_batch_size: int = Field(4096, ge=2, description="images a step, of all ranks together")
     steps: int | None = Field(None, ge=1, description="the run's length in optimizer steps; or give epochs")
     epochs: int | None = Field(None, ge=1, description="the run's length in passes over the data; or give steps")
-    max_skipped_steps: int = Field(10, ge=0, description="steps in a row with a loss that is not finite")
+    max_skipped_steps: int = Field(10, ge=0, description="steps in a row whose loss or gradient is not finite")
 
     @model_validator(mode="after")
     def one_length(self) -> TrainConfig:
@@ -129,7 +129,7 @@ class EngineConfig(Section):
     deterministic: bool = Field(False, description="bit-identical on CUDA too, slower")
     compile: bool = Field(False, description="run the model through torch.compile")
     hang_minutes: float = Field(30.0, gt=0, description="without a step, then the process ends and shows its stacks")
-    grace_seconds: float = Field(25.0, gt=0, description="what a launcher leaves between SIGTERM and SIGKILL")
+    grace_seconds: float = Field(25.0, gt=0, description="between SIGTERM and a launcher's SIGKILL; holds two steps")
     threads_per_rank: int | None = Field(None, ge=1, description="CPU only; unset: cores / ranks on the node")
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed keys; those that we derive are refused")
 

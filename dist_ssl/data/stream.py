@@ -214,7 +214,7 @@ class _Training(Dataset[Any]):
 
     def _aim(self, cursor: int) -> None:
         """Fetch ahead what this rank reads in the blocks that its streams are in, then in those after them."""
-        streams = _rank_streams(self.config, self.rank, self.world_size)
+        streams = rank_streams(self.config, self.rank, self.world_size)
         self.reader.aim(*self.plan.upcoming_shards(cursor, streams, 2))
 
 
@@ -322,7 +322,7 @@ def check_working_set(config: Config, manifest: Manifest, rank: int, world_size:
         return
     data, largest = config.data, max(remote)
     ranks_here = min(ranks_on_this_node(), world_size)
-    streams = min(len(_rank_streams(config, rank, world_size)) * ranks_here, data.streams)
+    streams = min(len(rank_streams(config, rank, world_size)) * ranks_here, data.streams)
     # A stream that begins in the middle of a shard reads one more; none reads more than its part of the epoch.
     block = min(data.block_shards, -(-len(remote) // data.streams) + 1)
     needed, room = min(streams * block * largest, sum(remote)), data.cache_gb * 1e9
@@ -335,7 +335,7 @@ def check_working_set(config: Config, manifest: Manifest, rank: int, world_size:
         )
 
 
-def _rank_streams(config: Config, rank: int, world_size: int) -> range:
+def rank_streams(config: Config, rank: int, world_size: int) -> range:
     """The streams whose samples a rank reads, nearly: a batch is sorted by stream, then cut into the ranks' slices."""
     streams = config.data.streams
     if config.train.global_batch_size < streams:

@@ -73,7 +73,7 @@ class LARS(torch.optim.Optimizer):
             decay, momentum = group["weight_decay"], group["momentum"]
             if not tensors:
                 if group["adapt"]:
-                    self._scale_by_trust([], [], group["trust_coefficient"])  # the others wait for this rank's norms
+                    self._scale_by_trust([], [], group)  # the others wait for this rank's norms
                 continue
             # All tensors at once: on a GPU a launch a tensor would cost more than what it computes.
             updates = torch._foreach_add([p.grad.to(p.dtype) for p in tensors], tensors, alpha=decay)
@@ -82,7 +82,7 @@ class LARS(torch.optim.Optimizer):
                 for update in updates:
                     update.masked_fill_(self.found_inf > 0, 0.0)
             if group["adapt"]:
-                self._scale_by_trust(tensors, updates, group["trust_coefficient"])
+                self._scale_by_trust(tensors, updates, group)
             for tensor in tensors:
                 if "momentum_buffer" not in self.state[tensor]:
                     self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
@@ -92,8 +92,8 @@ class LARS(torch.optim.Optimizer):
             applied = buffers if self.found_inf is None else torch._foreach_mul(buffers, 1 - self.found_inf)
             torch._foreach_sub_(tensors, applied)
 
-    def _scale_by_trust(self, tensors: Sequence[Tensor], updates: Sequence[Tensor], coefficient: float) -> None:
-        """Multiply each layer's update by coefficient * |w| / |update|, norms over the whole layer on all ranks."""
+    def _scale_by_trust(self, tensors: Sequence[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Multiply each layer's update by the coefficient * |w| / |update|, norms over the whole layer on all ranks."""
         segments = [
             (self._segments.get(tensor) or [Segment(number, 0, tensor.numel())])
             for number, tensor in enumerate(tensors)
@@ -110,7 +110,7 @@ class LARS(torch.optim.Optimizer):
         ]
         if not pieces and not self._partitioned:
             return
-        device = tensors[0].device if tensors else torch.device("cpu")
+        device = group["params"][0].device
         squares = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
         if pieces:
             numbers = tuple(layer for layer, _, _ in pieces)
@@ -123,7 +123,8 @@ class LARS(torch.optim.Optimizer):
         if self._partitioned:
             dist.all_reduce(squares)
         weight_norm, update_norm = squares.sqrt()
-        trust = torch.where((weight_norm > 0) & (update_norm > 0), coefficient * weight_norm / update_norm, 1.0)
+        scaled = group["trust_coefficient"] * weight_norm / update_norm
+        trust = torch.where((weight_norm > 0) & (update_norm > 0), scaled, 1.0)
         scales = trust.to(torch.float32).unbind()
         for layer, _, update in pieces:
             update.mul_(scales[layer])

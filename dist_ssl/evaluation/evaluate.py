@@ -54,7 +54,7 @@ class Subject:
 def run_subject(
     run_dir: Path, step: int | None, overrides: list[str], name: str | None = None, other_name: str | None = None
 ) -> Subject:
-    """A run's checkpoint (the newest valid one by default) and its step 0.
+    """A run's checkpoint (the newest by default) and its step 0.
 
     `name` is the data's; without it, `other_name` where the data are not what the run's own config names.
     """

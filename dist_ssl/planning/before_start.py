@@ -40,7 +40,7 @@ def check_before_start(config: Config) -> None:
     """
     from dist_ssl import distributed, engine
     from dist_ssl.data.manifest import load_manifest
-    from dist_ssl.data.stream import check_working_set, plan_of
+    from dist_ssl.data.stream import check_working_set, plan_of, rank_streams
 
     world = distributed.initialize(2 * config.engine.hang_minutes)  # as the training would
     with distributed.together():
@@ -51,6 +51,5 @@ def check_before_start(config: Config) -> None:
         engine.deepspeed_config(config, 1)  # refuses raw keys
         manifest = load_manifest(config.data.shards, config.storage)
         plan_of(config, manifest)
-        # The shares of the ranks differ by a stream: those of one node show the largest.
-        for rank in range(world.local_size):
-            check_working_set(config, manifest, rank, world.size)
+        largest = max(range(world.size), key=lambda rank: len(rank_streams(config, rank, world.size)))
+        check_working_set(config, manifest, largest, world.size)

@@ -118,6 +118,7 @@ def memory(config: Config, sizes: Sizes) -> list[Estimate]:
     images = -(-config.train.global_batch_size // sizes.ranks)
     chunk = -(-images // config.objective.chunks)
     views, pixels = 2 * config.train.global_batch_size, 3 * side * side
+    views_bytes = 2 if config.engine.precision == "bf16" else FP32
     parts = [
         state_bytes(sizes, stage),
         gradient_bytes(sizes, stage),
@@ -125,8 +126,8 @@ def memory(config: Config, sizes: Sizes) -> list[Estimate]:
             "activations", 2.0 * chunk * sizes.activation_bytes, "bytes",
             f"2 n / chunks * a, a = {sizes.activation_bytes / 1e6:.1f} MB a view, measured here",
         ),
-        # uint8 crops of this step and the next, and their normalised fp32 views
-        Estimate("pixels", 2.0 * images * pixels * (1 + 1 + FP32), "bytes", "2 n * 3 S^2 * (1 + 1 + 4)"),
+        # uint8 crops of the step before, this one and the two after it, and this one's views
+        Estimate("pixels", 2.0 * images * pixels * (4 + views_bytes), "bytes", f"2 n * 3 S^2 * (4 + {views_bytes})"),
         Estimate("loss", 3.0 * FP32 * views * width + 2.0 * FP32 * views, "bytes", "3 * 4 M d + 2 * 4 M"),
     ]  # fmt: skip
     if config.engine.precision == "bf16":
@@ -136,14 +137,14 @@ def memory(config: Config, sizes: Sizes) -> list[Estimate]:
 
 
 def shared_memory(config: Config, ranks: int, ranks_of_node: int) -> Estimate:
-    """Of a node's /dev/shm: the crops that its data workers hold ready, and the two batches that a rank works on."""
+    """Of a node's /dev/shm: the crops that data workers hold ready, and the four batches that a rank has in hand."""
     data, side = config.data, config.augment.crop_size
     if data.num_workers == 0:
         return Estimate("shared memory, a node", 0.0, "bytes", "no workers, none")
     images = -(-config.train.global_batch_size // ranks)
-    batches = data.num_workers * data.prefetch_batches + 2
+    batches = data.num_workers * data.prefetch_batches + 4
     value = float(ranks_of_node * batches * 2 * images * 3 * side * side)
-    return Estimate("shared memory, a node", value, "bytes", "ranks of it * (workers * prefetch + 2) * 2 n * 3 S^2")
+    return Estimate("shared memory, a node", value, "bytes", "ranks of it * (workers * prefetch + 4) * 2 n * 3 S^2")
 
 
 def wire(config: Config, sizes: Sizes) -> list[Estimate]:

@@ -33,6 +33,7 @@ class StopRequest:
         self._grace_seconds = grace_seconds
         self._deadline = time.monotonic() + wall_time_minutes * 60 if wall_time_minutes else None
         self._signal: int | None = None
+        self._agreed = False
         self._timer: threading.Timer | None = None
         self._before: dict[int, Any] = {}
 
@@ -43,7 +44,8 @@ class StopRequest:
         return self
 
     def agreed(self) -> None:
-        """All ranks have ended their step: from here on the commit may take as long as it takes."""
+        """All ranks have ended their step: from here on the commit may take as long as it takes, whatever comes."""
+        self._agreed = True
         if self._timer is not None:
             self._timer.cancel()
 
@@ -56,22 +58,29 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __bool__(self) -> bool:
-        return self._signal is not None or (self._deadline is not None and time.monotonic() > self._deadline)
+        return self._signal is not None or self._is_late()
 
     def reason(self) -> str:
-        return signal.Signals(self._signal).name if self._signal is not None else "checkpoint.wall_time_minutes"
+        if self._signal is not None:
+            return signal.Signals(self._signal).name
+        return "checkpoint.wall_time_minutes" if self._is_late() else "a signal to another rank"
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is None:
             self._signal = number
+            if self._agreed:
+                return
             self._timer = threading.Timer(self._grace_seconds, self._give_up)
             self._timer.daemon = True
             self._timer.start()
 
     def _give_up(self) -> None:
         message = (
-            f"rank {rank()}: no step ended within engine.grace_seconds = {self._grace_seconds:g} of the signal: "
-            "a peer must be gone; exiting without saving\n"
+            f"rank {rank()}: the ranks did not agree to stop within engine.grace_seconds = {self._grace_seconds:g}, "
+            "which must hold two steps: a peer may be gone; exiting without saving\n"
         )
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
         os._exit(1)

@@ -24,7 +24,7 @@ class NotFinite(RuntimeError):
     """Too many steps in a row whose loss or gradient was NaN or infinite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Taken:
     """A step that is queued on the device, its verdict not read."""
 
@@ -52,8 +52,8 @@ class Monitor:
     ):
         self._config, self._observer, self._probe, self._num_samples = config, observer, probe, num_samples
         self._waiting: Taken | None = None
-        self._last_skip = ""
-        self.skipped_steps, self.skipped_in_a_row = skipped_steps, 0
+        self._last_skip, self._exceeded = "", False
+        self.skipped_steps, self._in_a_row = skipped_steps, 0
 
     def record(self, taken: Taken) -> Asked:
         """Take a step in; returns what was asked of all ranks in the one before.
@@ -98,22 +98,29 @@ class Monitor:
             self._observer.ledger(line if outcome.finite else line | {"skipped": True})
         self._observer.advance()
         if outcome.finite:
-            self.skipped_in_a_row = 0
+            self._in_a_row = 0
             return
         self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self._last_skip = f"step {step}, rank {rank()}: {_what_was_wrong(outcome)}"
+        self._in_a_row += 1
+        # Kept, since a save may have settled a good step after it before anybody asks.
+        self._exceeded |= self._in_a_row > self._config.train.max_skipped_steps
+        self._last_skip = f"step {step}, rank {rank()}: {_what_was_wrong(outcome)}, in step {self._in_a_row} of a row"
         if rank() == 0:
             log.warning("%s: skipped, batch-norm statistics put back", self._last_skip)
 
+    @property
+    def in_a_streak(self) -> bool:
+        """Whether the last step that was settled was skipped, or too many before it. The same on all ranks."""
+        return self._in_a_row > 0 or self._exceeded
+
     def is_lost(self, over: bool) -> bool:
         """Whether too many steps in a row were skipped, or the last ones of the run. The same on all ranks."""
-        return self.skipped_in_a_row > (0 if over else self._config.train.max_skipped_steps)
+        return self._exceeded or (over and self._in_a_row > 0)
 
     def not_finite(self, saved_step: int) -> NotFinite:
         """The error of a run that is lost."""
         return NotFinite(
-            f"{self._last_skip}, in step {self.skipped_in_a_row} of a row "
+            f"{self._last_skip} "
             f"(train.max_skipped_steps = {self._config.train.max_skipped_steps}); the last good "
             f"checkpoint, of step {saved_step}, is intact: try a lower learning rate, or fp32"
         )

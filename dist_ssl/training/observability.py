@@ -132,10 +132,8 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, config: Config):
-        try:
-            import wandb
-        except ImportError:
-            raise RuntimeError("log.wandb_project is set, but wandb is not installed: pip install wandb") from None
+        import wandb  # `planning.before_start` has looked for it
+
         name = Path(config.run.dir).name
         self._run = wandb.init(project=config.log.wandb_project, name=name, id=name, resume="allow")
 

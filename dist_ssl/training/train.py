@@ -111,7 +111,7 @@ class Run:
 
     def loop(self, feed: Feed, monitor: Monitor, saver: Saver, stop: StopRequest, watchdog: Watchdog) -> int:
         step, batch = self.start.step, feed.next()
-        distributed.raise_together(feed.error if batch is None else None)
+        distributed.raise_together(feed.error)  # of the first two batches: nobody has heard of it yet
         while step < self.total_steps:
             assert batch is not None  # all ranks have heard of an error a step before
             result = self.train_step(batch, self._seed(step))
@@ -121,14 +121,22 @@ class Run:
             verdict = self.model.step(rate, agree(result.loss, asked))
             self.train_step.settle(verdict.finite)
             step += 1
-            heard = monitor.record(Taken(step, batch, result, rate, feed.waited_seconds, verdict))
+            taken = Taken(
+                step=step,
+                batch=batch,
+                result=result,
+                learning_rate=rate,
+                waited_seconds=feed.waited_seconds,
+                verdict=verdict,
+            )
+            heard = monitor.record(taken)
             watchdog.beat(step)
             over = step == self.total_steps
             if over or heard.end or saver.is_due(step, heard):
                 heard = heard.either(monitor.settle())
                 if heard.end:
                     stop.agreed()
-                if not monitor.skipped_in_a_row:  # else what was taken before the streak stays the newest
+                if not monitor.in_a_streak:  # else what was taken before the streak stays the newest
                     monitor.sync()
                     saver.save(self._state(step, monitor.skipped_steps))
             lost = monitor.is_lost(over)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_ssl import distributed, engine
 from dist_ssl.augment.parameters import BRIGHTNESS, JITTER
-from dist_ssl.config import Config
+from dist_ssl.config import Config, UserError
 from dist_ssl.data.stream import Batch, Batches
 from dist_ssl.models import ContrastiveModel
 from dist_ssl.training import train
@@ -121,6 +121,20 @@ def pretrain_with_poisoned_momentum(config: Config, at_step: int) -> int:
         return _pretrain(config, poison)
     finally:
         engine.initialize = real
+
+
+def error_of_a_bad_batch(config: Config, at_step: int) -> str:
+    """What is raised on this rank where rank 1 can't make a step's batch."""
+
+    def refuse(step: int, batch: Batch) -> None:
+        if step == at_step:
+            raise UserError(f"batch {step} is bad")
+
+    try:
+        _pretrain(config, refuse)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
 
 
 def pretrain_with_signal(config: Config, at_step: int, number: int) -> int:

@@ -53,6 +53,15 @@ def test_on_each_signal(tmp_path, small_shards, number):
     assert last_step(tmp_path / "run") in (2, 3)  # it came while step 2 was under way
 
 
+@pytest.mark.parametrize(("bad", "saved"), [(1, 0), (2, 0), (3, 2), (5, 4)])
+def test_a_batch_that_fails_on_one_rank_ends_all_with_its_error(tmp_path, small_shards, bad, saved):
+    """What was computed before it is committed: an error is known two steps before its batch would be needed."""
+    config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=1000")
+    for error in ranks(2).run(inject.error_of_a_bad_batch, config, bad):
+        assert error in (f"UserError: batch {bad} is bad", f"UserError: rank 1: batch {bad} is bad")
+    assert committed(config)[-1] == saved
+
+
 def test_a_failed_write_in_the_background_stops_the_next_step(tmp_path, small_shards):
     config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=10", "train.steps=200")
     Path(config.run.dir, "checkpoints").mkdir(parents=True)
