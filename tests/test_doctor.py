@@ -77,7 +77,7 @@ def test_too_little_shared_memory_for_the_prefetch_is_red(monkeypatch):
     config = configuration.load(DEBUG.parent / "simclr_resnet50_imagenet.toml")
     (finding,) = doctor.memory_for_workers(config)
     batch = 128 * 2 * 3 * 224 * 224
-    assert f"{8 * (8 * 2 + 2) * batch / 1e9:.1f} GB needed by 8 of 32 ranks" in finding.answer
+    assert f"{8 * (8 * 2 + 4) * batch / 1e9:.1f} GB needed by 8 of 32 ranks" in finding.answer
     needs_all = configuration.with_overrides(config, [f"data.prefetch_batches={free // (8 * 8 * batch) + 2}"])
     (finding,) = doctor.memory_for_workers(needs_all)
     assert finding.remedy is not None
