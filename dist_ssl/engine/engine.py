@@ -72,7 +72,7 @@ class Engine:
 
         `decide`, which may be collective, is called once on every rank with what the rank adds to the squared norm of
         the averaged gradient; where its verdict is not finite nothing is applied: on a GPU by a flag that the
-        optimizer's kernels read, so that the host waits for nothing.
+        optimizer's kernels read, so that the host waits for nothing (under ZeRO 3 DeepSpeed waits, for its own norm).
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -20,11 +20,11 @@ class Announcement:
 
     def __init__(self, config: Config, world: World, manifest: Manifest, model: ContrastiveModel, done_steps: int):
         self._config, self._world = config, world
-        self._started, self._done_steps = time.monotonic(), done_steps
-        if world.rank != 0:
-            return
         batch, samples = config.train.global_batch_size, manifest.num_samples
         steps = config_module.total_steps(config, samples)
+        self._started, self._steps_to_go = time.monotonic(), steps - done_steps
+        if world.rank != 0:
+            return
         encoder, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.head))
         classes = f", {len(manifest.classes)} classes for the probes" if manifest.classes else ", no labels"
         device = "GPU" if world.device.type == "cuda" else "CPU"
@@ -39,7 +39,7 @@ class Announcement:
         ):
             log.info("%s", line)
 
-    def over(self, steps: int) -> None:
+    def over(self) -> None:
         """Call on every rank when all steps are done."""
         if self._world.rank == 0:
             minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
@@ -47,6 +47,6 @@ class Announcement:
             replaced = len(bad_samples(run_dir))
             log.info(
                 "%s: complete, %d steps in %d min %02d s%s; next: dist-ssl evaluate %s",
-                run_dir, steps - self._done_steps, minutes, seconds,
+                run_dir, self._steps_to_go, minutes, seconds,
                 f", {replaced} bad samples replaced (quarantine-rank*.jsonl)" if replaced else "", run_dir,
             )  # fmt: skip

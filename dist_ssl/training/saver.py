@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 from dist_ssl.checkpoint import Checkpointer, RunState
+from dist_ssl.checkpoint.read import PROBE
 from dist_ssl.config import Config
 from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
@@ -44,7 +45,7 @@ class Saver:
         """Start a checkpoint; versions are added. Collective."""
         replicated = dict(self._model.model.named_buffers())
         if self._probe is not None:
-            replicated |= {f"probe.{name}": tensor for name, tensor in self._probe.state_dict().items()}
+            replicated |= {f"{PROBE}{name}": tensor for name, tensor in self._probe.state_dict().items()}
         self._checkpointer.save(replace(state, versions=versions()), replicated)
         self._saved_step, self._saved_at = state.step, time.monotonic()
 

@@ -94,7 +94,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         monitor = Monitor(config, observer, probe, plan.num_samples, state.skipped_steps)
         code = run.loop(feed, monitor, saver, stop, watchdog)
     if code == 0:
-        announcement.over(total_steps)
+        announcement.over()
     return code
 
 
