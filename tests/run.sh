@@ -12,4 +12,9 @@ if [ "$system" = true ]; then bash tests/system.sh; fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec "$python" -m pytest "$@"
+# Two tests at a time: a third of their time they wait. Not where a few are chosen, or their output is wanted.
+workers=(-n 2 --dist loadgroup)
+for argument in "$@"; do
+    case "$argument" in tests/* | -s | -k) workers=() ;; esac
+done
+exec "$python" -m pytest "${workers[@]}" "$@"

@@ -13,7 +13,12 @@ from tests.cluster.scenes import Scene, assert_same_run, losses
 from tests.cluster.slurm import MARKER, Cluster, marked_processes, missing, wait_until
 from tests.s3 import s3_server
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.xdist_group("cluster"),  # one cluster, so one process
+]
 
 
 @pytest.fixture(scope="module")
