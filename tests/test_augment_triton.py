@@ -23,9 +23,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def differences(size: int, dtype: str, device: str = "cpu") -> tuple[float, float, bool]:
     """`augment` by the kernels: against the CPU's, in parts of a pixel's range; against two rows alone; its format.
 
-    Every order of jitter, and rows without; flip, grey and blur as drawn.
+    Every order of jitter, and rows without; flip, grey, blur and solarisation as drawn.
     """
-    config, n = AugmentConfig(crop_size=size), 14
+    config, n = AugmentConfig(crop_size=size, solarise_probability=0.3), 14
     crops, (drawn, _) = photographs(n, size), draw_views(3, np.zeros(n, np.int64), np.arange(n), config)
     drawn.flatten(0, 1)[:, A.ORDER] = torch.arange(2 * n) % 24
     drawn[5, 1, A.BLUR] = 1

@@ -154,9 +154,9 @@ def fp64_losses(config: Config) -> list[float]:
     found = []
     rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, size)[0]
     for batch in _batches(config, manifest, config.train.steps or 1):
-        views = augment(batch.crops, batch.parameters, config.augment).flatten(0, 1).double()
-        _, z = model(views)
-        loss = objective.nt_xent(z[0::2], z[1::2], 0.1, rows_per_rank=rows, sample_ids=batch.sample_ids)
+        views = [augment(*of_size, config.augment).flatten(0, 1).double() for of_size in batch.of_each_size()]
+        z = model(*views)[1].unflatten(0, (len(batch.keys), -1))
+        loss = objective.nt_xent_views(z, 0.1, rows_per_rank=rows, sample_ids=batch.sample_ids)
         optimizer.zero_grad()
         loss.backward()
         total = loss.detach() / size

@@ -25,6 +25,7 @@ from dist_ssl.augment.parameters import (
     ORDERS,
     SATURATION,
     SIGMA,
+    SOLARISE,
     blur_size,
 )
 from dist_ssl.config import AugmentConfig
@@ -33,7 +34,7 @@ CACHED_PIXELS = 2**16  # rows of a block on a CPU: with its scratch space it sho
 
 
 def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
-    """uint8 (R, 3, S, S), parameters (R, P) on the CPU -> float32 (R, 3, S, S), blurred and normalised."""
+    """uint8 (R, 3, S, S), parameters (R, P) on the CPU -> float32 (R, 3, S, S), to the last operation."""
     device, size = rows_u8.device, rows_u8.shape[-1]
     largest = max(1, CACHED_PIXELS // size**2)
     std = torch.tensor(config.std, device=device).view(3, 1, 1)
@@ -58,6 +59,8 @@ def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
             for i in grey:
                 x[i].copy_(luma[i])
         _blur_rows(x, of_rows)
+        for i in of_rows[:, SOLARISE].nonzero().flatten().tolist():
+            torch.minimum(x[i], 1 - x[i], out=x[i])  # 1 - x from 0.5 on
         x.mul_(scale).add_(shift)
         if alone is None:
             views[rows.to(device)] = x

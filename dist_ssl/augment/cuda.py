@@ -1,10 +1,9 @@
-"""Flip, colour jitter, grey, blur and normalisation of uint8 crops as Triton kernels: what `augment` does, for CUDA.
+"""Flip, colour jitter, grey, blur, solarisation and normalisation of uint8 crops as Triton kernels: `augment` on CUDA.
 
 Every row has its own order of operations: a program works on one row, so that the order is a branch which its threads
 take together. The contrast needs the mean luma of its image as it is at that point, so a first launch makes that, as
 whole numbers, whose sums are the same in any order. A second makes the views, in the format and dtype that the first
-convolution reads. Rows to be blurred it leaves as fp32 planes, for two more launches: along rows, along columns. The
-blur comes after the normalisation, with which it commutes (its weights add up to one).
+convolution reads. Rows to be blurred it leaves as fp32 planes, for two more launches: along rows, along columns.
 
 Bytes a pixel of three channels: 3 + 3 read, 6 written in bf16; of a blurred row 3 + 3 read, then 12 written and read
 twice, 6 written. Everything that is drawn goes to the device as one table.
@@ -32,6 +31,7 @@ _FLIP, _GREY = tl.constexpr(columns.FLIP), tl.constexpr(columns.GREY)
 _BRIGHTNESS, _CONTRAST = tl.constexpr(columns.BRIGHTNESS), tl.constexpr(columns.CONTRAST)
 _SATURATION, _HUE = tl.constexpr(columns.SATURATION), tl.constexpr(columns.HUE)
 _BLUR, _SIGMA = tl.constexpr(columns.BLUR), tl.constexpr(columns.SIGMA)
+_SOLARISE = tl.constexpr(columns.SOLARISE)
 # Behind the parameters: the operations of a row in their order, 0 for none; the row's place among those that are
 # blurred; and, in the table's k-th row, the k-th row that is blurred.
 _STEPS = tl.constexpr(columns.NUM_PARAMETERS)
@@ -43,7 +43,7 @@ _ORDERS = np.array(columns.ORDERS)
 def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig, dtype: torch.dtype) -> Tensor:
     """uint8 (R, 3, S, S) on a device, parameters (R, P) on the CPU -> (R, 3, S, S) in channels-last format.
 
-    Normalised and blurred. Nothing is read back from the device, and the host does not wait for it.
+    Nothing is read back from the device, and the host does not wait for it.
     """
     rows_u8 = rows_u8.contiguous()
     device, size = rows_u8.device, rows_u8.shape[-1]
@@ -56,19 +56,19 @@ def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig, dtype: torch.
     grid = (len(rows_u8), triton.cdiv(size**2, BLOCK))
     sums = torch.empty(grid, dtype=torch.int64, device=device)
     _luma_sums[grid](rows_u8, table, sums, size, BLOCK=BLOCK)
-    scale = [1 / std for std in config.std]
-    shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
+    normal = [1 / std for std in config.std]
+    normal += [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
     tiles = triton.next_power_of_2(grid[1])
-    _colours[grid](rows_u8, table, sums, views, planes, size, *scale, *shift, BLOCK=BLOCK, TILES=tiles)
+    _colours[grid](rows_u8, table, sums, views, planes, size, *normal, BLOCK=BLOCK, TILES=tiles)
     if num_blurred:
         grid, radius = (num_blurred, grid[1]), columns.blur_size(size) // 2
-        _blur[grid](planes, table, along_rows, size, radius, ALONG_ROWS=True, BLOCK=BLOCK)
-        _blur[grid](along_rows, table, views, size, radius, ALONG_ROWS=False, BLOCK=BLOCK)
+        _blur[grid](planes, table, along_rows, size, radius, *normal, ALONG_ROWS=True, BLOCK=BLOCK)
+        _blur[grid](along_rows, table, views, size, radius, *normal, ALONG_ROWS=False, BLOCK=BLOCK)
     return views
 
 
 def _table(drawn: Tensor, radius: int) -> tuple[Tensor, int]:
-    """(R, P) -> the kernels' table (R, 16), and how many rows are blurred."""
+    """(R, P) -> the kernels' table (R, P + 6), and how many rows are blurred."""
     parameters = drawn.numpy()
     table = np.zeros((len(parameters), _WIDTH.value), np.float32)
     table[:, : columns.NUM_PARAMETERS] = parameters
@@ -153,8 +153,13 @@ def _luma_sums(crops, table, sums, S, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store(views, row, pixels, S, red, green, blue):
-    """Three values of some pixels of a row, side by side as channels-last format has them."""
+def _finish(
+    views, table, row, pixels, S, red, green, blue, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b
+):  # fmt: skip
+    """Solarise some pixels of a row where it is to be, normalise, and write as channels-last format has them."""
+    if tl.load(table + row * _WIDTH + _SOLARISE) > 0:
+        red, green, blue = tl.minimum(red, 1 - red), tl.minimum(green, 1 - green), tl.minimum(blue, 1 - blue)
+    red, green, blue = red * scale_r + shift_r, green * scale_g + shift_g, blue * scale_b + shift_b
     place = views + (row.to(tl.int64) * S * S + pixels) * 3
     inside = pixels < S * S
     tl.store(place, red.to(views.dtype.element_ty), mask=inside)
@@ -188,16 +193,20 @@ def _colours(
     if tl.load(table + row * _WIDTH + _GREY) > 0:
         red = _luma(red, green, blue)
         green, blue = red, red
-    red, green, blue = red * scale_r + shift_r, green * scale_g + shift_g, blue * scale_b + shift_b
     if tl.load(table + row * _WIDTH + _BLUR) > 0:
         place = tl.load(table + row * _WIDTH + _PLACE).to(tl.int32)
         _store_planes(planes, place, pixels, S, red, green, blue)
     else:
-        _store(views, row, pixels, S, red, green, blue)
+        _finish(
+            views, table, row, pixels, S, red, green, blue, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b
+        )  # fmt: skip
 
 
 @triton.jit
-def _blur(planes, table, out, S, radius, ALONG_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _blur(
+    planes, table, out, S, radius, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
+    ALONG_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gaussian blur of fp32 planes, reflecting at the edges: along rows to planes again, along columns to the views."""
     place = tl.program_id(0)
     row = tl.load(table + place * _WIDTH + _BLURRED).to(tl.int32)
@@ -224,4 +233,6 @@ def _blur(planes, table, out, S, radius, ALONG_ROWS: tl.constexpr, BLOCK: tl.con
     if ALONG_ROWS:
         _store_planes(out, place, pixels, S, red, green, blue)
     else:
-        _store(out, row, pixels, S, red, green, blue)
+        _finish(
+            out, table, row, pixels, S, red, green, blue, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b
+        )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Crops -> views on the training device: flip, colour jitter in the drawn order, grey, blur, normalise.
+"""Crops -> views on the training device: flip, colour jitter in the drawn order, grey, blur, solarise, normalise.
 
 The definitions are torchvision's for float tensors. On CUDA all rows go through two kernels at once (`cuda`), elsewhere
 in blocks (`cpu`).
 
-Legend: n samples, V views of each, S pixels a side, P parameters.
+Legend: n samples, V views of one size of each, S pixels a side, P parameters.
 """
 
 from __future__ import annotations

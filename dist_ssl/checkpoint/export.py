@@ -73,7 +73,7 @@ def write_export(checkpoint: Checkpoint, file: Path, with_head: bool = False) ->
         tensors |= {name: t for name, t in state.items() if name.startswith("head.")}
     described = {
         "encoder": config.model.encoder,
-        "image_size": config.augment.crop_size,
+        "image_size": config.augment.image_size,
         "mean": config.augment.mean,
         "std": config.augment.std,
         "step": checkpoint.step,

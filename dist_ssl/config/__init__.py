@@ -26,6 +26,8 @@ from dist_ssl.config.sections import (
     StorageConfig,
     TrainConfig,
     UserError,
+    ViewPolicy,
+    ViewsConfig,
 )
 from dist_ssl.config.writing import dumps, dumps_with_origins, explain, known_keys
 
@@ -49,6 +51,8 @@ __all__ = [
     "StorageConfig",
     "TrainConfig",
     "UserError",
+    "ViewPolicy",
+    "ViewsConfig",
     "dumps",
     "dumps_with_origins",
     "explain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def with_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> Co
 
 def resume_diff(saved: Config, new: Config) -> list[str]:
     """Lines `key: saved -> new` for what a resumed run may not change; empty when the resume is allowed."""
-    before, after = _flatten(saved.model_dump()), _flatten(new.model_dump())
+    before, after = (_flatten(one.model_dump(exclude_none=True)) for one in (saved, new))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before | after)
@@ -132,6 +133,7 @@ def _set(values: dict[str, Any], override: str) -> None:
 def nearest_key(wrong: str) -> str:
     """The known key that a wrong one most likely means: by its name in that section, elsewhere, in other libraries."""
     keys = {key.dotted: key for key in known_keys()}
+    wrong = re.sub(r"\.\d+(?=\.|$)", "", wrong)  # the number of a set of views
     section, _, name = wrong.rpartition(".")
     if section in Config.model_fields or any(key.section == section for key in keys.values()):
         own = {key.name: dotted for dotted, key in keys.items() if key.section == section}
@@ -147,6 +149,8 @@ def nearest_key(wrong: str) -> str:
 
 def _explain(error: Any, source: str, overridden: Sequence[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
+    if any(key.startswith(f"{whole}.") for whole in overridden):
+        source = "--set"  # what is wrong stands inside a value that it gave
     if error["type"] == "extra_forbidden":
         # pydantic names the section where that is wrong already; --set said the whole key.
         given = next((whole for whole in overridden if f"{whole}.".startswith(f"{key}.")), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from itertools import groupby
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
@@ -55,20 +56,84 @@ class DataConfig(Section):
     )
 
 
-class AugmentConfig(Section):
-    """SimCLR's augmentation (Chen et al. 2020, appendix A)."""
+Side = Annotated[int, Field(ge=8, le=4096)]
+Scale = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=1.25)]
 
-    crop_size: int = Field(224, ge=8, le=4096, description="side of a view, in pixels")
-    min_scale: float = Field(0.08, gt=0, le=1, description="a crop's smallest share of the image's area")
-    flip_probability: float = Field(0.5, ge=0, le=1, description="of a horizontal flip")
-    jitter_probability: float = Field(
-        0.8, ge=0, le=1, description="of brightness, contrast, saturation and hue together"
-    )
-    jitter_strength: float = Field(1.0, ge=0, le=1.25, description="1 is the paper's: 0.8, 0.8, 0.8 and 0.2")
-    grey_probability: float = Field(0.2, ge=0, le=1, description="of a view without colour")
-    blur_probability: float = Field(0.5, ge=0, le=1, description="of a Gaussian blur, sigma 0.1 to 2")
+
+class ViewPolicy(Section):
+    """How a view is made: SimCLR's augmentation (Chen et al. 2020, appendix A), and BYOL's solarisation."""
+
+    crop_size: Side = Field(224, description="side of a view, in pixels")
+    min_scale: Scale = Field(0.08, description="a crop's smallest share of the image's area")
+    max_scale: Scale = Field(1.0, description="a crop's largest share of the image's area")
+    flip_probability: Probability = Field(0.5, description="of a horizontal flip")
+    jitter_probability: Probability = Field(0.8, description="of brightness, contrast, saturation and hue together")
+    jitter_strength: Strength = Field(1.0, description="1 is the paper's: 0.8, 0.8, 0.8 and 0.2")
+    grey_probability: Probability = Field(0.2, description="of a view without colour")
+    blur_probability: Probability = Field(0.5, description="of a Gaussian blur, sigma 0.1 to 2")
+    solarise_probability: Probability = Field(0.0, description="of values from 0.5 on turned over (BYOL, appendix B)")
+
+
+class ViewsConfig(Section):
+    """A set of views that are made alike; what it leaves unset is as [augment] says."""
+
+    count: int = Field(1, ge=1, description="views of the set")
+    crop_size: Side | None = Field(None, description="unset: augment.crop_size")
+    min_scale: Scale | None = Field(None, description="unset: augment.min_scale")
+    max_scale: Scale | None = Field(None, description="unset: augment.max_scale")
+    flip_probability: Probability | None = Field(None, description="unset: augment.flip_probability")
+    jitter_probability: Probability | None = Field(None, description="unset: augment.jitter_probability")
+    jitter_strength: Strength | None = Field(None, description="unset: augment.jitter_strength")
+    grey_probability: Probability | None = Field(None, description="unset: augment.grey_probability")
+    blur_probability: Probability | None = Field(None, description="unset: augment.blur_probability")
+    solarise_probability: Probability | None = Field(None, description="unset: augment.solarise_probability")
+
+
+class AugmentConfig(ViewPolicy):
+    """The views of an image: how they are made unless their set says otherwise, and the sets."""
+
     mean: Triple = Field((0.485, 0.456, 0.406), description="subtracted from each channel, of values in [0, 1]")
     std: Triple = Field((0.229, 0.224, 0.225), description="that each channel is divided by")
+    views: list[ViewsConfig] = Field([], description="sets of views, those of one size side by side; none: two views")
+
+    def policies(self) -> tuple[ViewPolicy, ...]:
+        """Of each view of an image, V in all."""
+        own = self.model_dump(include=set(ViewPolicy.model_fields))
+        return tuple(
+            ViewPolicy(**own | views.model_dump(exclude={"count"}, exclude_none=True))
+            for views in self.views or [ViewsConfig(count=2)]
+            for _ in range(views.count)
+        )
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(S, V_s) of each size: its side and how many views have it, in the order of the views."""
+        sides = [policy.crop_size for policy in self.policies()]
+        return [(side, len(list(alike))) for side, alike in groupby(sides)]
+
+    @property
+    def num_views(self) -> int:
+        """V, of an image."""
+        return len(self.policies())
+
+    @property
+    def image_size(self) -> int:
+        """Side of the largest view, which is what an evaluation reads and a ViT has position embeddings for."""
+        return max(side for side, _ in self.sizes())
+
+    @model_validator(mode="after")
+    def views_can_be_made(self) -> Self:
+        sides = [side for side, _ in self.sizes()]
+        for least, most in ((policy.min_scale, policy.max_scale) for policy in self.policies()):
+            if least > most:
+                raise ValueError(f"views: expected min_scale <= max_scale, got {least:g} and {most:g}")
+        if self.num_views < 2:
+            raise ValueError(f"views: expected at least 2 views of an image, got {self.num_views}; raise a count")
+        if len(set(sides)) < len(sides):
+            said = ", ".join(f"{count} of {side}" for side, count in self.sizes())
+            raise ValueError(f"views: expected views of one size side by side, got {said} pixels; reorder the sets")
+        return self
 
 
 class HeadConfig(Section):
@@ -164,7 +229,7 @@ class DiagnosticsConfig(Section):
 class EvaluationConfig(Section):
     train_shards: str | None = Field(None, description="labelled, what probes are fitted on")
     test_shards: str | None = Field(None, description="labelled, what they are scored on")
-    image_size: int | None = Field(None, ge=8, description="unset: augment.crop_size")
+    image_size: int | None = Field(None, ge=8, description="unset: that of the largest view")
     resize_ratio: float = Field(1.0, ge=1, description="resize to image_size * ratio, then a centre crop")
     batch_size_per_rank: int = Field(256, ge=1, description="images of one forward")
     num_workers: int = Field(2, ge=0, description="processes that read and decode, per rank")

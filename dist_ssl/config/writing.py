@@ -28,7 +28,10 @@ class Key(NamedTuple):
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
     """Every key that a file may hold, in the order of the sections."""
     for name, field in model.model_fields.items():
-        sections = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        items = get_args(field.annotation) if get_origin(field.annotation) is list else ()
+        if any(map(_is_section, items)):
+            yield Key(prefix, name, field)  # a list of tables: it may stand in a line, and its tables have keys
+        sections = [part for part in [*_parts(field.annotation), *items] if _is_section(part)]
         for section in sections:
             yield from known_keys(section, f"{prefix}.{name}" if prefix else name)
         if not sections:
@@ -96,6 +99,10 @@ def _key(name: str) -> str:
     return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
 
 
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _parts(annotation: Any) -> list[Any]:
     """The members of a union, or the one type."""
     return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
@@ -117,7 +124,8 @@ def _name_of(annotation: Any) -> str:
     if get_origin(annotation) in (list, tuple):
         inner = [_name_of(part) for part in get_args(annotation)]
         return f"{len(inner)} x {inner[0]}" if get_origin(annotation) is tuple else f"list of {inner[0]}"
-    return "table" if get_origin(annotation) is dict else getattr(annotation, "__name__", str(annotation))
+    is_table = get_origin(annotation) is dict or _is_section(annotation)
+    return "table" if is_table else getattr(annotation, "__name__", str(annotation))
 
 
 def _default_of(field: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""From shards to batches: worker processes read, decode once and crop; what they hand over is uint8.
+"""From shards to batches: worker processes read, decode once and crop all views; what they hand over is uint8.
 
 What stands in a batch follows from the plan and the cursor; workers decide only when it is ready. A sample that can't
 be decoded is replaced by the next of its shard, keeping its position and the randomness of its views. A storage fault
@@ -45,8 +45,8 @@ LOOK_AHEAD_BATCHES = 64  # of an evaluation: whose shards are fetched to the cac
 class Batch:
     """One step's samples of one rank, n of them."""
 
-    crops: Tensor  # uint8 (n, 2, 3, S, S)
-    parameters: Tensor  # float32 (n, 2, P), on the CPU: the draws of `augment`
+    crops: list[Tensor]  # uint8 (n, V_s, 3, S, S), one a size, in the order of the config's views
+    parameters: Tensor  # float32 (n, V, P), on the CPU: the draws of `augment`
     sample_ids: Tensor  # int64 (n,): the index in the manifest
     epochs: Tensor  # int64 (n,)
     positions: Tensor  # int64 (n,)
@@ -57,7 +57,12 @@ class Batch:
 
     def on_device(self) -> list[Tensor]:
         """What `to` moves. Parameters stay: `augment` reads them on the host."""
-        return [self.crops, self.sample_ids, self.labels]
+        return [*self.crops, self.sample_ids, self.labels]
+
+    def of_each_size(self, rows: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+        """(crops (n, V_s, 3, S, S), parameters (n, V_s, P)) of these rows' views, for `augment`."""
+        parameters = self.parameters[rows].split([crops.shape[1] for crops in self.crops], dim=1)
+        yield from zip((crops[rows] for crops in self.crops), parameters, strict=True)
 
     def pin_memory(self) -> Batch:
         """With what goes to the device in pinned memory, so that `to` does not wait."""
@@ -66,7 +71,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return self._with(*(tensor.to(device, non_blocking=True) for tensor in self.on_device()))
 
-    def _with(self, crops: Tensor, sample_ids: Tensor, labels: Tensor) -> Batch:
+    def _with(self, *moved: Tensor) -> Batch:
+        *crops, sample_ids, labels = moved
         return replace(self, crops=crops, sample_ids=sample_ids, labels=labels)
 
 
@@ -187,8 +193,8 @@ class _Training(Dataset[Any]):
         epochs, shards, members = self.plan.locate(positions)
         sample_ids = self.starts[shards] + members
         parameters, uniforms = draw_views(config.run.seed, epochs, sample_ids, config.augment)
-        size = config.augment.crop_size
-        crops = torch.from_numpy(np.empty((len(positions), 2, 3, size, size), np.uint8))
+        policies, crops = config.augment.policies(), empty_crops(len(positions), config.augment)
+        of_view = [of_size.numpy()[:, view] for of_size in crops for view in range(of_size.shape[1])]
         labels, replaced, quarantined = np.empty(len(positions), np.int64), {}, []
         data = self.reader.images(shards, members)
         for row, (shard, member) in enumerate(zip(shards.tolist(), members.tolist(), strict=True)):
@@ -197,9 +203,9 @@ class _Training(Dataset[Any]):
             if used != member:
                 replaced[row] = self.reader.key(shard, used)
             labels[row] = self.reader.index(shard).labels[used]
-            for view in range(2):
-                box = crop_box(uniforms[row, view], image.height, image.width, config.augment.min_scale)
-                crops.numpy()[row, view] = crop_and_resize(image, box, size)
+            for policy, u, made in zip(policies, uniforms[row], of_view, strict=True):
+                box = crop_box(u, image.height, image.width, policy.min_scale, policy.max_scale)
+                made[row] = crop_and_resize(image, box, policy.crop_size)
         return Batch(
             crops,
             parameters,
@@ -259,8 +265,15 @@ class _Evaluation(Dataset[Any]):
 def draw_views(
     seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], config: AugmentConfig
 ) -> tuple[Tensor, NDArray[np.float64]]:
-    """The augmentation of n samples: parameters (n, 2, P) float32, and uniforms (n, 2, 22) for `crop_box`."""
-    return draw(view_uniforms(seed, epochs, sample_ids, 2, NUM_UNIFORMS), config)
+    """The augmentation of n samples: parameters (n, V, P) float32, and uniforms (n, V, 22) for `crop_box`."""
+    policies = config.policies()
+    return draw(view_uniforms(seed, epochs, sample_ids, len(policies), NUM_UNIFORMS), policies)
+
+
+def empty_crops(n: int, config: AugmentConfig) -> list[Tensor]:
+    """Room for the crops of n images, uint8 (n, V_s, 3, S, S), one a size."""
+    shapes = [(n, num_views, 3, side, side) for side, num_views in config.sizes()]
+    return [torch.from_numpy(np.empty(shape, np.uint8)) for shape in shapes]
 
 
 def plan_of(config: Config, manifest: Manifest) -> Plan:

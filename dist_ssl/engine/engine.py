@@ -61,8 +61,8 @@ class Engine:
         """The module itself. Under ZeRO 3 its parameters are empty between steps."""
         return self._engine.module
 
-    def __call__(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        return self._engine(views)
+    def __call__(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        return self._engine(*views)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)

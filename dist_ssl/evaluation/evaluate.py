@@ -77,7 +77,7 @@ def weights_subject(weights: Path, encoder: str, config: Config, output: Path | 
     """Anybody's weights; there is no head, and a freshly initialised encoder stands for the untrained one."""
     from dist_ssl.models import build_encoder
 
-    size = config.evaluation.image_size or config.augment.crop_size
+    size = config.evaluation.image_size or config.augment.image_size
     torch.manual_seed(config.run.seed)
     return Subject(
         str(weights),

@@ -1,8 +1,8 @@
-"""What the report shows of images: neighbours in h and z, an embedding map, view pairs as trained. Small arrays only.
+"""What the report shows of images: neighbours in h and z, an embedding map, views as trained. Small arrays only.
 
 pictures.npz: sample_images uint8 (n, 3, s, s) and sample_labels (n,); queries (q,) and neighbours_<layer> (q, 8), rows
 of the sample; pca_<layer> (m, 2) with pca_share_<layer>, umap_<layer> where umap is installed, map_labels (m,); views
-uint8 (p, 2, 3, s, s).
+uint8 (p, V, 3, s, s).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dist_ssl.evaluation.knn import nearest
 
 log = logging.getLogger(__name__)
 
-SAMPLE, MAP_POINTS, QUERIES, NEIGHBOURS, PAIRS, THUMBNAIL = 1024, 1500, 6, 8, 12, 64
+SAMPLE, MAP_POINTS, QUERIES, NEIGHBOURS, VIEWS, THUMBNAIL = 1024, 1500, 6, 8, 24, 64
 
 
 def pictures(test: Split, features: Features) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ def pictures(test: Split, features: Features) -> dict[str, np.ndarray]:
     found["queries"] = queries
     for name in ("queries", *(name for name in found if name.startswith("neighbours_"))):
         found[name] = np.vectorize(place.__getitem__)(found[name])
-    views = view_pairs(test.config)
+    views = views_as_trained(test.config)
     if views is not None:
         found["views"] = views
     return found
@@ -84,32 +84,39 @@ def principal_components(values: np.ndarray) -> tuple[np.ndarray, np.float64]:
     return two.float().numpy(), np.float64((s[:2].square().sum() / s.square().sum().clamp(min=1e-30)).item())
 
 
-def view_pairs(config: Config) -> np.ndarray | None:
-    """The first view pairs of the run's own data and augmentation; None, with a warning, where its data is gone."""
+def views_as_trained(config: Config) -> np.ndarray | None:
+    """Views of the first images, by the run's own data and augmentation; None, with a warning, where its data is gone.
+
+    uint8 (p, V, 3, s, s); views of all sizes are shown alike.
+    """
     if not config.data.shards:
         return None
-    few = configuration.with_overrides(config, [f"train.global_batch_size={PAIRS}", "data.num_workers=0"])
+    images = max(VIEWS // config.augment.num_views, 4)
+    keys = [f"train.global_batch_size={images}", "objective.chunks=1", "data.num_workers=0"]
+    few = configuration.with_overrides(config, keys)
     try:
         manifest = load_manifest(few.data.shards, few.storage)
         place = {"cursor": 0, "first_step": 0, "num_steps": 1, "rank": 0, "world_size": 1}
         with stream.training_batches(few, manifest, **place) as batches:
             batch = next(batches)
-        views = augment.augment(batch.crops, batch.parameters, few.augment)
+        sizes = [augment.augment(crops, drawn, few.augment) for crops, drawn in batch.of_each_size()]
     except (OSError, UserError) as error:
-        log.warning("no view pairs in the report: %s", error)
+        log.warning("no views in the report: %s", error)
         return None
-    n = len(views)
-    flat = views.reshape(2 * n, *views.shape[2:])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (few.augment.mean, few.augment.std))
-    pixels = ((flat.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    small = thumbnails(pixels)
-    return small.reshape(n, 2, *small.shape[1:])
+    side = min(few.augment.image_size, THUMBNAIL)
+    small = []
+    for views in sizes:
+        pixels = ((views.flatten(0, 1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        small.append(thumbnails(pixels, side).reshape(*views.shape[:3], side, side))
+    return np.concatenate(small, axis=1)
 
 
-def thumbnails(images: Tensor) -> np.ndarray:
-    """uint8 (n, 3, S, S) at most THUMBNAIL pixels wide."""
-    if images.shape[-1] > THUMBNAIL:
-        small = F.interpolate(images.float(), size=(THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True)
+def thumbnails(images: Tensor, side: int | None = None) -> np.ndarray:
+    """uint8 (n, 3, S, S) -> `side` pixels wide, or THUMBNAIL where they are wider than that."""
+    side = side or min(images.shape[-1], THUMBNAIL)
+    if images.shape[-1] != side:
+        small = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
         images = small.round().clamp(0, 255).to(torch.uint8)
     return images.numpy()
 

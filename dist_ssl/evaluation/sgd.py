@@ -25,13 +25,13 @@ from torchvision.transforms import functional as TF
 from dist_ssl import augment, distributed
 from dist_ssl import config as configuration
 from dist_ssl.augment.parameters import FLIP
-from dist_ssl.config import UserError
+from dist_ssl.config import AugmentConfig, UserError, ViewsConfig
 from dist_ssl.data import stream
 from dist_ssl.data.progress import track
 from dist_ssl.evaluation.features import Split
 from dist_ssl.evaluation.frozen import Readable
 
-BATCH = 1024
+BATCH, MIN_SCALE = 1024, 0.08
 
 
 @dataclass(frozen=True)
@@ -111,25 +111,38 @@ def train_and_score(
 
 
 def _streamed(train: Split, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of each global batch, through the pretraining's own stream; only the first view is used."""
+    """This rank's part of each global batch, through the pretraining's own stream, of one view."""
     config = configuration.with_overrides(
         train.config,
         [
             f"train.global_batch_size={batch_size}",
             f"run.seed={seed}",
             "objective.chunks=1",
-            *(f"augment.{name}_probability=0.0" for name in ("jitter", "grey", "blur")),
-            f"augment.crop_size={train.image_size}",
-            "augment.min_scale=0.08",
             f"data.num_workers={train.config.evaluation.num_workers}",
         ],
-    )
+    ).model_copy(update={"augment": _crop_and_flip(train)})
     place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = stream.training_batches(config, train.manifest, cursor=0, first_step=0, num_steps=steps, **place)
     with batches:
         for batch in batches:
-            views = augment.augment(batch.crops.to(train.device), batch.parameters, config.augment)
+            views = augment.augment(batch.crops[0].to(train.device), batch.parameters, config.augment)
             yield views[:, 0], batch.labels.to(train.device)
+
+
+def _crop_and_flip(train: Split) -> AugmentConfig:
+    """One view of each image, which a pretraining's config would refuse."""
+    view = ViewsConfig(
+        count=1,
+        crop_size=train.image_size,
+        min_scale=MIN_SCALE,
+        max_scale=1.0,
+        flip_probability=train.augment.flip_probability,
+        jitter_probability=0.0,
+        grey_probability=0.0,
+        blur_probability=0.0,
+        solarise_probability=0.0,
+    )
+    return train.augment.model_copy(update={"views": [view]})
 
 
 def _in_memory(train: Split, few: Images, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -137,7 +150,7 @@ def _in_memory(train: Split, few: Images, batch_size: int, steps: int, seed: int
     size = train.image_size
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5D]))
     order = np.empty(0, dtype=np.int64)
-    settings = train.config.augment.model_copy(update={"min_scale": 0.08, "crop_size": size})
+    settings = _crop_and_flip(train)
     for step in range(steps):
         while len(order) < batch_size:
             order = np.concatenate([order, generator.permutation(len(few.labels))])
@@ -149,7 +162,7 @@ def _in_memory(train: Split, few: Images, batch_size: int, steps: int, seed: int
         crops = []
         for position, row in enumerate(mine):
             side = few.images.shape[-1]
-            top, left, height, width = augment.crop_box(uniforms[position, 0], side, side, 0.08)
+            top, left, height, width = augment.crop_box(uniforms[position, 0], side, side, MIN_SCALE)
             crop = TF.resized_crop(few.images[row], top, left, height, width, [size, size], antialias=True)
             crops.append(crop.flip(2) if drawn[position, 0, FLIP] > 0 else crop)
         pixels = torch.stack(crops) if crops else few.images[:0]

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 from dist_ssl.config import UserError
 from dist_ssl.models.batch_norm import GlobalBatchNorm
 from dist_ssl.models.resnet import BasicBlock, Bottleneck, ResNet
+from dist_ssl.models.vit import VisionTransformer, check_divides
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -53,7 +53,7 @@ def build_encoder(name: str, image_size: int = 224) -> nn.Module:
 
     ResNets and ViTs are torchvision's, parameter names included, without their classifier; batch norm is global.
     `_small` replaces the ResNet's stem by one 3x3 convolution (SimCLR, Chen et al. 2020, appendix B.9).
-    `image_size` matters to ViTs only. Raises UserError for another name.
+    `image_size` matters to ViTs only, which take other sizes too. Raises UserError for another name.
     """
     match name.removesuffix("_small"):
         case "resnet_tiny" if name == "resnet_tiny":
@@ -80,8 +80,7 @@ def _resnet(name: str, small_stem: bool) -> ResNet:
 
 
 def _vit(image_size: int, num_heads: int, hidden_dim: int) -> VisionTransformer:
-    if image_size % 16:
-        raise UserError(f"augment.crop_size: expected a multiple of the ViT's patch, 16; got {image_size}")
+    check_divides(16, image_size, "augment.crop_size")
     encoder = VisionTransformer(
         image_size=image_size,
         patch_size=16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,35 +16,53 @@ from dist_ssl.config import Config
 from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once, frozen_running_statistics
 from dist_ssl.models.encoders import build_encoder
 from dist_ssl.models.head import ProjectionHead
+from dist_ssl.models.vit import VisionTransformer, check_divides
 
 
 class ContrastiveModel(nn.Module):
-    """Pixels (B, 3, S, S) -> h (B, D), z (B, d). Collective in training mode where there is batch norm."""
+    """Views of one size or several -> h (n V, D), z (n V, d). Collective in training mode where there is batch norm.
 
-    def __init__(self, encoder: nn.Module, head: ProjectionHead):
+    The encoder runs once a size, so batch norm's statistics in it are of all views of that size; the head runs on all.
+
+    Legend: n images, V views of each, V_s of one size, D width of h, d of z.
+    """
+
+    def __init__(self, encoder: nn.Module, head: ProjectionHead, views_per_size: Sequence[int]):
         super().__init__()
         self.encoder = encoder
         self.head = head
         self.widths = {"h": cast(int, encoder.output_dim), "z": head.output_dim}
+        self._views_per_size = tuple(views_per_size)
         self._batch_norms = [module for module in self.modules() if isinstance(module, GlobalBatchNorm)]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        """A (n V_s, 3, S, S) tensor a size; rows of h and z are ordered by image, then view, as the config has them."""
         with counted_at_once(self._batch_norms):
-            h = self.encoder(x)
+            h = self._by_image([self.encoder(x) for x in views])
             return h, self.head(h)
+
+    def _by_image(self, h_per_size: list[Tensor]) -> Tensor:
+        if len(h_per_size) == 1:
+            return h_per_size[0]
+        parts = [h.unflatten(0, (-1, v)) for h, v in zip(h_per_size, self._views_per_size, strict=True)]
+        return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def build_model(config: Config) -> ContrastiveModel:
     """The model that a config describes, its weights a function of `run.seed` alone; the global generator is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        encoder = build_encoder(config.model.encoder, config.augment.crop_size)
+        encoder = build_encoder(config.model.encoder, config.augment.image_size)
         head = ProjectionHead(cast(int, encoder.output_dim), config.model.head)
+    sizes = config.augment.sizes()
+    if isinstance(encoder, VisionTransformer):
+        for side, _ in sizes:
+            check_divides(encoder.patch_size, side, "augment.crop_size")
     if config.model.activation_checkpointing:
         for block in encoder.modules():
             if isinstance(block, BasicBlock | Bottleneck | EncoderBlock):
                 _recompute_in_backward(block)
-    return ContrastiveModel(encoder, head)
+    return ContrastiveModel(encoder, head, [num_views for _, num_views in sizes])
 
 
 def _recompute_in_backward(block: nn.Module) -> None:

@@ -3,8 +3,9 @@
 For sizes that nobody can rent for a try: 512 GPUs, a batch of 65,536, a billion images. What can be measured on this
 machine is (the parameters, the activations of two images), and tests hold the rest against real runs.
 
-Legend: P parameters, W ranks, B images a step, M = 2B views, n = B/W images a rank, d width of z, k values of
-optimizer state a parameter (LARS 1, AdamW 2), a bytes that one view's forward keeps for backward, S side of a crop.
+Legend: P parameters, W ranks, B images a step, V views of each, M = V B views, n = B/W images a rank, d width of z, k
+values of optimizer state a parameter (LARS 1, AdamW 2), a bytes that the forward of one image's views keeps for
+backward, p values of their pixels: 3 S^2 of each view of side S.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ class Sizes:
     parameters: int
     small_parameters: int  # in tensors that DeepSpeed's stage 3 never releases
     buffer_bytes: int
-    batch_norm_channels: tuple[int, ...]
-    activation_bytes: int  # one view
+    batch_norm_channels: tuple[int, ...]  # of each pass through one in a forward: the encoder's once a size of views
+    activation_bytes: int  # the views of one image
     optimizer_values: int  # k
     ranks: int
 
     @staticmethod
     def of(config: Config, ranks: int, measure: bool = True) -> Sizes:
-        """Counts the model's parameters, and measures what one forward of two images keeps. Not collective."""
+        """Counts the model's parameters, and measures what the forward of an image keeps. Not collective."""
         model = build_model(config)
+        passes = [*(model.encoder for _ in config.augment.sizes()), model.head]
+        norms = [m for module in passes for m in module.modules() if isinstance(m, GlobalBatchNorm)]
         return Sizes(
             sum(p.numel() for p in model.parameters()),
             sum(p.numel() for p in model.parameters() if p.numel() < PERSISTENT),
             sum(b.nbytes for b in model.buffers()),
-            tuple(m.num_features for m in model.modules() if isinstance(m, GlobalBatchNorm)),
+            tuple(norm.num_features for norm in norms),
             activation_bytes(model, config) if measure else 0,
             {"lars": 1, "adamw": 2}[config.optimizer.name],
             ranks,
@@ -63,9 +66,9 @@ class Sizes:
 
 
 def activation_bytes(model: ContrastiveModel, config: Config) -> int:
-    """Bytes that the forward of one view keeps for backward, measured: 4 views less 2 views, halved."""
+    """Bytes that the forward of one image's views keeps for backward, measured: two images less one."""
 
-    def kept(num_views: int) -> int:
+    def kept(num_images: int) -> int:
         held: dict[int, Tensor] = {}
         given = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -75,17 +78,28 @@ def activation_bytes(model: ContrastiveModel, config: Config) -> int:
                 held[place] = tensor  # kept alive, so that no other tensor gets its place
             return tensor
 
-        views = torch.zeros(num_views, 3, config.augment.crop_size, config.augment.crop_size)
+        shapes = [(num_images * num_views, 3, side, side) for side, num_views in config.augment.sizes()]
+        views = [torch.zeros(shape).contiguous(memory_format=torch.channels_last) for shape in shapes]
         bf16 = config.engine.precision == "bf16"
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False),
         ):
-            outputs = model(views.contiguous(memory_format=torch.channels_last))
+            outputs = model(*views)
         del outputs
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
-    return (kept(4) - kept(2)) // 2
+    return kept(2) - kept(1)
+
+
+def pixel_values(config: Config) -> int:
+    """p, of the views of one image."""
+    return sum(num_views * 3 * side * side for side, num_views in config.augment.sizes())
+
+
+def described_views(config: Config) -> str:
+    """An image's views in words: 2 x 224 + 6 x 96."""
+    return " + ".join(f"{num_views} x {side}" for side, num_views in config.augment.sizes())
 
 
 def state_bytes(sizes: Sizes, zero_stage: int) -> Estimate:
@@ -114,20 +128,23 @@ def gradient_bytes(sizes: Sizes, zero_stage: int) -> Estimate:
 
 def memory(config: Config, sizes: Sizes) -> list[Estimate]:
     """Of one rank's device, at its fullest: the end of the forward, and backward."""
-    stage, side, width = config.engine.zero_stage, config.augment.crop_size, config.model.head.output_dim
+    stage, width, pixels = config.engine.zero_stage, config.model.head.output_dim, pixel_values(config)
     images = -(-config.train.global_batch_size // sizes.ranks)
     chunk = -(-images // config.objective.chunks)
-    views, pixels = 2 * config.train.global_batch_size, 3 * side * side
+    views = config.augment.num_views * config.train.global_batch_size
     views_bytes = 2 if config.engine.precision == "bf16" else FP32
     parts = [
         state_bytes(sizes, stage),
         gradient_bytes(sizes, stage),
         Estimate(
-            "activations", 2.0 * chunk * sizes.activation_bytes, "bytes",
-            f"2 n / chunks * a, a = {sizes.activation_bytes / 1e6:.1f} MB a view, measured here",
+            "activations", float(chunk * sizes.activation_bytes), "bytes",
+            f"n / chunks * a, a = {sizes.activation_bytes / 1e6:.1f} MB for {described_views(config)} views, measured",
         ),
-        # uint8 crops of the step before, this one and the two after it, and this one's views
-        Estimate("pixels", 2.0 * images * pixels * (4 + views_bytes), "bytes", f"2 n * 3 S^2 * (4 + {views_bytes})"),
+        # uint8 crops of the step before, this one and the two after it, and the views of this one's chunk
+        Estimate(
+            "pixels", float(pixels * (4 * images + views_bytes * chunk)), "bytes",
+            f"p (4 n + {views_bytes} n / chunks)",
+        ),
         Estimate("loss", 3.0 * FP32 * views * width + 2.0 * FP32 * views, "bytes", "3 * 4 M d + 2 * 4 M"),
     ]  # fmt: skip
     if config.engine.precision == "bf16":
@@ -138,19 +155,20 @@ def memory(config: Config, sizes: Sizes) -> list[Estimate]:
 
 def shared_memory(config: Config, ranks: int, ranks_of_node: int) -> Estimate:
     """Of a node's /dev/shm: the crops that data workers hold ready, and the four batches that a rank has in hand."""
-    data, side = config.data, config.augment.crop_size
+    data = config.data
     if data.num_workers == 0:
         return Estimate("shared memory, a node", 0.0, "bytes", "no workers, none")
     images = -(-config.train.global_batch_size // ranks)
     batches = data.num_workers * data.prefetch_batches + 4
-    value = float(ranks_of_node * batches * 2 * images * 3 * side * side)
-    return Estimate("shared memory, a node", value, "bytes", "ranks of it * (workers * prefetch + 4) * 2 n * 3 S^2")
+    value = float(ranks_of_node * batches * images * pixel_values(config))
+    return Estimate("shared memory, a node", value, "bytes", "ranks of it * (workers * prefetch + 4) * n p")
 
 
 def wire(config: Config, sizes: Sizes) -> list[Estimate]:
     """Bytes that one rank sends in a step, by ring algorithms: what a ring can't undercut."""
     p, w, stage = sizes.parameters, sizes.ranks, config.engine.zero_stage
-    share, views, width = (w - 1) / w, 2 * config.train.global_batch_size, config.model.head.output_dim
+    share, width = (w - 1) / w, config.model.head.output_dim
+    views = config.augment.num_views * config.train.global_batch_size
     reduction = {
         0: (2, "all-reduce of gradients: 2 * 4 P (W-1)/W"),
         1: (3, "all-reduce of gradients, all-gather of weights: 3 * 4 P (W-1)/W"),

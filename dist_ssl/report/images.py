@@ -1,4 +1,4 @@
-"""The report's pictures, from an evaluation's pictures.npz: neighbours, the embedding map, view pairs as trained.
+"""The report's pictures, from an evaluation's pictures.npz: neighbours, the embedding map, views as trained.
 
 Images are embedded as JPEG data URIs; the file is plain arrays, loaded without pickle.
 """
@@ -33,9 +33,7 @@ def sections(file: Path, class_names: list[str]) -> list[str]:
     )
     maps = grid([figure(f"{name}", chart, after=names) for name, chart, names in _maps(found, class_names)])
     return [
-        section(
-            "Views as trained", _pairs(found), "Two views of one image, side by side: a positive pair of the loss."
-        ),
+        section("Views as trained", _views(found), "The views of one image, side by side: each other's positives."),
         section(
             "Nearest neighbours",
             neighbours,
@@ -46,14 +44,11 @@ def sections(file: Path, class_names: list[str]) -> list[str]:
     ]
 
 
-def _pairs(found: dict[str, Any]) -> str:
+def _views(found: dict[str, Any]) -> str:
     if "views" not in found:
         return ""
-    pairs = "".join(
-        f"<span>{_image(first, 'one view')}{_image(second, 'the other view')}</span>"
-        for first, second in found["views"]
-    )
-    return f'<div class="pairs">{pairs}</div>'
+    of_image = ("".join(_image(view, "a view") for view in views) for views in found["views"])
+    return f'<div class="views">{"".join(f"<span>{views}</span>" for views in of_image)}</div>'
 
 
 def _class(number: int, names: list[str]) -> str:

@@ -85,7 +85,7 @@ class Monitor:
         assert self._probe is not None
         finite, result = taken.verdict.finite, taken.result
         # A step that is thrown away teaches the probe nothing: its rows become zeros without a label.
-        features = {"h": result.h[0::2], "z": result.z[0::2]}
+        features = {"h": result.h[:, 0], "z": result.z[:, 0]}
         features = {name: torch.where(finite, values, 0.0) for name, values in features.items()}
         self._probe.update(features, torch.where(finite, taken.batch.labels, -1))
 
@@ -142,12 +142,12 @@ class Monitor:
         }
         if outcome.finite and self._is_due(step, config.diagnostics.every_steps):
             values |= diagnostics.diagnose(
-                result.h,
-                result.z[0::2],
-                result.z[1::2],
+                result.h.flatten(0, 1),
+                result.z[:, 0],
+                result.z[:, 1],
                 loss=outcome.loss,
                 temperature=config.objective.temperature,
-                num_views=2 * config.train.global_batch_size,
+                num_views=config.augment.num_views * config.train.global_batch_size,
                 sample=config.diagnostics.sample,
                 gradient_norm=outcome.gradient_norm,
             )

@@ -1,11 +1,12 @@
 """One step's computation on this rank: augment, encoder, head, contrast with all ranks' z, backward.
 
-Legend: n images of this rank, 2n views (rows 2i and 2i + 1 are those of image i), D width of h, d width of z.
+Legend: n images of this rank, V views of each, V_s of one size, S its side, D width of h, d width of z.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from dist_ssl.models import frozen_running_statistics
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's part of a step, detached: loss (scalar), h (2n, D), z (2n, d)."""
+    """This rank's part of a step, detached: loss (scalar), h (n, V, D), z (n, V, d)."""
 
     loss: Tensor
     h: Tensor
@@ -33,63 +34,66 @@ class Step:
 
     def __init__(self, config: Config, model: Engine, rows_per_chunk: list[list[int]]):
         self._config, self._model = config, model
-        self._views_per_chunk = [2 * rows[rank()] for rows in rows_per_chunk]
+        self._images_per_chunk = [rows[rank()] for rows in rows_per_chunk]
+        self._num_views = config.augment.num_views
         self._rows_per_rank = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
         self._buffers = BufferSnapshot(model.model)
 
     def __call__(self, batch: Batch, seed: int) -> StepResult:
         """Forward and backward of one global batch; `seed` is of this step and rank, for dropout. Collective."""
         self._buffers.take()
-        # In the format and dtype that the first convolution reads; on a GPU they are written so.
-        dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
-        views = augment(batch.crops, batch.parameters, self._config.augment, dtype).flatten(0, 1)  # (2n, 3, S, S)
-        views = views.contiguous(memory_format=torch.channels_last)
         if self._config.objective.chunks > 1:
-            return self._in_chunks(views, batch, seed)
-        torch.manual_seed(seed)
-        h, z = self._model(views)
+            return self._in_chunks(batch, seed)
+        h, z = self._forward(batch, slice(None), seed)
         loss = self._contrast(z, batch)
         self._model.backward(loss)
         return StepResult(loss.detach(), h.detach(), z.detach())
+
+    def _forward(self, batch: Batch, images: slice, seed: int) -> tuple[Tensor, Tensor]:
+        """h (n, V, D) and z (n, V, d) of some images, whose views are made here and not kept."""
+        # In the format and dtype that the first convolution reads; on a GPU they are written so.
+        dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
+        views = (augment(*of_size, self._config.augment, dtype) for of_size in batch.of_each_size(images))
+        flat = [x.flatten(0, 1).contiguous(memory_format=torch.channels_last) for x in views]  # (n V_s, 3, S, S) each
+        torch.manual_seed(seed)
+        h, z = self._model(*flat)
+        return h.unflatten(0, (-1, self._num_views)), z.unflatten(0, (-1, self._num_views))
 
     def settle(self, applied: Tensor) -> None:
         """Put batch norm's statistics back where the step was not applied, by a flag on the device."""
         self._buffers.put_back_unless(applied)
 
-    def _in_chunks(self, views: Tensor, batch: Batch, seed: int) -> StepResult:
+    def _in_chunks(self, batch: Batch, seed: int) -> StepResult:
         """GradCache (Gao et al. 2021): all z without graph, dL/dz exactly, then chunk by chunk with that gradient.
 
         Chunk j is a slice of the global batch, the same on any number of ranks, and so are its batch-norm statistics.
+        Its views are made anew in the second pass: those of all chunks would be the most that a GPU holds.
         """
-        chunks = views.split(self._views_per_chunk)
+        edges = accumulate(self._images_per_chunk, initial=0)
+        chunks = [(slice(*pair), seed + number) for number, pair in enumerate(pairwise(edges))]
         h_parts, z_parts = [], []
         with torch.no_grad(), frozen_running_statistics():
-            for number, chunk in enumerate(chunks):
-                torch.manual_seed(seed + number)
-                h, z = self._model(chunk)
+            for images, seed_of_chunk in chunks:
+                h, z = self._forward(batch, images, seed_of_chunk)
                 h_parts.append(h)
                 z_parts.append(z)
         leaf = torch.cat(z_parts).requires_grad_()
         loss = self._contrast(leaf, batch)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        for number, (chunk, gradient_of_chunk) in enumerate(
-            zip(chunks, gradient.split(self._views_per_chunk), strict=True)
-        ):
-            torch.manual_seed(seed + number)  # the same dropout as in the first pass
-            _, z = self._model(chunk)
-            self._model.backward((z * gradient_of_chunk).sum())
+        for images, seed_of_chunk in chunks:  # the same seed, so the same dropout as in the first pass
+            _, z = self._forward(batch, images, seed_of_chunk)
+            self._model.backward((z * gradient[images]).sum())
         return StepResult(loss.detach(), torch.cat(h_parts), leaf.detach())
 
     def _contrast(self, z: Tensor, batch: Batch) -> Tensor:
-        z1, z2 = z[0::2], z[1::2]
         temperature, rows, ids = self._config.objective.temperature, self._rows_per_rank, batch.sample_ids
         match self._config.objective.name:
             case "nt_xent":
-                return objective.nt_xent(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
+                return objective.nt_xent_views(z, temperature, rows_per_rank=rows, sample_ids=ids)
             case "decoupled":
-                return objective.decoupled(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
+                return objective.decoupled_views(z, temperature, rows_per_rank=rows, sample_ids=ids)
             case "supervised":
-                return objective.supervised(z1, z2, temperature, batch.labels, rows_per_rank=rows, sample_ids=ids)
+                return objective.supervised_views(z, temperature, batch.labels, rows_per_rank=rows, sample_ids=ids)
 
 
 class BufferSnapshot:

@@ -42,7 +42,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, every = build_encoder(options.encoder, options.size), Config().diagnostics.every_steps
-    model = ContrastiveModel(encoder, ProjectionHead(encoder.output_dim, HeadConfig())).to(device)
+    model = ContrastiveModel(encoder, ProjectionHead(encoder.output_dim, HeadConfig()), [2]).to(device)
     views = torch.randn(2 * options.batch, 3, options.size, options.size, device=device)
     views = views.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(options.classes, (options.batch,), device=device)

@@ -35,7 +35,7 @@ from dist_ssl import config as configuration
 from dist_ssl import distributed, engine
 from dist_ssl.augment import augment
 from dist_ssl.config import AugmentConfig, Config
-from dist_ssl.data.stream import Batch, draw_views
+from dist_ssl.data.stream import Batch, draw_views, empty_crops
 from dist_ssl.models import GlobalBatchNorm, build_model
 from dist_ssl.objective import nt_xent
 from dist_ssl.training import step as step_module
@@ -57,10 +57,10 @@ def settings(encoder: str, size: int, batch: int, *overrides: str) -> Config:
 
 def synthetic(config: Config) -> Batch:
     """A batch as the workers hand it over, of noise."""
-    n, size = config.train.global_batch_size, config.augment.crop_size
+    n = config.train.global_batch_size
     ids = np.arange(n)
     parameters, _ = draw_views(0, np.zeros(n, np.int64), ids, config.augment)
-    crops = torch.randint(0, 256, (n, 2, 3, size, size), dtype=torch.uint8)
+    crops = [torch.randint_like(crops, 256) for crops in empty_crops(n, config.augment)]
     numbers = torch.from_numpy(ids)
     return Batch(crops, parameters, numbers, numbers, numbers, numbers % 10, [str(i) for i in ids], {}).to(DEVICE)
 
@@ -186,10 +186,12 @@ def autocast(config: Config) -> Any:
     return torch.autocast(DEVICE.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 
-def images(config: Config) -> Tensor:
-    n, size = 2 * config.train.global_batch_size, config.augment.crop_size
+def images(config: Config) -> list[Tensor]:
+    """As the model takes them, a tensor a size."""
+    n = config.train.global_batch_size
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    return torch.randn(n, 3, size, size, device=DEVICE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    views = [torch.randn(n * v, 3, side, side, device=DEVICE, dtype=dtype) for side, v in config.augment.sizes()]
+    return [x.contiguous(memory_format=torch.channels_last) for x in views]
 
 
 def bare(config: Config) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def bare(config: Config) -> dict[str, Any]:
 
     def step() -> None:
         with autocast(config):
-            h, z = model(views)
+            h, z = model(*views)
         (h.float().square().mean() + z.float().square().mean()).backward()
         model.zero_grad()
 
@@ -224,7 +226,7 @@ def lightly_step(config: Config) -> dict[str, Any]:
 
     def step() -> None:
         with autocast(config):
-            _, z = parallel(views)
+            _, z = parallel(*views)
         loss(z[0::2].float(), z[1::2].float()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -32,7 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dist_ssl import config as config_module
 from dist_ssl.config import Config
 from dist_ssl.data.plan import Plan
-from dist_ssl.data.stream import Batch, draw_views
+from dist_ssl.data.stream import Batch, draw_views, empty_crops
 from dist_ssl.engine.optimizers import build_optimizer
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 from dist_ssl.training.step import Step
@@ -52,9 +52,9 @@ class StandIn:
     def _enter(self, part: str) -> None:
         self.tracer.part = part
 
-    def __call__(self, views: Tensor) -> Any:
+    def __call__(self, *views: Tensor) -> Any:
         with autocast(self.config), self.tracer.keeping(list(self.model.parameters())):
-            result = self.model(views)
+            result = self.model(*views)
         self._enter("loss")
         return result
 
@@ -80,10 +80,10 @@ def trace_step(config: Config, ranks: int) -> tuple[Tracer, int]:
     rows_per_chunk = Plan([1], 0, "", 1, 1).rows_per_rank(
         config.train.global_batch_size, ranks, config.objective.chunks
     )
-    n, size = sum(rows[0] for rows in rows_per_chunk), config.augment.crop_size
+    n = sum(rows[0] for rows in rows_per_chunk)
     parameters, _ = draw_views(0, np.zeros(n, np.int64), np.arange(n), config.augment)
     with tracer.fake_mode:
-        crops = torch.empty(n, 2, 3, size, size, dtype=torch.uint8)
+        crops = [torch.empty(crops.shape, dtype=torch.uint8) for crops in empty_crops(n, config.augment)]
         moved = torch.empty(n, dtype=torch.int64)  # by the feed, from pinned memory
     numbers = torch.arange(n)
     batch = Batch(crops, parameters, moved, numbers, numbers, moved, [], {})
@@ -91,7 +91,7 @@ def trace_step(config: Config, ranks: int) -> tuple[Tracer, int]:
         tracer.part = "augment"
         Step(config, StandIn(config, model, tracer), rows_per_chunk)(batch, seed=0)  # type: ignore[arg-type]
     trace_optimizer(config, model, tracer)
-    return tracer, 2 * n
+    return tracer, n * config.augment.num_views
 
 
 def trace_optimizer(config: Config, model: ContrastiveModel, tracer: Tracer) -> None:
@@ -111,20 +111,21 @@ def trace_bare(config: Config, views: int, against: str) -> Tracer:
     """Forward and backward of the same network with torch's batch norm."""
     kept = config.model.model_copy(update={"activation_checkpointing": False})
     model = fake_model(config.model_copy(update={"model": kept}))
-    tracer, size = Tracer(), config.augment.crop_size
+    tracer, n = Tracer(), views // config.augment.num_views
     with tracer.fake_mode:
         network = nn.Sequential(model.encoder, model.head)
         for module in network.modules():
             if isinstance(module, GlobalBatchNorm):
                 module.__class__ = SyncBatchNorm if against == "sync_bn" else BatchNorm
-        x = torch.empty(views, 3, size, size).contiguous(memory_format=torch.channels_last)
+        shapes = [(n * num_views, 3, side, side) for side, num_views in config.augment.sizes()]
+        pixels = [torch.empty(shape).contiguous(memory_format=torch.channels_last) for shape in shapes]
     with tracer.tracing():
         tracer.part = "forward"
         with autocast(config), tracer.keeping(list(network.parameters())):
-            z = network(x)
-        gradient = torch.empty_like(z)
+            z = [network(x) for x in pixels]
+        gradients = [torch.empty_like(of_size) for of_size in z]
         tracer.part = "backward"
-        torch.autograd.backward(z, gradient)
+        torch.autograd.backward(z, gradients)
     return tracer
 
 

@@ -41,11 +41,16 @@ def consume(
             config, manifest, cursor=cursor, first_step=0, num_steps=steps, rank=rank, world_size=world_size
         ) as batches:
             for batch in batches:
-                views = augment(batch.crops, batch.parameters, config.augment) if pixels else batch.crops
+                made = (
+                    [augment(*of_size, config.augment) for of_size in batch.of_each_size()] if pixels else batch.crops
+                )
                 for row, position in enumerate(batch.positions.tolist()):
                     assert position not in ledger
-                    digests = [hashlib.sha256(one[row].numpy().tobytes()).hexdigest() for one in (batch.crops, views)]
-                    ledger[position] = (batch.keys[row], digests[0], digests[1])
+                    crops, views = (
+                        hashlib.sha256(b"".join(size[row].numpy().tobytes() for size in sizes)).hexdigest()
+                        for sizes in (batch.crops, made or batch.crops)
+                    )
+                    ledger[position] = (batch.keys[row], crops, views)
     return ledger
 
 

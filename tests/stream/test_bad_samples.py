@@ -68,8 +68,8 @@ def test_bad_samples_are_replaced_by_rule(hostile: Path, workers: int) -> None:
         assert (key in bad) == (row in batch.replaced_by)
         if row in batch.replaced_by:
             seen[key] = batch.replaced_by[row]
-        assert batch.crops[row, :, 0].unique().tolist() == [10 * int(name)]
-        assert batch.crops[row, :, 1].unique().tolist() == [200 * int(shard)]
+        assert batch.crops[0][row, :, 0].unique().tolist() == [10 * int(name)]
+        assert batch.crops[0][row, :, 1].unique().tolist() == [200 * int(shard)]
         assert batch.labels[row] == int(name)
         assert listed.num_samples > batch.sample_ids[row] == int(key.split("/")[1]) + 20 * int(shard)
     assert {key: by for key, by in seen.items() if key in bad} == {key: bad[key] for key in seen}

@@ -55,8 +55,8 @@ def test_what_a_batch_says_is_true(manifest: Manifest, shapes: Path) -> None:
     with training_batches(config, manifest, cursor=0, first_step=0, num_steps=1, rank=1, world_size=2) as batches:
         batch = next(batches)
     starts = np.concatenate([[0], np.cumsum(manifest.counts)])
-    assert batch.crops.shape == (len(batch.keys), 2, 3, 24, 24)
-    assert batch.crops.dtype == torch.uint8
+    assert batch.crops[0].shape == (len(batch.keys), 2, 3, 24, 24)
+    assert batch.crops[0].dtype == torch.uint8
     for row, key in enumerate(batch.keys):
         shard, name = key.split("/")
         with tarfile.open(shapes / "bucket" / "shapes" / f"{shard}.tar") as tar:
