@@ -1,4 +1,4 @@
-"""Encoder and head together: pixels -> h, z; and how blocks are computed again in backward to save memory."""
+"""Encoder, head and predictor together: pixels -> h, z, p; and how blocks are computed again to save memory."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_PREDICTOR, Config, HeadConfig, PredictorConfig
 from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once, frozen_running_statistics
 from dist_ssl.models.encoders import build_encoder
 from dist_ssl.models.head import ProjectionHead
 
 
 class ContrastiveModel(nn.Module):
-    """Pixels (B, 3, S, S) -> h (B, D), z (B, d). Collective in training mode where there is batch norm."""
+    """Pixels (B, 3, S, S) -> h (B, D), z (B, d), p (B, d), which is z itself where there is no predictor.
 
-    def __init__(self, encoder: nn.Module, head: ProjectionHead):
+    Collective in training mode where there is batch norm.
+    """
+
+    def __init__(self, encoder: nn.Module, head: ProjectionHead, predictor: ProjectionHead | None = None):
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.predictor = predictor
         self.widths = {"h": cast(int, encoder.output_dim), "z": head.output_dim}
         self._batch_norms = [module for module in self.modules() if isinstance(module, GlobalBatchNorm)]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with counted_at_once(self._batch_norms):
             h = self.encoder(x)
-            return h, self.head(h)
+            z = self.head(h)
+            return h, z, z if self.predictor is None else self.predictor(z)
 
 
 def build_model(config: Config) -> ContrastiveModel:
@@ -39,11 +44,28 @@ def build_model(config: Config) -> ContrastiveModel:
         torch.manual_seed(config.run.seed)
         encoder = build_encoder(config.model.encoder, config.augment.crop_size)
         head = ProjectionHead(cast(int, encoder.output_dim), config.model.head)
+        predictor = _build_predictor(config, head.output_dim)
     if config.model.activation_checkpointing:
         for block in encoder.modules():
             if isinstance(block, BasicBlock | Bottleneck | EncoderBlock):
                 _recompute_in_backward(block)
-    return ContrastiveModel(encoder, head)
+    return ContrastiveModel(encoder, head, predictor)
+
+
+def build_teacher(config: Config) -> ContrastiveModel:
+    """The momentum encoder of a run at its start: encoder and head with the student's weights, and no predictor."""
+    model = build_model(config)
+    return ContrastiveModel(model.encoder, model.head).requires_grad_(False)
+
+
+def _build_predictor(config: Config, z_dim: int) -> ProjectionHead | None:
+    if config.objective.name not in WITH_PREDICTOR:
+        return None
+    chosen = config.model.predictor or PredictorConfig()
+    if chosen.kind == "none":
+        return None
+    hidden_dim = chosen.hidden_dim or config.model.head.hidden_dim
+    return ProjectionHead(z_dim, HeadConfig(**chosen.model_dump() | {"hidden_dim": hidden_dim, "output_dim": z_dim}))
 
 
 def _recompute_in_backward(block: nn.Module) -> None:

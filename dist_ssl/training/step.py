@@ -1,6 +1,6 @@
-"""One step's computation on this rank: augment, encoder, head, contrast with all ranks' z, backward.
+"""One step's computation on this rank: augment, encoder, head, loss over all ranks' z, backward.
 
-Legend: n images of this rank, 2n views (rows 2i and 2i + 1 are those of image i), D width of h, d width of z.
+Legend: n images of this rank, V views of each (rows V i to V i + V - 1 are those of image i), D width of h, d of z.
 """
 
 from __future__ import annotations
@@ -10,86 +10,102 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dist_ssl import objective
 from dist_ssl.augment import augment
 from dist_ssl.config import Config
 from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
 from dist_ssl.models import frozen_running_statistics
+from dist_ssl.training.method import loss_of
+from dist_ssl.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's part of a step, detached: loss (scalar), h (2n, D), z (2n, d)."""
+    """This rank's part of a step, detached: loss (scalar), h (n, V, D), z, p and target (n, V, d), as in `method`."""
 
     loss: Tensor
     h: Tensor
     z: Tensor
+    p: Tensor
+    target: Tensor
 
 
 class Step:
     """Computes losses and gradients; knows nothing of time, files or what comes next."""
 
-    def __init__(self, config: Config, model: Engine, rows_per_chunk: list[list[int]]):
-        self._config, self._model = config, model
-        self._views_per_chunk = [2 * rows[rank()] for rows in rows_per_chunk]
+    def __init__(self, config: Config, model: Engine, rows_per_chunk: list[list[int]], teacher: Teacher | None = None):
+        self._config, self._model, self._teacher, self._num_views = config, model, teacher, 2
+        self._views_per_chunk = [self._num_views * rows[rank()] for rows in rows_per_chunk]
         self._rows_per_rank = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
-        self._buffers = BufferSnapshot(model.model)
+        self._buffers = BufferSnapshot(nn.ModuleList([model.model, *([teacher.model] if teacher is not None else [])]))
 
-    def __call__(self, batch: Batch, seed: int) -> StepResult:
-        """Forward and backward of one global batch; `seed` is of this step and rank, for dropout. Collective."""
+    def __call__(self, batch: Batch, step: int) -> StepResult:
+        """Forward and backward of one global batch, the run's step after `step` completed ones. Collective."""
         self._buffers.take()
         # In the format and dtype that the first convolution reads; on a GPU they are written so.
         dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
-        views = augment(batch.crops, batch.parameters, self._config.augment, dtype).flatten(0, 1)  # (2n, 3, S, S)
+        views = augment(batch.crops, batch.parameters, self._config.augment, dtype).flatten(0, 1)  # (n V, 3, S, S)
         views = views.contiguous(memory_format=torch.channels_last)
         if self._config.objective.chunks > 1:
-            return self._in_chunks(views, batch, seed)
-        torch.manual_seed(seed)
-        h, z = self._model(views)
-        loss = self._contrast(z, batch)
+            return self._in_chunks(views, batch, step)
+        torch.manual_seed(self._seed(step))
+        h, z, p = self._model(views)
+        target = z.detach() if self._teacher is None else self._teacher(views)
+        loss = self._loss(p, target, batch, step)
         self._model.backward(loss)
-        return StepResult(loss.detach(), h.detach(), z.detach())
+        return self._result(loss, h, z, p, target)
 
-    def settle(self, applied: Tensor) -> None:
-        """Put batch norm's statistics back where the step was not applied, by a flag on the device."""
+    def settle(self, applied: Tensor, progress: float) -> None:
+        """After the optimizer's step, by a flag on the device: the teacher follows, or all statistics are put back.
+
+        progress: the share of the run's steps that were taken before this one.
+        """
         self._buffers.put_back_unless(applied)
+        if self._teacher is not None:
+            self._teacher.follow(self._model.model, applied, progress)
 
-    def _in_chunks(self, views: Tensor, batch: Batch, seed: int) -> StepResult:
-        """GradCache (Gao et al. 2021): all z without graph, dL/dz exactly, then chunk by chunk with that gradient.
+    def _in_chunks(self, views: Tensor, batch: Batch, step: int) -> StepResult:
+        """GradCache (Gao et al. 2021): all p without graph, dL/dp exactly, then chunk by chunk with that gradient.
 
         Chunk j is a slice of the global batch, the same on any number of ranks, and so are its batch-norm statistics.
         """
-        chunks = views.split(self._views_per_chunk)
-        h_parts, z_parts = [], []
-        with torch.no_grad(), frozen_running_statistics():
+        chunks, seed = views.split(self._views_per_chunk), self._seed(step)
+        outputs, targets = [], []
+        with torch.no_grad():
             for number, chunk in enumerate(chunks):
                 torch.manual_seed(seed + number)
-                h, z = self._model(chunk)
-                h_parts.append(h)
-                z_parts.append(z)
-        leaf = torch.cat(z_parts).requires_grad_()
-        loss = self._contrast(leaf, batch)
+                with frozen_running_statistics():
+                    outputs.append(self._model(chunk))
+                if self._teacher is not None:
+                    targets.append(self._teacher(chunk))
+        h, z, p = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        target = torch.cat(targets) if targets else z
+        leaf = p.requires_grad_()
+        loss = self._loss(leaf, target, batch, step)
         (gradient,) = torch.autograd.grad(loss, leaf)
         for number, (chunk, gradient_of_chunk) in enumerate(
             zip(chunks, gradient.split(self._views_per_chunk), strict=True)
         ):
             torch.manual_seed(seed + number)  # the same dropout as in the first pass
-            _, z = self._model(chunk)
-            self._model.backward((z * gradient_of_chunk).sum())
-        return StepResult(loss.detach(), torch.cat(h_parts), leaf.detach())
+            p_of_chunk = self._model(chunk)[2]
+            self._model.backward((p_of_chunk * gradient_of_chunk).sum())
+        return self._result(loss, h, z, leaf, target)
 
-    def _contrast(self, z: Tensor, batch: Batch) -> Tensor:
-        z1, z2 = z[0::2], z[1::2]
-        temperature, rows, ids = self._config.objective.temperature, self._rows_per_rank, batch.sample_ids
-        match self._config.objective.name:
-            case "nt_xent":
-                return objective.nt_xent(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
-            case "decoupled":
-                return objective.decoupled(z1, z2, temperature, rows_per_rank=rows, sample_ids=ids)
-            case "supervised":
-                return objective.supervised(z1, z2, temperature, batch.labels, rows_per_rank=rows, sample_ids=ids)
+    def _loss(self, p: Tensor, target: Tensor, batch: Batch, step: int) -> Tensor:
+        p, target = self._by_image(p), self._by_image(target)
+        return loss_of(self._config, p, target, batch, self._rows_per_rank, step)
+
+    def _result(self, loss: Tensor, *outputs: Tensor) -> StepResult:
+        return StepResult(loss.detach(), *(self._by_image(output.detach()) for output in outputs))
+
+    def _by_image(self, views: Tensor) -> Tensor:
+        """(n V, ...) -> (n, V, ...)"""
+        return views.unflatten(0, (-1, self._num_views))
+
+    def _seed(self, step: int) -> int:
+        """Of a step on this rank: dropout then needs no generator in the checkpoint."""
+        return (self._config.run.seed * 1_000_003 + step) * 65_537 + rank() & 0x7FFF_FFFF_FFFF
 
 
 class BufferSnapshot:
