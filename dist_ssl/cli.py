@@ -82,6 +82,7 @@ def export(
     file: Annotated[Path, typer.Argument(help="The safetensors file to write; its JSON goes beside it.")],
     checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
     head: Annotated[bool, typer.Option("--head", help="Write the projection head too.")] = False,
+    teacher: Annotated[bool, typer.Option("--teacher", help="Write its teacher's.")] = False,
 ) -> None:
     """Write a run's encoder under torchvision's parameter names.
 
@@ -89,8 +90,8 @@ def export(
     """
     from dist_ssl.checkpoint import export_encoder
 
-    step = export_encoder(run, file, with_head=head, step=checkpoint)
-    typer.echo(f"{file}: the encoder of step {step}")
+    step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
+    typer.echo(f"{file}: the {'teacher' if teacher else 'encoder'} of step {step}")
 
 
 @app.command()
@@ -101,6 +102,7 @@ def evaluate(
     train_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are fitted on.")] = None,
     test_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are scored on.")] = None,
     probes: Annotated[str | None, typer.Option(help="Comma-separated; see evaluation.probes.")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="Probe the run's teacher instead of its student.")] = False,
     name: Annotated[str | None, typer.Option(help="The data's name; theirs or their hash's by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Anybody's weights instead of a run.")] = None,
     encoder: Annotated[str | None, typer.Option(help="The encoder that the weights are of.")] = None,
@@ -131,6 +133,7 @@ def evaluate(
         overrides += [f"evaluation.{key}={json.dumps(value)}"] if value is not None else []
     if probes is not None:
         overrides += [f"evaluation.probes={json.dumps([p for p in probes.split(',') if p])}"]
+    overrides += ["evaluation.teacher=true"] if teacher else []
     if (run is None) == (weights is None) or (weights is None) != (encoder is None):
         raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
     if name is not None and (Path(name).name != name or name in ("", "..", "features")):

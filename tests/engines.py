@@ -46,7 +46,7 @@ def take_steps(model: engine.Engine, shapes: torch.nn.Module, steps: range, rate
     apply, model._apply = model._apply, replace
     for step in steps:
         given.update(gradients(shapes, step))
-        h, z = model(images)
+        h, z, _ = model(images)
         loss = 0.0 * (h.sum() + z.sum())
         model.backward(loss)
         model.step(rate, verdict.agree(loss.detach(), verdict.Asked()))
@@ -220,7 +220,7 @@ def poisoned_steps(config: Config, poison: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(distributed.rank())
     answers: dict[str, Any] = {"applied": [], "losses": []}
     for bad in (False, True, False):
-        h, z = model(torch.randn(4, 3, 32, 32, generator=generator))
+        h, z, _ = model(torch.randn(4, 3, 32, 32, generator=generator))
         if bad and distributed.rank() == distributed.world_size() - 1:
             z.register_hook(lambda gradient: gradient * float(poison))
         loss = (h.square().mean() + z.square().mean()).float()

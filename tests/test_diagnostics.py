@@ -29,11 +29,15 @@ def test_effective_rank_of_one_direction_is_one_in_fp32():
     assert float(effective_rank(torch.zeros(8, 4))) == pytest.approx(1.0, abs=1e-4)
 
 
+def pair(z1, z2):
+    return torch.stack([z1, z2], dim=1)
+
+
 def test_diagnose_is_the_naive_loops():
     torch.manual_seed(0)
-    h, z1, z2 = torch.randn(24, 9).relu(), torch.randn(12, 6), torch.randn(12, 6)
-    h[:, 3] = 0
-    found = diagnose(h, z1, z2, loss=2.0, num_views=24, temperature=0.5, gradient_norm=torch.tensor(3.0))
+    h, z1, z2 = torch.randn(12, 2, 9).relu(), torch.randn(12, 6), torch.randn(12, 6)
+    h[..., 3] = 0
+    found = diagnose(h, pair(z1, z2), loss=2.0, num_views=24, temperature=0.5, gradient_norm=torch.tensor(3.0))
     u, v = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     views = [(row, i) for part in (u, v) for i, row in enumerate(part)]
     others = [(a, b) for a, i in views for b, j in views if i != j]
@@ -54,19 +58,19 @@ def test_diagnose_is_the_naive_loops():
 
 def test_alarms_say_what_to_try():
     torch.manual_seed(0)
-    n, h = 64, torch.rand(64, 32)
+    n, h = 64, torch.rand(64, 2, 32)
     healthy = torch.randn(n, 16)
     near = healthy + 0.5 * torch.randn(n, 16)
     late = {"step": 1000.0}
-    assert alarms(diagnose(h, healthy, near, loss=2.0, num_views=2 * n) | late) == []
+    assert alarms(diagnose(h, pair(healthy, near), loss=2.0, num_views=2 * n) | late) == []
     one_point = torch.ones(n, 16) + 1e-3 * torch.randn(n, 16)
     one_line = torch.randn(n, 1) @ torch.randn(1, 16) + 1e-3 * torch.randn(n, 16)
     cases = {
-        "collapse": diagnose(h, one_point, one_point),
-        "dimensional collapse": diagnose(h, one_line, one_line),
-        "nothing learned": diagnose(h, healthy, near, loss=math.log(2 * n - 1), num_views=2 * n),
-        "saturated": diagnose(h, healthy, healthy),
-        "dead units": diagnose(torch.zeros(n, 32), healthy, near),
+        "collapse": diagnose(h, pair(one_point, one_point)),
+        "dimensional collapse": diagnose(h, pair(one_line, one_line)),
+        "nothing learned": diagnose(h, pair(healthy, near), loss=math.log(2 * n - 1), num_views=2 * n),
+        "saturated": diagnose(h, pair(healthy, healthy)),
+        "dead units": diagnose(torch.zeros(n, 2, 32), pair(healthy, near)),
         "not finite": {"loss_gap": float("nan")},
     }
     for start, metrics in cases.items():

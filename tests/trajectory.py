@@ -16,13 +16,14 @@ from torch import Tensor
 from dist_ssl import config as config_module
 from dist_ssl import distributed, engine, objective
 from dist_ssl.augment import augment
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.engine import optimizers
 from dist_ssl.models import build_model
 from dist_ssl.training import verdict
 from dist_ssl.training.step import Step
+from dist_ssl.training.teacher import Teacher
 
 
 def small_config(run_dir: Any, shards: Any, *overrides: str) -> Config:
@@ -119,7 +120,8 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
     model._apply = capture  # type: ignore[method-assign]
     rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
     batch = next(_batches(config, manifest, 1))
-    result = Step(config, model, rows)(batch, seed=0)
+    teacher = Teacher(config, world.device) if config.objective.name in WITH_TEACHER else None
+    result = Step(config, model, rows, teacher)(batch, 0)
     norm = verdict.read(model.step(0.0, verdict.agree(result.loss, verdict.Asked()))).gradient_norm
     loss = result.loss.double() / world.size
     if world.size > 1:

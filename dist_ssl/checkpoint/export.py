@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_ssl import config as config_module
-from dist_ssl.checkpoint.read import PROBE, Checkpoint, open_checkpoint
+from dist_ssl.checkpoint.read import PROBE, TEACHER, Checkpoint, open_checkpoint, teacher_state
 from dist_ssl.config import Config, UserError
-from dist_ssl.models import ContrastiveModel, build_model
+from dist_ssl.models import ContrastiveModel, build_model, build_teacher
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import checkpoint_store, committed_steps
 
@@ -23,21 +23,33 @@ def read_run_config(run_dir: str | Path) -> Config:
     return config_module.with_overrides(config_module.load(path), [f"run.dir={json.dumps(str(run_dir))}"])
 
 
-def read_model_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All parameters and buffers of the model, whole, fp32, by name, on the CPU. Raises UserError for damage."""
+def read_model_state(checkpoint: Checkpoint, teacher: bool = False) -> dict[str, Tensor]:
+    """All parameters and buffers of the model, or of its teacher, whole, fp32, by name, on the CPU.
+
+    Raises UserError for damage, and where a teacher is asked for and there is none.
+    """
     problems = [problem for name in checkpoint.manifest["files"] if (problem := checkpoint.verify(name))]
     if problems:
         raise UserError(f"{checkpoint.url}: damaged: {'; '.join(problems)}")
-    buffers = {n: t for n, t in checkpoint.tensors("replicated").items() if not n.startswith(PROBE)}
+    if teacher:
+        state = teacher_state(checkpoint)
+        if not state:
+            raise UserError(f"{checkpoint.url}: expected a teacher, but its method has none; leave --teacher out")
+        return state
+    others = (PROBE, f"{TEACHER}.")
+    buffers = {n: t for n, t in checkpoint.tensors("replicated").items() if not n.startswith(others)}
     return checkpoint.tensors("master") | buffers
 
 
-def load_run(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, ContrastiveModel]:
-    """(config, step, model in evaluation mode on the CPU) of a run, at its newest or the given step."""
+def load_run(
+    run_dir: str | Path, step: int | None = None, teacher: bool = False
+) -> tuple[Config, int, ContrastiveModel]:
+    """(config, step, model or its teacher in evaluation mode on the CPU) of a run, at its newest or the given step."""
     config = read_run_config(run_dir)
     found = _existing(checkpoint_store(config), step)
-    model = build_model(config)
-    model.load_state_dict(read_model_state(found))
+    state = read_model_state(found, teacher)
+    model = build_teacher(config) if teacher else build_model(config)
+    model.load_state_dict(state)
     return config, found.step, model.eval().requires_grad_(False)
 
 
@@ -53,21 +65,28 @@ def _existing(store: Store, step: int | None) -> Checkpoint:
     return open_checkpoint(store, steps[-1] if step is None else step)
 
 
-def export_encoder(run_dir: str | Path, file: str | Path, *, with_head: bool = False, step: int | None = None) -> int:
-    """Write a run's encoder as safetensors, with its JSON beside it; returns the step it was taken at."""
+def export_encoder(
+    run_dir: str | Path,
+    file: str | Path,
+    *,
+    with_head: bool = False,
+    step: int | None = None,
+    teacher: bool = False,
+) -> int:
+    """Write a run's encoder, or its teacher's, as safetensors, with its JSON beside it; returns the step it is of."""
     if Path(file).suffix != ".safetensors":
         raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
     found = _existing(checkpoint_store(read_run_config(run_dir)), step)
-    write_export(found, Path(file), with_head)
+    write_export(found, Path(file), with_head, teacher)
     return found.step
 
 
-def write_export(checkpoint: Checkpoint, file: Path, with_head: bool = False) -> None:
-    """Its encoder under torchvision's parameter names (the head's as `head.*`), and a JSON of what it is."""
+def write_export(checkpoint: Checkpoint, file: Path, with_head: bool = False, teacher: bool = False) -> None:
+    """Its encoder, or its teacher's, under torchvision's names (the head's as `head.*`), and a JSON of what it is."""
     from safetensors.torch import save
 
     config = config_module.loads(checkpoint.state().config, f"{checkpoint.url}: its config")
-    state = read_model_state(checkpoint)
+    state = read_model_state(checkpoint, teacher)
     tensors = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
     if with_head:
         tensors |= {name: t for name, t in state.items() if name.startswith("head.")}
@@ -77,6 +96,7 @@ def write_export(checkpoint: Checkpoint, file: Path, with_head: bool = False) ->
         "mean": config.augment.mean,
         "std": config.augment.std,
         "step": checkpoint.step,
+        "teacher": teacher,
         "head": config.model.head.model_dump() if with_head else None,
     }
     beside = Store(str(file.parent), checkpoint.store.config)

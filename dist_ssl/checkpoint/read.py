@@ -28,6 +28,7 @@ from dist_ssl.storage.layout import MANIFEST, committed_steps, step_name
 log = logging.getLogger(__name__)
 FORMAT = 1
 PROBE = "probe."  # the names of the online probe's tensors, which are no part of the model
+TEACHER = "teacher"  # the kind of its parameters, under the student's names; its buffers are replicated as teacher.*
 
 
 class DamagedCheckpoint(UserError):
@@ -83,7 +84,8 @@ class Checkpoint:
         return RunState(**json.loads(self.store.read(self.manifest["state"])))
 
     def kinds(self) -> set[str]:
-        return {entry["kind"] for entry in self.manifest["fragments"]} - {"replicated"}
+        """Of what is held of the student's parameters: "master" and the optimizer's state."""
+        return {entry["kind"] for entry in self.manifest["fragments"]} - {"replicated", TEACHER}
 
     def read(self, name: str, kind: str, offset: int, length: int, into: Tensor) -> int:
         """Elements [offset, offset + length) of a parameter's flat `kind`, copied to `into`; returns how many were."""
@@ -107,7 +109,7 @@ class Checkpoint:
         return self._readers[file]
 
     def tensors(self, kind: str, prefix: str = "") -> dict[str, Tensor]:
-        """Whole tensors of a kind ("master" or "replicated") whose name starts with `prefix`, on the CPU."""
+        """Whole tensors of a kind ("master", "teacher" or "replicated") whose name starts with `prefix`, on the CPU."""
         wanted = [
             (name, entries) for (name, of), entries in self._index.items() if of == kind and name.startswith(prefix)
         ]
@@ -180,8 +182,13 @@ def newest_valid(store: Store) -> Checkpoint | None:
     return None
 
 
-def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = None) -> RunState:
-    """Bring an engine, and the probe where it was saved, to a checkpoint's state; closes it.
+def load(
+    checkpoint: Checkpoint,
+    engine: Any,
+    probe: torch.nn.Module | None = None,
+    teacher: torch.nn.Module | None = None,
+) -> RunState:
+    """Bring an engine, a teacher, and the probe where it was saved, to a checkpoint's state; closes it.
 
     Collective; any W and ZeRO stage.
     """
@@ -209,9 +216,18 @@ def load(checkpoint: Checkpoint, engine: Any, probe: torch.nn.Module | None = No
             if name not in saved:
                 raise DamagedCheckpoint(f"{checkpoint.url}: the buffer {name} is not there")
             buffer.copy_(saved[name])
+        if teacher is not None:
+            teacher.load_state_dict(teacher_state(checkpoint))
         if probe is not None:
             held = {name.removeprefix(PROBE): t for name, t in saved.items() if name.startswith(PROBE)}
             if held:
                 probe.load_state_dict(held)
     checkpoint.close()
     return state
+
+
+def teacher_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All parameters and buffers of the teacher, whole, by name, on the CPU; empty where there is none."""
+    prefix = f"{TEACHER}."
+    buffers = checkpoint.tensors("replicated", prefix)
+    return checkpoint.tensors(TEACHER) | {name.removeprefix(prefix): tensor for name, tensor in buffers.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dist_ssl.checkpoint.export import write_export
 from dist_ssl.checkpoint.file import HostBuffer
-from dist_ssl.checkpoint.read import FORMAT, PROBE, RunState, open_checkpoint
+from dist_ssl.checkpoint.read import FORMAT, PROBE, TEACHER, RunState, open_checkpoint
 from dist_ssl.config import CheckpointConfig
 from dist_ssl.distributed import rank, world_size
 from dist_ssl.storage import Store
@@ -67,13 +68,16 @@ class Checkpointer:
         self.last_step = last_step  # the newest that is known to hold: resumed from, or committed since; -1 for none
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
 
-    def save(self, state: RunState, replicated: dict[str, Tensor]) -> None:
-        """Start a save. Collective. `replicated` tensors are the same on all ranks; rank 0 writes them.
+    def save(self, state: RunState, replicated: dict[str, Tensor], teacher: Mapping[str, Tensor] | None = None) -> None:
+        """Start a save. Collective. `replicated` tensors are the same on all ranks; rank 0 writes them. So are the
+        teacher's parameters, of which each rank writes its share.
 
         Waits for the save before it; raises on all ranks where that one failed.
         """
         self.wait()
         tensors, table = self._held()
+        for name, tensor in (teacher or {}).items():
+            _take_share(tensors, table, (name, TEACHER, tensor.shape), 0, tensor.detach().reshape(-1), replicated=True)
         if rank() == 0:
             tensors |= {f"{name}/replicated": tensor for name, tensor in replicated.items()}
             table += [_entry(name, "replicated", t.shape, 0, t.numel()) for name, t in replicated.items()]
@@ -99,23 +103,15 @@ class Checkpointer:
             raise failure
 
     def _held(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        tensors, table = {}, []
+        tensors: dict[str, Tensor] = {}
+        table: list[dict[str, Any]] = []
         for f in self._fragments:
             kinds = {"master": f.of(f.flat)}
             for key, value in self._optimizer.state.get(f.flat, {}).items():
                 if value.numel() == f.flat.numel() and value.dim() == f.flat.dim():
                     kinds[key] = f.of(value)
-            # Where every rank holds it all, each writes its share.
-            start, stop = (
-                (f.length * rank() // world_size(), f.length * (rank() + 1) // world_size())
-                if f.replicated
-                else (0, f.length)
-            )
             for kind, values in kinds.items():
-                if stop > start:
-                    entry = _entry(f.name, kind, f.shape, f.offset + start, stop - start)
-                    tensors[entry["key"]] = values[start:stop]
-                    table.append(entry)
+                _take_share(tensors, table, (f.name, kind, f.shape), f.offset, values, f.replicated)
         return tensors, table
 
     def _write(self, state: RunState, table: list[dict[str, Any]]) -> None:
@@ -208,6 +204,26 @@ def _put(store: Store, name: str, data: bytes | memoryview) -> dict[str, int]:
     described = {"bytes": len(data), "crc32": isal_zlib.crc32(data)}
     store.write(name, data)
     return described
+
+
+def _take_share(
+    tensors: dict[str, Tensor],
+    table: list[dict[str, Any]],
+    what: tuple[str, str, Any],
+    offset: int,
+    values: Tensor,
+    replicated: bool,
+) -> None:
+    """Add what this rank writes of a flat tensor `what` = (name, kind, shape) whose part from `offset` on it holds.
+
+    Where every rank holds it all, each writes its share.
+    """
+    size, index = (world_size(), rank()) if replicated else (1, 0)
+    start, stop = (len(values) * edge // size for edge in (index, index + 1))
+    if stop > start:
+        entry = _entry(*what, offset + start, stop - start)
+        tensors[entry["key"]] = values[start:stop]
+        table.append(entry)
 
 
 def _entry(name: str, kind: str, shape: Any, offset: int, length: int) -> dict[str, Any]:

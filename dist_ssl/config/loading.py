@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dist_ssl.config.sections import MAY_DIFFER_ON_RESUME, Config, UserError
+from dist_ssl.config.methods import METHODS
+from dist_ssl.config.section import UserError
+from dist_ssl.config.sections import MAY_DIFFER_ON_RESUME, Config
 from dist_ssl.config.writing import known_keys
 
 # What other libraries and papers call a key of ours.
@@ -23,7 +25,11 @@ SYNONYMS = {
     "train.global_batch_size": ("batch_size", "batch", "bs", "bsz"),
     "train.epochs": ("num_epochs", "max_epochs", "epoch"),
     "train.steps": ("num_steps", "max_steps", "iterations"),
+    "objective.name": ("method", "loss"),
     "objective.temperature": ("tau", "temp", "t"),
+    "objective.teacher_decay": ("ema", "ema_decay", "moco_m", "m"),
+    "objective.off_diagonal": ("lambd", "lambda_param"),
+    "model.predictor.hidden_dim": ("pred_dim", "prediction_dim"),
     "objective.chunks": ("accumulate_grad_batches", "gradient_accumulation_steps", "accumulation"),
     "model.encoder": ("arch", "backbone", "architecture"),
     "model.head.output_dim": ("proj_dim", "projection_dim", "z_dim"),
@@ -40,20 +46,19 @@ SYNONYMS = {
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config in a TOML file with `section.key=value` overrides laid over it.
 
-    Raises UserError naming the key, the file and, for a key that is not known, the nearest one that is.
+    An override of `objective.name` leaves behind what the file said of another method: keys that the new one does not
+    have, and those at the old one's default. Raises UserError naming the key, the file and, for a key that is not
+    known, the nearest one that is.
     """
-    values = _read(path)
-    for override in overrides:
-        _set(values, override)
+    values = _laid_over(_read(path), overrides)
     return validate(values, str(path), [override.partition("=")[0] for override in overrides])
 
 
 def origins(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, str]:
     """Dotted key -> "file" or "--set", of the values of a config that `load` gave; the others are defaults."""
-    given: dict[str, Any] = {}
-    for override in overrides:
-        _set(given, override)
-    return dict.fromkeys(_flatten(_read(path)), "file") | dict.fromkeys(_flatten(given), "--set")
+    given = _flatten(_laid_over({}, overrides))
+    values = _flatten(_laid_over(_read(path), overrides))
+    return {key: "--set" if key in given else "file" for key in values}
 
 
 def loads(text: str, source: str = "config") -> Config:
@@ -66,15 +71,15 @@ def validate(values: dict[str, Any], source: str, overridden: Sequence[str] = ()
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(one, source, overridden) for one in error.errors())) from None
+        objective = values.get("objective")
+        method = objective.get("name", "nt_xent") if isinstance(objective, dict) else "nt_xent"
+        said = (_explain(one, source, overridden, str(method)) for one in error.errors())
+        raise UserError("; ".join(said)) from None
 
 
 def with_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """A new config; `train.steps` and `train.epochs` replace each other."""
-    values = config.model_dump(mode="python", exclude_none=True)
-    for override in overrides:
-        _set(values, override)
-    return validate(values, "--set")
+    """A new config; `train.steps` and `train.epochs` replace each other, and so do methods, as `load` says."""
+    return validate(_laid_over(config.model_dump(mode="python", exclude_none=True), overrides), "--set")
 
 
 def resume_diff(saved: Config, new: Config) -> list[str]:
@@ -112,6 +117,13 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as TOML: {error}") from None
 
 
+def _laid_over(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Values with overrides set, the method first: what is set of it beside its name is never left behind."""
+    for override in sorted(overrides, key=lambda one: not one.startswith("objective.name=")):
+        _set(values, override)
+    return values
+
+
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or "." not in key:
@@ -127,12 +139,28 @@ def _set(values: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: {section!r} is a value, not a section")
     if sections == ["train"] and name in ("steps", "epochs"):
         values.pop("epochs" if name == "steps" else "steps", None)
+    if (sections, name) == (["objective"], "name"):
+        _leave_method(values, value)
     values[name] = value
 
 
-def nearest_key(wrong: str) -> str:
-    """The known key that a wrong one most likely means: by its name in that section, elsewhere, in other libraries."""
-    keys = {key.dotted: key for key in known_keys()}
+def _leave_method(objective: dict[str, Any], new: Any) -> None:
+    """Drop what [objective] says of its method where `new` names another."""
+    old = objective.get("name", "nt_xent")
+    if old == new or old not in METHODS or not isinstance(new, str) or new not in METHODS:
+        return
+    before, after = METHODS[old].model_fields, METHODS[new].model_fields
+    for key in [key for key in before if key in objective]:
+        if key not in after or objective[key] == before[key].default:
+            del objective[key]
+
+
+def nearest_key(wrong: str, method: str = "") -> str:
+    """The known key that a wrong one most likely means: by its name in that section, elsewhere, in other libraries.
+
+    With a method, keys of others are none.
+    """
+    keys = {key.dotted: key for key in known_keys() if not (method and key.methods) or method in key.methods}
     wrong = re.sub(r"\.\d+(?=\.|$)", "", wrong)  # the number of a set of views
     section, _, name = wrong.rpartition(".")
     if section in Config.model_fields or any(key.section == section for key in keys.values()):
@@ -147,18 +175,33 @@ def nearest_key(wrong: str) -> str:
     return difflib.get_close_matches(wrong, alike or keys, n=1, cutoff=0.0)[0]
 
 
-def _explain(error: Any, source: str, overridden: Sequence[str]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _explain(error: Any, source: str, overridden: Sequence[str], method: str) -> str:
+    loc = [str(part) for part in error["loc"]]
+    if loc[:2] == ["objective", method]:
+        del loc[1]  # pydantic names the member of the union, which is no part of the key
+    key = ".".join(loc)
     if any(key.startswith(f"{whole}.") for whole in overridden):
         source = "--set"  # what is wrong stands inside a value that it gave
     if error["type"] == "extra_forbidden":
         # pydantic names the section where that is wrong already; --set said the whole key.
         given = next((whole for whole in overridden if f"{whole}.".startswith(f"{key}.")), None)
         source, key = ("--set", given) if given else (source, key)
-        return f"{source}: unknown key {key!r}; did you mean {nearest_key(key)!r}?"
+        said = f"{source}: unknown key {key!r}; did you mean {nearest_key(key, method)!r}?"
+        if loc[0] != "objective":
+            return said
+        names = ", ".join(name for name in METHODS[method].model_fields if name != "name")
+        others = [one.methods for one in known_keys() if one.dotted == key]
+        if others:
+            said = f"{source}: unknown key {key!r}: a key of {', '.join(name for o in others for name in o)}"
+        return f"{said}; objective.name = {method!r} has {names}"
+    if error["type"] == "union_tag_invalid":
+        loc, key = [*loc, "name"], "objective.name"
+        error = error | {"msg": f"expected one of {', '.join(METHODS)}", "input": method}
     source = "--set" if key in overridden else source
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if not key:
+        return f"{source}: {message}"  # of several sections together, which it names itself
     if isinstance(error["input"], dict):
         return f"{source}: {key}: {message}"
     return f"{source}: {key}: {message}, got {error['input']!r}"

@@ -5,20 +5,15 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
+
+from dist_ssl.config.methods import WITH_PREDICTOR, WITH_TEACHER, NTXentConfig, ObjectiveConfig
+from dist_ssl.config.section import Section
 
 Probe = Literal[
     "linear", "knn", "head_information", "few_labels", "linear_augmented", "fine_tuned", "few_labels_fine_tuned"
 ]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: the CLI prints it as one line and exits with code 2."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -142,6 +137,17 @@ class HeadConfig(Section):
     hidden_dim: int = Field(2048, ge=1, description="width of an mlp's hidden layers")
     output_dim: int = Field(128, ge=1, description="width of z")
     batch_norm: bool = Field(True, description="after each linear layer of an mlp")
+    last_batch_norm: bool = Field(True, description="false: not after the last linear layer")
+
+
+class PredictorConfig(Section):
+    """What stands between z and the loss of moco_v3, byol and simsiam; its output is as wide as z."""
+
+    kind: Literal["none", "linear", "mlp"] = Field("mlp", description="none: the loss takes z itself")
+    num_layers: int = Field(2, ge=2, description="linear layers, only of kind mlp")
+    hidden_dim: int | None = Field(None, ge=1, description="width of an mlp's hidden layers; unset: as of the head")
+    batch_norm: bool = Field(True, description="after each linear layer of an mlp")
+    last_batch_norm: bool = Field(False, description="true: after the last linear layer too")
 
 
 class ModelConfig(Section):
@@ -150,12 +156,7 @@ class ModelConfig(Section):
         False, description="compute activations again in backward instead of keeping them"
     )
     head: HeadConfig = HeadConfig()
-
-
-class ObjectiveConfig(Section):
-    name: Literal["nt_xent", "decoupled", "supervised"] = Field("nt_xent", description="which contrastive loss")
-    temperature: float = Field(0.1, gt=0, description="tau: similarities are divided by it")
-    chunks: int = Field(1, ge=1, description="GradCache: encoder passes a step, for large batches on few ranks")
+    predictor: PredictorConfig | None = Field(None, description="unset: the method's own")
 
 
 class OptimizerConfig(Section):
@@ -229,6 +230,7 @@ class DiagnosticsConfig(Section):
 class EvaluationConfig(Section):
     train_shards: str | None = Field(None, description="labelled, what probes are fitted on")
     test_shards: str | None = Field(None, description="labelled, what they are scored on")
+    teacher: bool = Field(False, description="probe the run's teacher (moco_v3, byol) instead of its student")
     image_size: int | None = Field(None, ge=8, description="unset: that of the largest view")
     resize_ratio: float = Field(1.0, ge=1, description="resize to image_size * ratio, then a centre crop")
     batch_size_per_rank: int = Field(256, ge=1, description="images of one forward")
@@ -268,7 +270,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = Field(NTXentConfig(), discriminator="name")
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig(epochs=100)
     engine: EngineConfig = EngineConfig()
@@ -277,6 +279,27 @@ class Config(Section):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     lab: LabConfig | None = Field(None, description="only in files for `dist-ssl lab`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def nt_xent_where_no_method_is_named(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(objective := values.get("objective"), dict):
+            return values | {"objective": {"name": "nt_xent"} | objective}
+        return values
+
+    @model_validator(mode="after")
+    def method_has_what_it_needs(self) -> Config:
+        name = self.objective.name
+        if name in WITH_TEACHER and self.engine.zero_stage == 3:
+            raise ValueError(
+                f"engine.zero_stage: {name} needs 0, 1 or 2, got 3: the teacher follows whole weights, of which a rank "
+                "holds only its part under stage 3"
+            )
+        if self.model.predictor is not None and name not in WITH_PREDICTOR:
+            raise ValueError(
+                f"model.predictor: {name} has none, only {', '.join(WITH_PREDICTOR)} do; leave the section out"
+            )
+        return self
 
 
 # What a resumed run may change: everything about where and how it computes, nothing about what it computes.

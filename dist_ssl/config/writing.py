@@ -10,7 +10,9 @@ import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dist_ssl.config.sections import Config, UserError
+from dist_ssl.config.methods import METHODS
+from dist_ssl.config.section import UserError
+from dist_ssl.config.sections import Config
 
 
 class Key(NamedTuple):
@@ -19,6 +21,7 @@ class Key(NamedTuple):
     section: str  # "model.head"
     name: str
     field: FieldInfo
+    methods: tuple[str, ...] = ()  # of [objective]: which have this key so; empty where all do
 
     @property
     def dotted(self) -> str:
@@ -28,6 +31,9 @@ class Key(NamedTuple):
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
     """Every key that a file may hold, in the order of the sections."""
     for name, field in model.model_fields.items():
+        if field.discriminator is not None:
+            yield from _keys_of_methods(name)
+            continue
         items = get_args(field.annotation) if get_origin(field.annotation) is list else ()
         if any(map(_is_section, items)):
             yield Key(prefix, name, field)  # a list of tables: it may stand in a line, and its tables have keys
@@ -36,6 +42,20 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Ke
             yield from known_keys(section, f"{prefix}.{name}" if prefix else name)
         if not sections:
             yield Key(prefix, name, field)
+
+
+def _keys_of_methods(section: str) -> Iterator[Key]:
+    """The keys of all methods, those that are alike (type, default, description) once."""
+    alike: dict[str, tuple[str, FieldInfo, list[str]]] = {}
+    for method, model in METHODS.items():
+        for name, field in model.model_fields.items():
+            identity = name if name == "name" else f"{name} {field!r}"
+            alike.setdefault(identity, (name, field, []))[2].append(method)
+    for name, field, methods in sorted(alike.values(), key=lambda one: (one[0] != "name", len(one[2]) < len(METHODS))):
+        if name == "name":
+            any_method: Any = Literal[tuple(METHODS)]
+            field = FieldInfo(annotation=any_method, default=field.default, description=field.description)
+        yield Key(section, name, field, () if len(methods) == len(METHODS) else tuple(methods))
 
 
 def dumps(config: Config) -> str:
@@ -55,12 +75,13 @@ def dumps_with_origins(config: Config, origins: dict[str, str]) -> str:
 def explain(section: str | None = None) -> list[str]:
     """A line for each key, or for those of one section: key, type, default, description, in columns.
 
-    Raises UserError for a section that is not there.
+    A key of some methods only is followed by their names. Raises UserError for a section that is not there.
     """
     keys = [key for key in known_keys() if section is None or f"{key.dotted}.".startswith(f"{section}.")]
     if not keys:
         raise UserError(f"--explain {section}: expected a section, one of {', '.join(Config.model_fields)}")
-    rows = [(key.dotted, _type_of(key.field), _default_of(key.field)) for key in keys]
+    dotted = [f"{key.dotted} ({', '.join(key.methods)})" if key.methods else key.dotted for key in keys]
+    rows = [(name, _type_of(key.field), _default_of(key.field)) for name, key in zip(dotted, keys, strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [
         "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)), key.field.description or ""])

@@ -61,7 +61,7 @@ class Engine:
         """The module itself. Under ZeRO 3 its parameters are empty between steps."""
         return self._engine.module
 
-    def __call__(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._engine(*views)
 
     def backward(self, loss: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from dist_ssl import config as configuration
 from dist_ssl import distributed
-from dist_ssl.checkpoint import checkpoint_store, load_run, step_name
+from dist_ssl.checkpoint import checkpoint_store, load_run, read_run_config, step_name
 from dist_ssl.config import Config, EvaluationConfig, UserError
 from dist_ssl.data.progress import Progress
 from dist_ssl.evaluation import features as feature_files
@@ -49,6 +49,7 @@ class Subject:
     untrained: Readable | None
     folder: Path  # of all results of this checkpoint
     name: str | None = ""  # of the data, in that folder; None: to be derived from the data
+    is_teacher: bool = False
 
 
 def run_subject(
@@ -58,8 +59,9 @@ def run_subject(
 
     `name` is the data's; without it, `other_name` where the data are not what the run's own config names.
     """
-    saved, step, model = load_run(run_dir, step)
+    saved = read_run_config(run_dir)
     config = configuration.with_overrides(saved, overrides) if overrides else saved
+    _, step, model = load_run(run_dir, step, config.evaluation.teacher)
     _, _, untrained = load_run(run_dir, 0)
     shards = [(one.evaluation.train_shards, one.evaluation.test_shards) for one in (config, saved)]
     return Subject(
@@ -70,6 +72,7 @@ def run_subject(
         Readable(untrained.encoder, suffix="_untrained"),
         step_folder(run_dir, step),
         name or ("" if shards[0] == shards[1] else other_name),
+        config.evaluation.teacher,
     )
 
 
@@ -97,7 +100,7 @@ def evaluate(subject: Subject, device: torch.device) -> Stored:
     """
     started, config = time.monotonic(), subject.config
     train, test = (feature_files.open_split(name, config, device) for name in ("train", "test"))
-    folder = place(subject.folder, subject.name, (train.manifest.hash, test.manifest.hash))
+    folder = place(subject.folder, subject.name, (train.manifest.hash, test.manifest.hash), subject.is_teacher)
     folder = distributed.broadcast_object(folder)  # another rank may see an older state of a shared folder
     for readable in filter(None, (subject.trained, subject.untrained)):
         for module in readable.modules():
@@ -116,6 +119,7 @@ def evaluate(subject: Subject, device: torch.device) -> Stored:
             "checkpoint": subject.checkpoint,
             "step": subject.step,
             "encoder": config.model.encoder,
+            "teacher": subject.is_teacher,
             "head": config.model.head.model_dump() if subject.trained.head is not None else None,
             "encoder_digest": proofs[0],
             "layers": list(train_features.layers),

@@ -1,12 +1,13 @@
 """The results of evaluations: where they stand, their format, and the table that the command prints. Needs no torch.
 
 They are kept by checkpoint and data: RUN/evaluation/step-<n>/results.json on the data that the run's config names,
-RUN/evaluation/step-<n>/<name>/results.json on any other. Those of a file of weights stand in a folder of their own.
+RUN/evaluation/step-<n>/<name>/results.json on any other. Those of a file of weights stand in a folder of their own,
+a teacher's in one beside the student's whose name begins with "teacher".
 
 results.json (format 1):
 
     checkpoint        the checkpoint's folder, or the file of weights;  step: its step, null for a file of weights
-    encoder           name;  head: its config, null for a file of weights
+    encoder           name;  head: its config, null for a file of weights;  teacher: whether it is the run's teacher
     encoder_digest    {"before", "after"}: SHA-256 of encoder and head; equal, or there would be no file
     layers            the layers read, in depth order: "h", "g1", ..., "z", "h_untrained"
     data              shards, manifest hashes, counts and the number of classes
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 FILE = "results.json"
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -54,30 +56,33 @@ class Stored:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """Equal where the data are: probes fitted on the same images, scored on the same."""
+        """Equal where the data are: probes fitted on the same images, scored on the same; a teacher's are apart."""
         return data_of(self.values) or (self.name,)
 
 
 def data_of(values: dict[str, Any]) -> tuple[str, ...]:
-    """What tells the data of results apart: its manifests' hashes."""
-    return tuple(values["data"][key] for key in ("train_manifest", "test_manifest") if key in values["data"])
+    """What tells the data of results apart: its manifests' hashes, and whose features of it they are."""
+    hashes = tuple(values["data"][key] for key in ("train_manifest", "test_manifest") if key in values["data"])
+    return (*hashes, TEACHER) if values.get("teacher") else hashes
 
 
 def step_folder(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "evaluation" / f"step-{step}"
 
 
-def place(folder: Path, name: str | None, data: tuple[str, ...]) -> Path:
+def place(folder: Path, name: str | None, data: tuple[str, ...], is_teacher: bool = False) -> Path:
     """Where results on `data` go: `folder`/`name`, or a folder beside it that the data's hash names.
 
     The second where there is no name, and where results on other data are there already: nothing is overwritten.
     """
+    if is_teacher:
+        data, name = (*data, TEACHER), None if name is None else "-".join(filter(None, (TEACHER, name)))
     digest = hashlib.sha256(" ".join(data).encode()).hexdigest()[:8]
     if name is not None:
         there = _read(folder / name / FILE)
         if there is None or data_of(there) == data:
             return folder / name
-    return folder / (f"{name}-{digest}" if name else f"data-{digest}")
+    return folder / (f"{name}-{digest}" if name else f"{TEACHER if is_teacher else 'data'}-{digest}")
 
 
 def stored_in(folder: Path, step: int | None = None) -> list[Stored]:
@@ -156,7 +161,8 @@ def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
     unfinished = [value for layers in probes.values() for value in layers.values() if not converged(value)]
     if unfinished:
         caption += "; *: a fit that did not converge"
-    table = Table(title=f"{results['encoder']}, {results['checkpoint']}", caption=caption)
+    encoder = f"{results['encoder']}, the teacher" if results.get("teacher") else results["encoder"]
+    table = Table(title=f"{encoder}, {results['checkpoint']}", caption=caption)
     table.add_column("layer")
     for probe in probes:
         table.add_column(probe, justify="right")

@@ -1,12 +1,13 @@
-"""The networks: encoders f, the projection head g, both as one model, and batch norm over the global batch.
+"""The networks: encoders f, the projection head g, both and a predictor as one model, batch norm over the global batch.
 
-`build_model(config)` gives what a run trains; `build_encoder(name)` an encoder alone; ProjectionHead.layers reads g.
+`build_model(config)` gives what a run trains, `build_teacher(config)` what follows it; `build_encoder(name)` an encoder
+alone; ProjectionHead.layers reads g.
 """
 
 from dist_ssl.models.batch_norm import GlobalBatchNorm, frozen_running_statistics
 from dist_ssl.models.encoders import ENCODERS, build_encoder
 from dist_ssl.models.head import ProjectionHead
-from dist_ssl.models.model import ContrastiveModel, build_model
+from dist_ssl.models.model import ContrastiveModel, build_model, build_teacher
 
 __all__ = [
     "ENCODERS",
@@ -15,5 +16,6 @@ __all__ = [
     "ProjectionHead",
     "build_encoder",
     "build_model",
+    "build_teacher",
     "frozen_running_statistics",
 ]

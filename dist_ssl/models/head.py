@@ -14,8 +14,8 @@ from dist_ssl.models.batch_norm import GlobalBatchNorm
 class ProjectionHead(nn.Module):
     """g: h (B, D) -> z (B, d): nothing, one linear layer, or an MLP of `num_layers` linear layers.
 
-    With `batch_norm` every linear layer, the last one too, is without bias and followed by batch norm, as in SimCLR's
-    published code (Chen et al. 2020); ReLU between layers.
+    With `batch_norm` every linear layer is without bias and followed by batch norm, the last one too, as in SimCLR's
+    published code (Chen et al. 2020), unless `last_batch_norm` is false; ReLU between layers.
     """
 
     def __init__(self, input_dim: int, config: HeadConfig):
@@ -30,8 +30,9 @@ class ProjectionHead(nn.Module):
         self.output_dim = dims[-1] if dims else input_dim
         layers = []
         for depth, dim in enumerate(dims):
-            layer = nn.Sequential(nn.Linear(input_dim, dim, bias=not config.batch_norm))
-            if config.batch_norm:
+            batch_norm = config.batch_norm and (config.last_batch_norm or depth < len(dims) - 1)
+            layer = nn.Sequential(nn.Linear(input_dim, dim, bias=not batch_norm))
+            if batch_norm:
                 layer.append(GlobalBatchNorm(dim))
             if depth < len(dims) - 1:
                 layer.append(nn.ReLU(inplace=True))

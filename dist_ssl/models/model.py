@@ -1,4 +1,4 @@
-"""Encoder and head together: pixels -> h, z; and how blocks are computed again in backward to save memory."""
+"""Encoder, head and predictor together: pixels -> h, z, p; and how blocks are computed again to save memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_PREDICTOR, Config, HeadConfig, PredictorConfig
 from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once, frozen_running_statistics
 from dist_ssl.models.encoders import build_encoder
 from dist_ssl.models.head import ProjectionHead
@@ -20,26 +20,35 @@ from dist_ssl.models.vit import VisionTransformer, check_divides
 
 
 class ContrastiveModel(nn.Module):
-    """Views of one size or several -> h (n V, D), z (n V, d). Collective in training mode where there is batch norm.
+    """Views of one size or several -> h (n V, D), z (n V, d), p (n V, d), which is z itself without a predictor.
 
     The encoder runs once a size, so batch norm's statistics in it are of all views of that size; the head runs on all.
+    Collective in training mode where there is batch norm.
 
     Legend: n images, V views of each, V_s of one size, D width of h, d of z.
     """
 
-    def __init__(self, encoder: nn.Module, head: ProjectionHead, views_per_size: Sequence[int]):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: ProjectionHead,
+        views_per_size: Sequence[int],
+        predictor: ProjectionHead | None = None,
+    ):
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.predictor = predictor
         self.widths = {"h": cast(int, encoder.output_dim), "z": head.output_dim}
         self._views_per_size = tuple(views_per_size)
         self._batch_norms = [module for module in self.modules() if isinstance(module, GlobalBatchNorm)]
 
-    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        """A (n V_s, 3, S, S) tensor a size; rows of h and z are ordered by image, then view, as the config has them."""
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A (n V_s, 3, S, S) tensor a size; rows that come out are ordered by image, then view, as in the config."""
         with counted_at_once(self._batch_norms):
             h = self._by_image([self.encoder(x) for x in views])
-            return h, self.head(h)
+            z = self.head(h)
+            return h, z, z if self.predictor is None else self.predictor(z)
 
     def _by_image(self, h_per_size: list[Tensor]) -> Tensor:
         if len(h_per_size) == 1:
@@ -54,6 +63,7 @@ def build_model(config: Config) -> ContrastiveModel:
         torch.manual_seed(config.run.seed)
         encoder = build_encoder(config.model.encoder, config.augment.image_size)
         head = ProjectionHead(cast(int, encoder.output_dim), config.model.head)
+        predictor = _build_predictor(config, head.output_dim)
     sizes = config.augment.sizes()
     if isinstance(encoder, VisionTransformer):
         for side, _ in sizes:
@@ -62,7 +72,24 @@ def build_model(config: Config) -> ContrastiveModel:
         for block in encoder.modules():
             if isinstance(block, BasicBlock | Bottleneck | EncoderBlock):
                 _recompute_in_backward(block)
-    return ContrastiveModel(encoder, head, [num_views for _, num_views in sizes])
+    return ContrastiveModel(encoder, head, [num_views for _, num_views in sizes], predictor)
+
+
+def build_teacher(config: Config) -> ContrastiveModel:
+    """The momentum encoder of a run at its start: encoder and head with the student's weights, and no predictor."""
+    model = build_model(config)
+    model.predictor = None
+    return model.requires_grad_(False)
+
+
+def _build_predictor(config: Config, z_dim: int) -> ProjectionHead | None:
+    if config.objective.name not in WITH_PREDICTOR:
+        return None
+    chosen = config.model.predictor or PredictorConfig()
+    if chosen.kind == "none":
+        return None
+    hidden_dim = chosen.hidden_dim or config.model.head.hidden_dim
+    return ProjectionHead(z_dim, HeadConfig(**chosen.model_dump() | {"hidden_dim": hidden_dim, "output_dim": z_dim}))
 
 
 def _recompute_in_backward(block: nn.Module) -> None:

@@ -13,7 +13,7 @@ from dist_ssl.objective.contrastive import (
     supervised_views,
 )
 from dist_ssl.objective.covariance import barlow_twins, vicreg
-from dist_ssl.objective.gaussian import sigreg
+from dist_ssl.objective.gaussian import lejepa, sigreg
 from dist_ssl.objective.momentum import byol, moco_v3, simsiam
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "byol",
     "decoupled",
     "decoupled_views",
+    "lejepa",
     "moco_v3",
     "nt_xent",
     "nt_xent_views",

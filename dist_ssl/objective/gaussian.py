@@ -1,4 +1,4 @@
-"""SIGReg over the global batch: z is pushed towards an isotropic Gaussian, seen along random directions.
+"""SIGReg over the global batch, and LeJEPA: z is pushed towards an isotropic Gaussian, seen along random directions.
 
 For K unit vectors a_k, u_nk = z_n.a_k and points t_q with weights w_q of the trapezoidal rule times exp(-t_q^2 / 2),
 
@@ -10,12 +10,15 @@ The points are equally spaced and the sums even in t, so only t_q = q dt > 0 are
 power of one rotation: a sum of powers for the value, a polynomial by Horner's rule for the gradient, one complex
 product a point and no further sine. Rows are visited in tiles, so memory is O(n d + tile).
 
+LeJEPA = (1 - weight) / (N V d) sum_nv |z_nv - mean_g z_ng|^2 + weight SIGReg, g the global views, mean_g with gradient.
+
 Sends: one all-reduce of the sums (2 V K Q numbers in fp64, Q the points with t > 0) forward; nothing backward.
 
 Legend: n images of this rank, N of all, V views, d dimensions, K slices.
 
 The paper's equation weighs by exp(-t^2 / s^2) with s = 1, its listing (Algorithm 1) by exp(-t^2 / 2): taken is the
-listing's, with its 17 points on [-5, 5] and 256 slices.
+listing's, with its 17 points on [-5, 5] and 256 slices. The prediction is a mean over dimensions too in the listing
+(Algorithm 2), a sum over them in equation 8: taken is the listing's, as is the weight of 0.05 that goes with it.
 """
 
 from __future__ import annotations
@@ -65,6 +68,36 @@ def sigreg(
     return closed_form.scalar(partial(_sigreg, rows_per_rank, directions, num_points // 2, largest_t), z)
 
 
+def lejepa(
+    z: Tensor,
+    seed: int,
+    step: int,
+    weight: float = 0.05,
+    num_slices: int = 256,
+    num_points: int = 17,
+    largest_t: float = 5.0,
+    *,
+    global_views: slice = slice(None),
+    rows_per_rank: Sequence[int] | None = None,
+) -> Tensor:
+    """LeJEPA (Balestriero and LeCun 2025, Algorithm 2): (1 - weight) * prediction + weight * `sigreg`, a scalar.
+
+    z: (n, V, d). weight: the paper's lambda. global_views: those among the V whose mean all views predict.
+    Other arguments, and what is returned: `sigreg`. Collective in forward only.
+    """
+    least: dict[str, tuple[float, float]] = {"weight": (weight, 0), "1 - weight": (1 - weight, 0)}
+    rows_per_rank = checks.agree("lejepa", {"z": z}, rows_per_rank, least=least, shape="(n, V, d)")
+    spread = sigreg(z, seed, step, num_slices, num_points, largest_t, rows_per_rank=rows_per_rank)
+    mean = len(rows_per_rank) / (sum(rows_per_rank) * z.shape[1] * z.shape[2])
+    return squared_distances(z, global_views) * ((1 - weight) * mean) + weight * spread
+
+
+def squared_distances(z: Tensor, global_views: slice = slice(None)) -> Tensor:
+    """The sum of the squared distances of all views (n, V, d) to the mean of their image's global ones."""
+    wide = z.to(closed_form.wide(z.dtype))
+    return (wide - wide[:, global_views].mean(dim=1, keepdim=True)).square().sum()
+
+
 def slices(d: int, num_slices: int, seed: int, step: int) -> Tensor:
     """(d, num_slices) fp64 unit columns, drawn on the host, so that they don't depend on the device."""
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
@@ -78,7 +111,8 @@ def _sigreg(
     total, dtype = sum(rows_per_rank), closed_form.wide(z.dtype)
     directions = directions.to(dtype)
     if z.is_cuda:  # from pinned memory, so that the host does not wait for the device
-        directions = directions.pin_memory().to(z.device, non_blocking=True)
+        directions = directions.pin_memory()
+    directions = directions.to(z.device, non_blocking=True)
     z_vnd = z.to(dtype).reshape(len(z), -1, z.shape[-1]).transpose(0, 1)
     dt, num_slices = largest_t / num_points, directions.shape[1]
     t = dt * torch.arange(1, num_points + 1, dtype=torch.float64, device=z.device)[:, None]

@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_ssl import config as configuration
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.manifest import Manifest
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
+from dist_ssl.planning import method_costs
 
 BUCKET = 50_000_000  # elements; the largest that engine.py gives to DeepSpeed's reductions
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
@@ -47,6 +48,8 @@ class Sizes:
     activation_bytes: int  # the views of one image
     optimizer_values: int  # k
     ranks: int
+    teacher_bytes: int = 0
+    teacher_channels: tuple[int, ...] = ()  # of its batch norm
 
     @staticmethod
     def of(config: Config, ranks: int, measure: bool = True) -> Sizes:
@@ -54,6 +57,7 @@ class Sizes:
         model = build_model(config)
         passes = [*(model.encoder for _ in config.augment.sizes()), model.head]
         norms = [m for module in passes for m in module.modules() if isinstance(m, GlobalBatchNorm)]
+        teacher = [model.encoder, model.head] if config.objective.name in WITH_TEACHER else []
         return Sizes(
             sum(p.numel() for p in model.parameters()),
             sum(p.numel() for p in model.parameters() if p.numel() < PERSISTENT),
@@ -62,6 +66,8 @@ class Sizes:
             activation_bytes(model, config) if measure else 0,
             {"lars": 1, "adamw": 2}[config.optimizer.name],
             ranks,
+            sum(t.nbytes for part in teacher for t in part.state_dict().values()),
+            tuple(m.num_features for part in teacher for m in part.modules() if isinstance(m, GlobalBatchNorm)),
         )
 
 
@@ -131,7 +137,7 @@ def memory(config: Config, sizes: Sizes) -> list[Estimate]:
     stage, width, pixels = config.engine.zero_stage, config.model.head.output_dim, pixel_values(config)
     images = -(-config.train.global_batch_size // sizes.ranks)
     chunk = -(-images // config.objective.chunks)
-    views = config.augment.num_views * config.train.global_batch_size
+    loss = method_costs.held(config, config.augment.num_views, width, sizes.ranks)
     views_bytes = 2 if config.engine.precision == "bf16" else FP32
     parts = [
         state_bytes(sizes, stage),
@@ -145,8 +151,10 @@ def memory(config: Config, sizes: Sizes) -> list[Estimate]:
             "pixels", float(pixels * (4 * images + views_bytes * chunk)), "bytes",
             f"p (4 n + {views_bytes} n / chunks)",
         ),
-        Estimate("loss", 3.0 * FP32 * views * width + 2.0 * FP32 * views, "bytes", "3 * 4 M d + 2 * 4 M"),
+        Estimate("loss", loss[0], "bytes", loss[1]),
     ]  # fmt: skip
+    if sizes.teacher_bytes:
+        parts.append(Estimate("teacher", sizes.teacher_bytes, "bytes", "4 P of encoder and head, and their buffers"))
     if config.engine.precision == "bf16":
         parts.append(Estimate("weights cast to bf16", 2.0 * sizes.parameters, "bytes", "2 P"))
     total = sum(part.value for part in parts)
@@ -168,7 +176,6 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
     """Bytes that one rank sends in a step, by ring algorithms: what a ring can't undercut."""
     p, w, stage = sizes.parameters, sizes.ranks, config.engine.zero_stage
     share, width = (w - 1) / w, config.model.head.output_dim
-    views = config.augment.num_views * config.train.global_batch_size
     reduction = {
         0: (2, "all-reduce of gradients: 2 * 4 P (W-1)/W"),
         1: (3, "all-reduce of gradients, all-gather of weights: 3 * 4 P (W-1)/W"),
@@ -179,10 +186,12 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
     gathered = (2 * channels + layers) * FP64 * (w - 1)
     # GradCache runs the encoder twice forward and once backward for every chunk.
     passes, forwards = config.objective.chunks, 2 if config.objective.chunks > 1 else 1
-    norms = passes * (forwards * gathered + 2 * 2 * channels * FP32 * share)
+    gathered_by_teacher = (2 * sum(sizes.teacher_channels) + len(sizes.teacher_channels)) * FP64 * (w - 1)
+    norms = passes * (forwards * gathered + gathered_by_teacher + 2 * 2 * channels * FP32 * share)
+    what, loss_sends, loss_formula = method_costs.sent(config, config.augment.num_views, width, w)
     parts = [
         Estimate("gradients and weights", reduction[0] * FP32 * p * share, "bytes", reduction[1]),
-        Estimate("z and its log-sum-exps", FP32 * views * (width + 1) * share, "bytes", "4 M (d + 1) (W-1)/W"),
+        Estimate(what, loss_sends, "bytes", loss_formula),
         Estimate(
             "batch norm", norms, "bytes",
             "8 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers",
@@ -193,11 +202,11 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
 
 def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:
     """One checkpoint, and what the retention keeps of them; headers and manifests are left out."""
-    one = FP32 * sizes.parameters * (1 + sizes.optimizer_values) + sizes.buffer_bytes
-    first = FP32 * sizes.parameters + sizes.buffer_bytes
-    kept = config.checkpoint.keep_last + 1
+    one = FP32 * sizes.parameters * (1 + sizes.optimizer_values) + sizes.buffer_bytes + sizes.teacher_bytes
+    first = FP32 * sizes.parameters + sizes.buffer_bytes + sizes.teacher_bytes
+    kept, teacher = config.checkpoint.keep_last + 1, " + teacher" if sizes.teacher_bytes else ""
     return [
-        Estimate("a checkpoint", one, "bytes", "4 P (1 + k) + buffers"),
+        Estimate("a checkpoint", one, "bytes", f"4 P (1 + k) + buffers{teacher}"),
         Estimate("kept checkpoints", kept * one + first, "bytes", "(keep_last + 1) * one, and step 0"),
         Estimate("host memory for it, a rank", one / sizes.ranks, "bytes", "one / W"),
     ]
@@ -252,7 +261,7 @@ def of_run(
     ranks = nodes * gpus_per_node
     sizes = Sizes.of(config, ranks)
     estimates = [
-        Estimate("parameters", sizes.parameters, "", "P, counted"),
+        Estimate("parameters", sizes.parameters, "", f"P, counted; {config.objective.name}"),
         *memory(config, sizes),
         shared_memory(config, ranks, gpus_per_node),
         *(wires := wire(config, sizes)),

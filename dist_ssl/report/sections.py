@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.data import quarantine
-from dist_ssl.evaluation.results import Stored, converged
+from dist_ssl.evaluation.results import TEACHER, Stored, converged
 from dist_ssl.report import images
 from dist_ssl.report.elements import (
     FACTOR_COLOURS,
@@ -36,7 +36,16 @@ CURVES = {
     "negative_similarity": "Cosine of negatives",
     "alignment": "Alignment (squared distance of positives)",
     "uniformity": "Uniformity (log potential, lower is more even)",
-    "loss_gap": "log(2N - 1) minus the loss",
+    "loss_gap": "log(views - 1) minus the loss",
+    "invariance": "Invariance (mean squared difference of the views)",
+    "prediction": "Prediction (mean squared distance to the global views' mean)",
+    "sigreg": "SIGReg",
+    "std_z": "Standard deviation of z's dimensions",
+    "low_std_share": "Dimensions of z whose deviation is below 0.5 (share)",
+    "diagonal": "Correlation of a dimension between the views",
+    "off_diagonal": "Correlation of different dimensions, squared",
+    "prediction_similarity": "Cosine of prediction and target",
+    "query_accuracy": "Queries that find their key in the sample (share)",
     "gradient_norm": "Gradient norm",
     "norm_h": "Norm of h",
     "dead_units_h": "Dead units of h (share)",
@@ -75,6 +84,7 @@ def _headline(results: dict[str, Any]) -> str:
     layers, data = results["probes"][probe], results["data"]
     said = "A linear probe" if probe == "linear" else "Nearest neighbours"
     of = results["checkpoint"] if results["step"] is None else f"step {results['step']}"
+    of = f"the teacher of {of}" if results.get("teacher") else of
     text = f"{said} on <b>h</b> of {escape(of)} names the class of <b>{percent(layers['h']['top1'])}</b> "
     text += f"of {data['test_images']:,} test images ({data['num_classes']} classes)"
     others = []
@@ -255,6 +265,8 @@ def _cell(value: dict[str, Any]) -> str:
 def _data_name(results: list[Stored]) -> str:
     """What people call a data set: the name of its results, or where its test images are."""
     names = [one.name for one in results if one.name]
+    if names and results[0].values.get("teacher"):
+        return f"{names[0].removeprefix(TEACHER).removeprefix('-') or 'its own data'}, by the teacher"
     return names[0] if names else str(results[0].values["data"].get("test_shards", "their own data"))
 
 
@@ -331,7 +343,14 @@ def _evaluation(run: Run, one: Stored) -> str:
         what = f"evaluate {run.folder} --checkpoint {one.step}"
     if (one.step is None or one.name) and "train_shards" in data:
         what += f" --train-shards {data['train_shards']} --test-shards {data['test_shards']}"
-    return _on_ranks(what + (f" --name {one.name}" if one.name else ""), values.get("ranks"))
+    if values.get("teacher"):
+        what += " --teacher"
+        return _on_ranks(what + _named(one.name.removeprefix(TEACHER).removeprefix("-")), values.get("ranks"))
+    return _on_ranks(what + _named(one.name), values.get("ranks"))
+
+
+def _named(data: str) -> str:
+    return f" --name {data}" if data else ""
 
 
 def _on_ranks(command: str, ranks: int | None) -> str:

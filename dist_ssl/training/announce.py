@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 
+from torch import nn
+
 from dist_ssl import config as config_module
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.manifest import Manifest
 from dist_ssl.data.quarantine import bad_samples
 from dist_ssl.distributed import World
@@ -25,13 +27,16 @@ class Announcement:
         self._started, self._steps_to_go = time.monotonic(), steps - done_steps
         if world.rank != 0:
             return
-        encoder, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.head))
+        encoder, head = _millions(model.encoder), _millions(model.head)
+        method: str = config.objective.name
+        method += f", predictor ({_millions(model.predictor)})" if model.predictor is not None else ""
+        if config.objective.name in WITH_TEACHER:
+            method += f", a teacher ({_millions(model.encoder, model.head)})"
         classes = f", {len(manifest.classes)} classes for the probes" if manifest.classes else ", no labels"
         device = "GPU" if world.device.type == "cuda" else "CPU"
         for line in (
             f"data: {samples:,} images in {len(manifest.shards):,} shards{classes}",
-            f"model: {config.model.encoder} ({encoder:.2f}M parameters), head {config.model.head.kind} ({head:.2f}M), "
-            f"{config.objective.name}",
+            f"model: {config.model.encoder} ({encoder} parameters), head {config.model.head.kind} ({head}), {method}",
             f"ranks: {world.size} ({device}, {config.engine.precision}, ZeRO {config.engine.zero_stage}), "
             f"a batch of {batch:,} over all of them",
             f"steps: {steps:,}, {batch * steps / samples:.1f} epochs of {samples / batch:.1f} steps; "
@@ -50,3 +55,7 @@ class Announcement:
                 run_dir, self._steps_to_go, minutes, seconds,
                 f", {replaced} bad samples replaced (quarantine-rank*.jsonl)" if replaced else "", run_dir,
             )  # fmt: skip
+
+
+def _millions(*parts: nn.Module) -> str:
+    return f"{sum(p.numel() for part in parts for p in part.parameters()) / 1e6:.2f}M"

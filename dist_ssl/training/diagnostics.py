@@ -2,7 +2,7 @@
 
 How the loop calls it, all three outside the encoder's graph and outside DeepSpeed:
 
-    every diagnostics.every_steps:  metrics = diagnose(h, z1, z2, loss=..., temperature=..., num_views=2 * B)
+    every diagnostics.every_steps:  metrics = diagnose(h, z, loss=..., temperature=..., num_views=V * B)
                                     for alarm in alarms(metrics | {"step": step}): log.warning(alarm)
     every step, with labels:        probe = OnlineProbe(num_classes, {"h": D, "z": d}).to(device)
                                     probe.update({"h": h, "z": z}, labels)     # collective: one all-reduce
@@ -11,7 +11,7 @@ How the loop calls it, all three outside the encoder's graph and outside DeepSpe
 `diagnose` sees this rank's rows only and calls no collective; its values are those of a sample of this rank. The
 probe's buffers are replicated (every rank holds the same), so rank 0's `state_dict()` is the whole state.
 
-Legend: n images of this rank, v = 2n views, D the encoder's width, d the head's, C classes.
+Legend: n images of this rank, V views of each, v = V n, D the encoder's width, d the head's, C classes.
 """
 
 from __future__ import annotations
@@ -43,43 +43,45 @@ def effective_rank(features: Tensor) -> Tensor:
 @torch.no_grad()
 def diagnose(
     h: Tensor,
-    z1: Tensor,
-    z2: Tensor,
+    z: Tensor,
     *,
     loss: Tensor | float | None = None,
     temperature: float | None = None,
     num_views: int | None = None,
     sample: int = 512,
     gradient_norm: Tensor | float | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Metrics of one step, from what it already computed; no collective, one transfer to the host.
 
-    Shapes: h (v, D) or (n, D); z1, z2 (n, d), row i of both being views of one image, before normalisation. At most
-    `sample` rows of h and `sample` views of z are used. `loss` and `num_views` are the global batch's.
+    Shapes: h (n, V, D), z (n, V, d), before normalisation. At most `sample` views of each are used. `loss` and
+    `num_views` are the global batch's. `more`: scalars on the device that are handed on.
 
-    alignment: mean squared distance of positives on the sphere; uniformity: log of the mean Gaussian potential at
-    t = 2 over pairs of other images (both Wang and Isola 2020, section 4.1). rankme_h, rankme_z and their share of
-    what the sample allows (rankme_z_share). positive_similarity, negative_similarity: mean cosines. loss_gap:
-    log(2N - 1) - loss, what the batch gave away; near zero nothing was learned. norm_h; dead_units_h: the share of
-    h's units that are zero in the whole sample.
+    alignment: mean squared distance of positives, pairs of views of one image, on the sphere; uniformity: log of the
+    mean Gaussian potential at t = 2 over pairs of other images (both Wang and Isola 2020, section 4.1). rankme_h,
+    rankme_z and their share of what the sample allows (rankme_z_share). positive_similarity, negative_similarity: mean
+    cosines. With `loss` and `num_views` loss_gap: log(num_views - 1) - loss, what the batch gave away; near zero
+    nothing was learned. norm_h; dead_units_h: the share of h's units that are zero in the whole sample.
     """
-    pairs = min(z1.shape[0], max(sample // 2, 1))
-    h = h[:sample].float()
-    u, v = F.normalize(z1[:pairs].float(), dim=1), F.normalize(z2[:pairs].float(), dim=1)
-    views = torch.cat([u, v])
+    images = min(z.shape[0], max(sample // z.shape[1], 1))
+    h = h.flatten(0, 1)[:sample].float()
+    z_vnd = z[:images].transpose(0, 1).float()
+    unit = F.normalize(z_vnd, dim=2)
+    views = unit.flatten(0, 1)
+    pairs = torch.combinations(torch.arange(z.shape[1])).tolist()
     values = {
-        "alignment": (u - v).square().sum(1).mean(),
-        "positive_similarity": (u * v).sum(1).mean(),
+        "alignment": torch.stack([(unit[a] - unit[b]).square().sum(1).mean() for a, b in pairs]).mean(),
+        "positive_similarity": torch.stack([(unit[a] * unit[b]).sum(1).mean() for a, b in pairs]).mean(),
         "rankme_h": effective_rank(h),
-        "rankme_z": effective_rank(torch.cat([z1[:pairs], z2[:pairs]]).float()),
+        "rankme_z": effective_rank(z_vnd.flatten(0, 1)),
         "norm_h": h.norm(dim=1).mean(),
         "dead_units_h": (h.abs().amax(dim=0) == 0).float().mean(),
     }
     values["rankme_h_share"] = values["rankme_h"] / min(h.shape)
     values["rankme_z_share"] = values["rankme_z"] / min(views.shape)
-    if pairs > 1:
+    if images > 1:
         similarity = views @ views.T
-        image = torch.arange(pairs, device=h.device).repeat(2)
+        image = torch.arange(images, device=h.device).repeat(z.shape[1])
         other = image[:, None] != image[None, :]
         count = other.sum()
         values["negative_similarity"] = (similarity * other).sum() / count
@@ -90,6 +92,7 @@ def diagnose(
         values["gradient_norm"] = torch.as_tensor(gradient_norm, device=h.device)
     if loss is not None and num_views is not None:
         values["loss_gap"] = math.log(max(num_views - 1, 1)) - torch.as_tensor(loss, device=h.device)
+    values |= more or {}
     on_host = torch.stack([value.detach().to(h.device, torch.float64) for value in values.values()]).tolist()
     metrics = dict(zip(values, on_host, strict=True))
     if temperature is not None:
@@ -129,8 +132,9 @@ def alarms(metrics: Mapping[str, float]) -> list[str]:
         )
     if late and positive > 0.995 and negative < 0.5:
         found.append(
-            f"saturated: the two views have cosine {positive:.4f}; the task is too easy: try stronger augmentation "
-            "(augment.min_scale, augment.jitter_strength), a lower objective.temperature or a larger batch"
+            f"saturated: views of one image have cosine {positive:.4f}; the task is too easy: try stronger "
+            "augmentation (augment.min_scale, augment.jitter_strength), a larger batch"
+            + (" or a lower objective.temperature" if "temperature" in metrics else "")
         )
     if metrics.get("dead_units_h", 0.0) > 0.5:
         found.append(
@@ -167,7 +171,7 @@ class OnlineProbe(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """One step on features {layer: (v, dim)} and labels (v,) or (n,) with v = 2n; -1 marks a row without a label.
+        """One step on features {layer: (v, dim)} and labels (v,) or, with v = 2n, (n,); -1 marks a row without a label.
 
         Collective: one all-reduce of all layers' gradients, feature sums and counts. No host synchronisation.
         """

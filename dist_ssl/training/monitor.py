@@ -12,7 +12,7 @@ import torch
 from dist_ssl.config import Config
 from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import Verdict, rank
-from dist_ssl.training import diagnostics, verdict
+from dist_ssl.training import diagnostics, method, verdict
 from dist_ssl.training.observability import Observer
 from dist_ssl.training.step import StepResult
 from dist_ssl.training.verdict import Asked, Outcome
@@ -141,18 +141,20 @@ class Monitor:
             "skipped_steps": self.skipped_steps,
         }
         if outcome.finite and self._is_due(step, config.diagnostics.every_steps):
+            num_views = result.z.shape[1] * config.train.global_batch_size
             values |= diagnostics.diagnose(
-                result.h.flatten(0, 1),
-                result.z[:, 0],
-                result.z[:, 1],
+                result.h,
+                result.z,
                 loss=outcome.loss,
-                temperature=config.objective.temperature,
-                num_views=config.augment.num_views * config.train.global_batch_size,
+                temperature=getattr(config.objective, "temperature", None),
+                num_views=num_views if config.objective.name in method.WITH_CHANCE else None,
                 sample=config.diagnostics.sample,
                 gradient_norm=outcome.gradient_norm,
+                more=method.measure(config, result.loss, result.z, result.p, result.target),
             )
             if rank() == 0:
-                for alarm in diagnostics.alarms(values | {"step": step}):
+                at_step = values | {"step": step}
+                for alarm in diagnostics.alarms(at_step) + method.alarms(at_step):
                     log.warning("step %d: %s", step, alarm)
             values |= self._probe.metrics() if self._probe is not None else {}
         self._observer.log(step, values, taken.waited_seconds)

@@ -5,22 +5,32 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from torch import Tensor
+
 from dist_ssl.checkpoint import Checkpointer, RunState
-from dist_ssl.checkpoint.read import PROBE
+from dist_ssl.checkpoint.read import PROBE, TEACHER
 from dist_ssl.config import Config
 from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
 from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.run_directory import versions
+from dist_ssl.training.teacher import Teacher
 from dist_ssl.training.verdict import Asked
 
 
 class Saver:
     """Saves every so many steps, and after so many minutes by rank 0's clock, whose wish travels in the verdict."""
 
-    def __init__(self, config: Config, checkpointer: Checkpointer, model: Engine, probe: OnlineProbe | None):
+    def __init__(
+        self,
+        config: Config,
+        checkpointer: Checkpointer,
+        model: Engine,
+        probe: OnlineProbe | None,
+        teacher: Teacher | None = None,
+    ):
         self._config, self._checkpointer = config, checkpointer
-        self._model, self._probe = model, probe
+        self._model, self._probe, self._teacher = model, probe, teacher
         self._saved_step, self._saved_at = checkpointer.last_step, time.monotonic()  # of the last save that was started
 
     @property
@@ -46,7 +56,11 @@ class Saver:
         replicated = dict(self._model.model.named_buffers())
         if self._probe is not None:
             replicated |= {f"{PROBE}{name}": tensor for name, tensor in self._probe.state_dict().items()}
-        self._checkpointer.save(replace(state, versions=versions()), replicated)
+        spread: dict[str, Tensor] = {}
+        if self._teacher is not None:
+            spread = dict(self._teacher.model.named_parameters())
+            replicated |= {f"{TEACHER}.{name}": buffer for name, buffer in self._teacher.model.named_buffers()}
+        self._checkpointer.save(replace(state, versions=versions()), replicated, spread)
         self._saved_step, self._saved_at = state.step, time.monotonic()
 
     def wait(self) -> None:

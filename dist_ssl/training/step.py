@@ -1,99 +1,118 @@
-"""One step's computation on this rank: augment, encoder, head, contrast with all ranks' z, backward.
+"""One step's computation on this rank: augment, encoder, head, loss over all ranks' z, backward.
 
 Legend: n images of this rank, V views of each, V_s of one size, S its side, D width of h, d width of z.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 
-from dist_ssl import objective
 from dist_ssl.augment import augment
 from dist_ssl.config import Config
 from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
 from dist_ssl.models import frozen_running_statistics
+from dist_ssl.training.method import loss_of
+from dist_ssl.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's part of a step, detached: loss (scalar), h (n, V, D), z (n, V, d)."""
+    """This rank's part of a step, detached: loss (scalar), h (n, V, D), z, p and target (n, V, d), as in `method`."""
 
     loss: Tensor
     h: Tensor
     z: Tensor
+    p: Tensor
+    target: Tensor
 
 
 class Step:
     """Computes losses and gradients; knows nothing of time, files or what comes next."""
 
-    def __init__(self, config: Config, model: Engine, rows_per_chunk: list[list[int]]):
-        self._config, self._model = config, model
+    def __init__(self, config: Config, model: Engine, rows_per_chunk: list[list[int]], teacher: Teacher | None = None):
+        self._config, self._model, self._teacher = config, model, teacher
         self._images_per_chunk = [rows[rank()] for rows in rows_per_chunk]
         self._num_views = config.augment.num_views
         self._rows_per_rank = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
-        self._buffers = BufferSnapshot(model.model)
+        self._buffers = BufferSnapshot(nn.ModuleList([model.model, *([teacher.model] if teacher is not None else [])]))
 
-    def __call__(self, batch: Batch, seed: int) -> StepResult:
-        """Forward and backward of one global batch; `seed` is of this step and rank, for dropout. Collective."""
+    def __call__(self, batch: Batch, step: int) -> StepResult:
+        """Forward and backward of one global batch, the run's step after `step` completed ones. Collective."""
         self._buffers.take()
         if self._config.objective.chunks > 1:
-            return self._in_chunks(batch, seed)
-        h, z = self._forward(batch, slice(None), seed)
-        loss = self._contrast(z, batch)
+            return self._in_chunks(batch, step)
+        views = self._views(batch, slice(None))
+        h, z, p = self._student(views, self._seed(step))
+        target = z.detach() if self._teacher is None else self._by_image(self._teacher(*views))
+        loss = loss_of(self._config, p, target, batch, self._rows_per_rank, step)
         self._model.backward(loss)
-        return StepResult(loss.detach(), h.detach(), z.detach())
+        return StepResult(loss.detach(), h.detach(), z.detach(), p.detach(), target)
 
-    def _forward(self, batch: Batch, images: slice, seed: int) -> tuple[Tensor, Tensor]:
-        """h (n, V, D) and z (n, V, d) of some images, whose views are made here and not kept."""
-        # In the format and dtype that the first convolution reads; on a GPU they are written so.
-        dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
-        views = (augment(*of_size, self._config.augment, dtype) for of_size in batch.of_each_size(images))
-        flat = [x.flatten(0, 1).contiguous(memory_format=torch.channels_last) for x in views]  # (n V_s, 3, S, S) each
-        torch.manual_seed(seed)
-        h, z = self._model(*flat)
-        return h.unflatten(0, (-1, self._num_views)), z.unflatten(0, (-1, self._num_views))
+    def settle(self, applied: Tensor, progress: float) -> None:
+        """After the optimizer's step, by a flag on the device: the teacher follows, or all statistics are put back.
 
-    def settle(self, applied: Tensor) -> None:
-        """Put batch norm's statistics back where the step was not applied, by a flag on the device."""
+        progress: the share of the run's steps that were taken before this one.
+        """
         self._buffers.put_back_unless(applied)
+        if self._teacher is not None:
+            self._teacher.follow(self._model.model, applied, progress)
 
-    def _in_chunks(self, batch: Batch, seed: int) -> StepResult:
-        """GradCache (Gao et al. 2021): all z without graph, dL/dz exactly, then chunk by chunk with that gradient.
+    def _in_chunks(self, batch: Batch, step: int) -> StepResult:
+        """GradCache (Gao et al. 2021): all p without graph, dL/dp exactly, then chunk by chunk with that gradient.
 
         Chunk j is a slice of the global batch, the same on any number of ranks, and so are its batch-norm statistics.
         Its views are made anew in the second pass: those of all chunks would be the most that a GPU holds.
         """
-        edges = accumulate(self._images_per_chunk, initial=0)
-        chunks = [(slice(*pair), seed + number) for number, pair in enumerate(pairwise(edges))]
-        h_parts, z_parts = [], []
-        with torch.no_grad(), frozen_running_statistics():
-            for images, seed_of_chunk in chunks:
-                h, z = self._forward(batch, images, seed_of_chunk)
-                h_parts.append(h)
-                z_parts.append(z)
-        leaf = torch.cat(z_parts).requires_grad_()
-        loss = self._contrast(leaf, batch)
+        outputs, targets = [], []
+        with torch.no_grad():
+            for images, seed in self._chunks(step):
+                views = self._views(batch, images)
+                with frozen_running_statistics():
+                    outputs.append(self._student(views, seed))
+                if self._teacher is not None:
+                    targets.append(self._by_image(self._teacher(*views)))
+        h, z, p = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        target, leaf = torch.cat(targets) if targets else z, p.detach().requires_grad_()
+        loss = loss_of(self._config, leaf, target, batch, self._rows_per_rank, step)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        for images, seed_of_chunk in chunks:  # the same seed, so the same dropout as in the first pass
-            _, z = self._forward(batch, images, seed_of_chunk)
-            self._model.backward((z * gradient[images]).sum())
-        return StepResult(loss.detach(), torch.cat(h_parts), leaf.detach())
+        for images, seed in self._chunks(step):  # the same seed, so the same dropout as in the first pass
+            p_of_chunk = self._student(self._views(batch, images), seed)[2]
+            self._model.backward((p_of_chunk * gradient[images]).sum())
+        return StepResult(loss.detach(), h, z, p, target)
 
-    def _contrast(self, z: Tensor, batch: Batch) -> Tensor:
-        temperature, rows, ids = self._config.objective.temperature, self._rows_per_rank, batch.sample_ids
-        match self._config.objective.name:
-            case "nt_xent":
-                return objective.nt_xent_views(z, temperature, rows_per_rank=rows, sample_ids=ids)
-            case "decoupled":
-                return objective.decoupled_views(z, temperature, rows_per_rank=rows, sample_ids=ids)
-            case "supervised":
-                return objective.supervised_views(z, temperature, batch.labels, rows_per_rank=rows, sample_ids=ids)
+    def _chunks(self, step: int) -> Iterator[tuple[slice, int]]:
+        """(this rank's images, the seed) of each chunk."""
+        edges = accumulate(self._images_per_chunk, initial=0)
+        for number, (first, stop) in enumerate(pairwise(edges)):
+            yield slice(first, stop), self._seed(step) + number
+
+    def _views(self, batch: Batch, images: slice) -> list[Tensor]:
+        """The views of some images, made here and kept nowhere else: (n V_s, 3, S, S) a size."""
+        # In the format and dtype that the first convolution reads; on a GPU they are written so.
+        dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
+        views = (augment(*of_size, self._config.augment, dtype) for of_size in batch.of_each_size(images))
+        return [x.flatten(0, 1).contiguous(memory_format=torch.channels_last) for x in views]
+
+    def _student(self, views: list[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """h (n, V, D), z and p (n, V, d)."""
+        torch.manual_seed(seed)
+        h, z, p = self._model(*views)
+        return self._by_image(h), self._by_image(z), self._by_image(p)
+
+    def _by_image(self, rows: Tensor) -> Tensor:
+        """(n V, ...) -> (n, V, ...)"""
+        return rows.unflatten(0, (-1, self._num_views))
+
+    def _seed(self, step: int) -> int:
+        """Of a step on this rank: dropout then needs no generator in the checkpoint."""
+        return (self._config.run.seed * 1_000_003 + step) * 65_537 + rank() & 0x7FFF_FFFF_FFFF
 
 
 class BufferSnapshot:

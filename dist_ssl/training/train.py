@@ -1,6 +1,6 @@
 """The one training loop.
 
-    data -> augment -> encoder f -> h -> head g -> z -> contrast with all ranks' z -> backward -> step -> checkpoint
+    data -> augment -> encoder f -> h -> head g -> z -> loss over all ranks' z -> backward -> step -> checkpoint
 
 `pretrain` builds what the run needs, in that order, resumes it where it was, and loops. One small all-reduce a step
 carries everything on which the ranks must act alike. It decides on the device whether a step is applied; what else it
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dist_ssl import checkpoint, distributed, engine
 from dist_ssl import config as config_module
 from dist_ssl.checkpoint import Checkpointer, RunState
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.plan import check_batch_size
@@ -33,6 +33,7 @@ from dist_ssl.training.observability import Observer
 from dist_ssl.training.run_directory import open_run
 from dist_ssl.training.saver import Saver
 from dist_ssl.training.step import Step
+from dist_ssl.training.teacher import Teacher
 from dist_ssl.training.verdict import Asked, agree
 
 log = logging.getLogger(__name__)
@@ -64,18 +65,19 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         return 0
     announcement = Announcement(config, world, manifest, untrained, state.step)  # ZeRO 3 takes the weights apart
     model = engine.initialize(untrained, config, world)
+    teacher = Teacher(config, world.device) if config.objective.name in WITH_TEACHER else None
     probe = None
     if config.diagnostics.online_probe and manifest.classes:
         probe = OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
     if found is not None:
-        checkpoint.load(found, model, probe)
+        checkpoint.load(found, model, probe, teacher.model if teacher is not None else None)
     store, last_step = checkpoint.checkpoint_store(config), state.step if found is not None else -1
     checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=last_step)
-    saver = Saver(config, checkpointer, model, probe)
+    saver = Saver(config, checkpointer, model, probe, teacher)
     run = Run(
         config=config,
         model=model,
-        train_step=Step(config, model, rows_per_chunk),
+        train_step=Step(config, model, rows_per_chunk, teacher),
         start=state,
         total_steps=total_steps,
         num_samples=plan.num_samples,
@@ -114,12 +116,12 @@ class Run:
         distributed.raise_together(feed.error)  # of the first two batches: nobody has heard of it yet
         while step < self.total_steps:
             assert batch is not None  # all ranks have heard of an error a step before
-            result = self.train_step(batch, self._seed(step))
+            result = self.train_step(batch, step)
             upcoming = feed.next()
             asked = Asked(bool(stop), feed.error is not None, saver.failed(), saver.wish())
             rate = learning_rate(self.config, step, self.total_steps, self.num_samples)
             verdict = self.model.step(rate, agree(result.loss, asked))
-            self.train_step.settle(verdict.finite)
+            self.train_step.settle(verdict.finite, step / self.total_steps)
             step += 1
             taken = Taken(
                 step=step,
@@ -159,7 +161,3 @@ class Run:
     def _state(self, step: int, skipped_steps: int) -> RunState:
         cursor = self.start.cursor + (step - self.start.step) * self.config.train.global_batch_size
         return RunState(step, cursor, config_module.dumps(self.config), self.start.data_hash, {}, skipped_steps)
-
-    def _seed(self, step: int) -> int:
-        """Of this step on this rank: dropout then needs no generator in the checkpoint."""
-        return (self.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank() & 0x7FFF_FFFF_FFFF

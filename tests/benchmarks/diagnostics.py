@@ -47,16 +47,17 @@ def main() -> int:
     views = views.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(options.classes, (options.batch,), device=device)
     probe = OnlineProbe(options.classes, model.widths).to(device)
-    h, z = (output.detach() for output in model(views))
+    h, z, _ = (output.detach() for output in model(views))
+    by_image = [output.unflatten(0, (-1, 2)) for output in (h, z)]
 
     def step() -> None:
-        _, z = model(views)
+        _, z, _ = model(views)
         nt_xent(z[0::2], z[1::2], 0.1).backward()
 
     calls: dict[str, Callable[[], Any]] = {
         "step": step,
         "probe": lambda: probe.update({"h": h[0::2], "z": z[0::2]}, labels),
-        "geometry": lambda: diagnose(h, z[0::2], z[1::2], loss=1.0, temperature=0.1, num_views=len(views)),
+        "geometry": lambda: diagnose(*by_image, loss=1.0, temperature=0.1, num_views=len(views)),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.repetitions):

@@ -126,13 +126,13 @@ def our_step(world: distributed.World, config: Config) -> dict[str, Any]:
     model = engine.initialize(build_model(config), config, world)
     timed = Timed()
     train_step = Step(config, model, [[config.train.global_batch_size]])
-    train_step._contrast = timed("loss", train_step._contrast)  # type: ignore[method-assign]
+    train_step._loss = timed("loss", train_step._loss)  # type: ignore[method-assign]
     whole = train_step.__call__
 
     def step() -> None:
         result = whole(batch, next(seeds))
         optimizer = timed("optimizer", model.step)
-        train_step.settle(optimizer(1e-4, verdict.agree(result.loss, verdict.Asked())).finite)
+        train_step.settle(optimizer(1e-4, verdict.agree(result.loss, verdict.Asked())).finite, 0.0)
 
     forward, backward = type(model).__call__, type(model).backward
     real_augment = step_module.augment
@@ -202,7 +202,7 @@ def bare(config: Config) -> dict[str, Any]:
 
     def step() -> None:
         with autocast(config):
-            h, z = model(*views)
+            h, z, _ = model(*views)
         (h.float().square().mean() + z.float().square().mean()).backward()
         model.zero_grad()
 

@@ -89,7 +89,7 @@ def trace_step(config: Config, ranks: int) -> tuple[Tracer, int]:
     batch = Batch(crops, parameters, moved, numbers, numbers, moved, [], {})
     with tracer.tracing():
         tracer.part = "augment"
-        Step(config, StandIn(config, model, tracer), rows_per_chunk)(batch, seed=0)  # type: ignore[arg-type]
+        Step(config, StandIn(config, model, tracer), rows_per_chunk)(batch, 0)  # type: ignore[arg-type]
     trace_optimizer(config, model, tracer)
     return tracer, n * config.augment.num_views
 
