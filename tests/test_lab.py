@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from dist_ssl import config as configuration
 from dist_ssl.config import UserError
 from dist_ssl.evaluation import lab
-from dist_ssl.evaluation.lab_summary import Estimate, Row, paired, paragraph, summarize_lab, to_json
+from dist_ssl.evaluation.lab_summary import Estimate, Row, paired, paragraph, summarize_lab, to_json, untrained
 from dist_ssl.report import lab_page
 from launch import lab as laboratory
 
@@ -56,13 +56,39 @@ def test_the_grid_is_matched_and_ordered_by_seed(tmp_path):
         lab.cells(configuration.validate(TINY, "test"))
 
 
+def test_objectives_are_an_axis_beside_heads(tmp_path):
+    compared = ["byol", "vicreg", {"name": "byol", "teacher_decay": 0.9}]
+    config = tiny(tmp_path, objectives=compared, heads=["none", "mlp2"], num_seeds=1)
+    grid = lab.cells(config)
+    assert [cell.name for cell in grid[:2]] == ["byol-none-seed0", "byol-mlp2-d8-bn-seed0"]
+    assert grid[5].name == "byol-teacher_decay=0.9-mlp2-d8-bn-seed0"
+    made = [lab.cell_config(config, cell).objective for cell in grid]
+    assert [one.name for one in made[::2]] == ["byol", "vicreg", "byol"]
+    assert (made[0].teacher_decay, made[4].teacher_decay) == (0.996, 0.9)
+    assert lab.cell_config(tiny(tmp_path), lab.cells(tiny(tmp_path))[0]).objective == config.objective
+    with pytest.raises(UserError, match=r"lab.objectives.0.name: expected one of nt_xent, .* got 'bjol'"):
+        tiny(tmp_path, objectives=["bjol"])
+
+
+def test_an_objective_is_held_against_the_untrained_encoder():
+    before = {("knn", "h_untrained"): Estimate.of({0: 0.40, 1: 0.42, 2: 0.41})}
+    after = {("knn", "h"): Estimate.of({0: 0.60, 1: 0.63, 2: 0.61})}
+    rows = [Row("byol: mlp2, 8", "byol", "mlp2", True, 8, after | before, {})]
+    assert "under byol: mlp2, 8 against the untrained encoder's: better by +20.3 points" in paragraph(rows, 3, 3)
+    assert untrained(rows, "knn").mean == pytest.approx(0.41)
+    # Heads are compared under one objective only.
+    other = Row("vicreg: none", "vicreg", "none", True, 8, {("linear", "h"): Estimate.of({0: 0.1, 1: 0.1, 2: 0.1})}, {})
+    mine = Row("byol: mlp2, 8", "byol", "mlp2", True, 8, {("linear", "h"): Estimate.of({0: 0.5, 1: 0.5, 2: 0.6})}, {})
+    assert "against h under" not in paragraph([mine, other], 6, 6)
+
+
 def row(head, h, z, bits=None, dim=8):
     top1 = {("linear", "h"): Estimate.of(dict(enumerate(h))), ("linear", "z"): Estimate.of(dict(enumerate(z)))}
     found = {
         task: {layer: Estimate.of(dict(enumerate(values))) for layer, values in layers.items()}
         for task, layers in (bits or {}).items()
     }
-    return Row(head, head, True, dim, top1, found)
+    return Row(head, "", head, True, dim, top1, found)
 
 
 def test_the_paragraph_claims_only_what_intervals_support():

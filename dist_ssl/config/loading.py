@@ -195,8 +195,8 @@ def _explain(error: Any, source: str, overridden: Sequence[str], method: str) ->
             said = f"{source}: unknown key {key!r}: a key of {', '.join(name for o in others for name in o)}"
         return f"{said}; objective.name = {method!r} has {names}"
     if error["type"] == "union_tag_invalid":
-        loc, key = [*loc, "name"], "objective.name"
-        error = error | {"msg": f"expected one of {', '.join(METHODS)}", "input": method}
+        key = f"{key}.name"
+        error = error | {"msg": f"expected one of {', '.join(METHODS)}", "input": error["input"].get("name")}
     source = "--set" if key in overridden else source
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]

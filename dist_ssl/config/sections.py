@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, Strict, model_validator
+from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from dist_ssl.config.methods import WITH_PREDICTOR, WITH_TEACHER, NTXentConfig, ObjectiveConfig
 from dist_ssl.config.section import Section
@@ -249,8 +249,18 @@ class EvaluationConfig(Section):
     keep_features: bool = Field(True, description="false: cached features are removed once results are written")
 
 
+Method = Annotated[
+    ObjectiveConfig,
+    Field(discriminator="name"),
+    BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
+]
+
+
 class LabConfig(Section):
-    """A matched grid of heads on one set of data; `run.dir` is its folder, the other sections are every cell's."""
+    """A matched grid of objectives and heads on one set of data.
+
+    `run.dir` is its folder, the other sections are every cell's.
+    """
 
     source: str | None = Field(
         None, description="what to write shards of where data.shards is empty: shapes:COUNT, folder:DIR, ..."
@@ -258,6 +268,9 @@ class LabConfig(Section):
     source_image_size: int = Field(64, ge=8, description="shorter side of the images written, in pixels")
     test_fraction: float = Field(0.25, gt=0, lt=1, description="of the source that is held out")
     heads: list[str] = Field(["none", "linear", "mlp2", "mlp3"], description="none, linear, mlpN (N linear layers)")
+    objectives: list[Method] = Field(
+        [], description='methods compared: "byol", or { name = "byol", teacher_decay = 0.99 }; none: [objective] alone'
+    )
     batch_norm: list[bool] = Field([True], description="each value is tried")
     output_dims: list[int] = Field([128], description="widths of z; each is tried")
     num_seeds: int = Field(3, ge=1, description="runs of each head")

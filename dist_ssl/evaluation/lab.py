@@ -1,25 +1,27 @@
-"""The head laboratory's grid: matched projection heads on one set of data, to be pretrained, evaluated, compared.
+"""The head laboratory's grid: matched objectives and heads on one set of data, to be pretrained, evaluated, compared.
 
-Everything but the head and the seed is the same in all cells. A cell is a run directory of its own. Cells are ordered
-by seed, so that an unfinished grid is a balanced one. `launch.lab` runs them, `lab_summary` compares them.
+Everything but the objective, the head and the seed is the same in all cells. A cell is a run directory of its own.
+Cells are ordered by seed, so that an unfinished grid is a balanced one. `launch.lab` runs them, `lab_summary` compares
+them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dist_ssl import config as configuration
-from dist_ssl.config import Config, LabConfig, UserError
+from dist_ssl.config import Config, LabConfig, ObjectiveConfig, UserError
 from dist_ssl.evaluation.results import stored
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One pretraining: a head, its batch norm and width, a seed, and the run directory that holds it."""
+    """One pretraining: an objective, a head, its batch norm and width, a seed, and the run directory that holds it."""
 
+    objective: ObjectiveConfig | None  # None: the config's own, which all cells have
     head: str
     batch_norm: bool
     output_dim: int
@@ -30,6 +32,14 @@ class Cell:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def method(self) -> str:
+        """The objective's name with the keys that are not its paper's; empty where all cells have one."""
+        if self.objective is None:
+            return ""
+        changed = self.objective.model_dump(exclude_defaults=True)
+        return " ".join([self.objective.name, *(f"{key}={value}" for key, value in changed.items() if key != "name")])
+
     def results(self) -> dict[str, Any] | None:
         """The newest evaluation's results, None where the cell is not done."""
         own = [one.values for one in stored(self.folder) if one.name == ""]
@@ -39,21 +49,25 @@ class Cell:
 def cells(config: Config) -> list[Cell]:
     """The grid of `config.lab`, seeds outermost; a head of kind none has no width and no batch norm to vary."""
     lab = lab_section(config)
-    grid, seen = [], set()
-    for seed, head, batch_norm, dim in product(range(lab.num_seeds), lab.heads, lab.batch_norm, lab.output_dims):
+    grid: dict[Path, Cell] = {}
+    objectives: list[ObjectiveConfig | None] = [*lab.objectives] or [None]
+    axes = (range(lab.num_seeds), objectives, lab.heads, lab.batch_norm, lab.output_dims)
+    for seed, objective, head, batch_norm, dim in product(*axes):
         _head_keys(head)
-        parts = [head] if head == "none" else [head, f"d{dim}", "bn" if batch_norm else "nobn"]
-        name = "-".join([*parts, f"seed{seed}"])
-        if name not in seen:
-            seen.add(name)
-            grid.append(Cell(head, batch_norm, dim, seed, Path(config.run.dir) / "cells" / name))
-    return grid
+        cell = Cell(objective, head, batch_norm, dim, seed, Path(config.run.dir) / "cells")
+        parts = [cell.method.replace(" ", "-")] if cell.method else []
+        parts += [head] if head == "none" else [head, f"d{dim}", "bn" if batch_norm else "nobn"]
+        folder = cell.folder / "-".join([*parts, f"seed{seed}"])
+        grid.setdefault(folder, replace(cell, folder=folder))
+    return list(grid.values())
 
 
 def cell_config(config: Config, cell: Cell) -> Config:
-    """The ordinary config of a cell: the lab's sections, with the cell's head, seed and folder."""
+    """The ordinary config of a cell: the lab's sections, with the cell's objective, head, seed and folder."""
     values, shards = config.model_dump(mode="python", exclude_none=True), data_folder(config)
     values.pop("lab")
+    if cell.objective is not None:
+        values["objective"] = cell.objective.model_dump() | {"chunks": config.objective.chunks}
     values["run"] |= {"dir": str(cell.folder), "seed": config.run.seed + cell.seed}
     values["model"]["head"] |= _head_keys(cell.head) | {"batch_norm": cell.batch_norm, "output_dim": cell.output_dim}
     values["data"]["shards"] = values["data"]["shards"] or f"{shards}/train"

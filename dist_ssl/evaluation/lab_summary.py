@@ -44,9 +44,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One head of the grid: top-1 by (probe, layer), and head information {task: {layer: bits}}."""
+    """One objective and head of the grid: top-1 by (probe, layer), and head information {task: {layer: bits}}."""
 
     name: str
+    method: str  # empty where the grid has one objective
     head: str
     batch_norm: bool
     output_dim: int
@@ -56,10 +57,10 @@ class Row:
 
 def summarize_lab(grid: list[Cell]) -> dict[str, Any]:
     """{"rows": [...], "paragraph", "cells", "done"}: everything that the table, the figure and lab.json show."""
-    groups: dict[tuple[str, bool, int], list[tuple[Cell, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, str, bool, int], list[tuple[Cell, dict[str, Any]]]] = {}
     done = 0
     for cell in grid:
-        group = groups.setdefault((cell.head, cell.batch_norm, cell.output_dim), [])
+        group = groups.setdefault((cell.method, cell.head, cell.batch_norm, cell.output_dim), [])
         results = cell.results()
         if results is not None:
             done += 1
@@ -82,6 +83,7 @@ def to_json(summary: dict[str, Any]) -> dict[str, Any]:
     rows = [
         {
             "name": row.name,
+            "method": row.method,
             "head": row.head,
             "batch_norm": row.batch_norm,
             "output_dim": row.output_dim,
@@ -98,8 +100,8 @@ def _tasks(results: dict[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def _row(key: tuple[str, bool, int], members: list[tuple[Cell, dict[str, Any]]]) -> Row:
-    head, batch_norm, dim = key
+def _row(key: tuple[str, str, bool, int], members: list[tuple[Cell, dict[str, Any]]]) -> Row:
+    method, head, batch_norm, dim = key
     top1, bits = {}, {}
     for probe in members[0][1]["probes"]:
         for layer in LAYERS:
@@ -119,7 +121,13 @@ def _row(key: tuple[str, bool, int], members: list[tuple[Cell, dict[str, Any]]])
         }
         bits[task] = {layer: estimate for layer, estimate in estimates.items() if estimate is not None}
     name = head if head == "none" else f"{head}, {dim}{'' if batch_norm else ', no batch norm'}"
-    return Row(name, head, batch_norm, dim, top1, bits)
+    return Row(f"{method}: {name}" if method else name, method, head, batch_norm, dim, top1, bits)
+
+
+def untrained(rows: list[Row], probe: str) -> Estimate | None:
+    """Of h before training, a value a seed: it is the same whatever came after."""
+    found = [row.top1[probe, "h_untrained"] for row in rows if (probe, "h_untrained") in row.top1]
+    return Estimate.of({seed: value for estimate in found for seed, value in estimate.values.items()})
 
 
 def paired(a: Estimate, b: Estimate) -> Estimate | None:
@@ -142,6 +150,10 @@ def paragraph(rows: list[Row], cells: int, done: int) -> str:
                 if _family(a) == better and _family(b) == worse and _matched(a, b) and ("linear", "h") in a.top1:
                     change = paired(a.top1["linear", "h"], b.top1["linear", "h"])
                     text.append(_claim(f"h under {a.name} against h under {b.name}", change))
+    for row in rows:
+        if row.method and {("knn", "h"), ("knn", "h_untrained")} <= set(row.top1):
+            change = paired(row.top1["knn", "h"], row.top1["knn", "h_untrained"])
+            text.append(_claim(f"Nearest neighbours on h under {row.name} against the untrained encoder's", change))
     lost = []
     for row in rows:
         for task, layers in row.bits.items():
@@ -162,6 +174,8 @@ def _family(row: Row) -> str:
 
 
 def _matched(a: Row, b: Row) -> bool:
+    if a.method != b.method:
+        return False
     return b.head == "none" or (a.batch_norm == b.batch_norm and a.output_dim == b.output_dim)
 
 
@@ -191,5 +205,7 @@ def show(summary: dict[str, Any], print_: Callable[[Any], None]) -> None:
     for row in summary["rows"]:
         found = [row.top1.get(key) for key in probes]
         table.add_row(row.name, *(e.text() if e else "" for e in found))
+    before = [untrained(summary["rows"], probe) if layer == "h" else None for probe, layer in probes]
+    table.add_row("untrained", *(e.text() if e else "" for e in before))
     print_(table)
     print_(summary["paragraph"])

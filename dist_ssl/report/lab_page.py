@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from dist_ssl.evaluation.lab_summary import Estimate, Row
+from dist_ssl.evaluation.lab_summary import Row, untrained
 from dist_ssl.report.elements import FACTOR_COLOURS, figure, grid, percent, section, table
 from dist_ssl.report.page import write_page
 from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
@@ -23,7 +23,7 @@ def build(summary: dict[str, Any], title: str, output: Path) -> Path:
 
 
 def _figure(rows: list[Row], chance: float) -> str:
-    heads = list(dict.fromkeys((row.head, row.batch_norm) for row in rows))
+    heads = list(dict.fromkeys(map(_kind, rows)))
     dims = sorted({row.output_dim for row in rows if row.head != "none"})
     views = [(probe, layer) for probe in ("linear", "knn") for layer in ("h", "z")]
     if len(dims) > 1:
@@ -42,33 +42,38 @@ def _figure(rows: list[Row], chance: float) -> str:
     return section("Heads compared", grid(figures), lead)
 
 
-def _dots(rows: list[Row], view: tuple[str, str], heads: list[tuple[str, bool]]) -> list[Dot]:
+def _kind(row: Row) -> tuple[str, str, bool]:
+    return row.method, row.head, row.batch_norm
+
+
+def _dots(rows: list[Row], view: tuple[str, str], heads: list[tuple[str, str, bool]]) -> list[Dot]:
     """A dot a head; beside those of h the untrained encoder's."""
     probe, layer = view
     dots = [
-        Dot(row.head, e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index((row.head, row.batch_norm)))
+        Dot(f"{row.method} {row.head}".strip(), e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index(_kind(row)))
         for row in rows
         if (e := row.top1.get(view))
     ]
-    untrained = [row.top1[probe, "h_untrained"] for row in rows if (probe, "h_untrained") in row.top1]
-    pooled = Estimate.of({seed: value for e in untrained for seed, value in e.values.items()})
+    pooled = untrained(rows, probe)
     if layer == "h" and pooled is not None:
         dots.append(Dot("untrained", pooled.mean, max(pooled.low, 0.0), min(pooled.high, 1.0), 7))
     return dots
 
 
-def _by_dim(rows: list[Row], view: tuple[str, str], heads: list[tuple[str, bool]], dims: list[int]) -> tuple[str, str]:
+def _by_dim(
+    rows: list[Row], view: tuple[str, str], heads: list[tuple[str, str, bool]], dims: list[int]
+) -> tuple[str, str]:
     """A line a head over the output dims, and its legend."""
     found = [(row, row.top1[view]) for row in rows if view in row.top1]
     series = []
-    for colour, (head, batch_norm) in enumerate(heads):
-        mine = [(row, e) for row, e in found if (row.head, row.batch_norm) == (head, batch_norm)]
+    for colour, (method, head, batch_norm) in enumerate(heads):
+        mine = [(row, e) for row, e in found if _kind(row) == (method, head, batch_norm)]
         if head == "none" and mine:
             mine = [(mine[0][0], mine[0][1]) for _ in dims]
         places = list(range(len(dims))) if head == "none" else [dims.index(row.output_dim) for row, _ in mine]
         series.append(
             Series(
-                head + ("" if batch_norm or head == "none" else ", no batch norm"),
+                " ".join([method, head]).strip() + ("" if batch_norm or head == "none" else ", no batch norm"),
                 places[: len(mine)],
                 [e.mean for _, e in mine],
                 colour,
@@ -90,6 +95,8 @@ def _table(rows: list[Row], summary: dict[str, Any]) -> str:
             seeds = " ".join(percent(value) for value in e.values.values()) if e else ""
             line.append(f"{e.text()}<br><span class='soft'>{seeds}</span>" if e else "")
         cells.append(line)
+    before = [untrained(rows, probe) if layer == "h" else None for probe, layer in columns]
+    cells.append(["untrained", "", *(e.text() if e else "" for e in before)])
     head = ["head", "seeds", *(f"{probe}, {layer}" for probe, layer in columns)]
     lead = (
         f"{summary['done']} of {summary['cells']} cells done; {summary['test_images']:,} test images. Mean over "
