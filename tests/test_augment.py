@@ -13,8 +13,9 @@ from torchvision.transforms import functional as F
 from dist_ssl.augment import augment, crop_box, normalize
 from dist_ssl.augment import parameters as A
 from dist_ssl.config import AugmentConfig
+from dist_ssl.data.decode import crop_and_resize
 from dist_ssl.data.random import key_of, permutation, philox, uniforms, words
-from dist_ssl.data.stream import crop_and_resize, draw_views
+from dist_ssl.data.stream import draw_views
 
 
 def reference(crop_u8: torch.Tensor, drawn: torch.Tensor, config: AugmentConfig) -> torch.Tensor:

@@ -26,6 +26,7 @@ from tests.counting import Count
 from tests.pool import ranks
 
 BATCH = 16
+MULTI_CROP = "[{count=2},{count=6,crop_size=16}]"
 
 
 def config_of(*overrides: str) -> Config:
@@ -39,10 +40,11 @@ def config_of(*overrides: str) -> Config:
     return configuration.with_overrides(Config(), [*tiny, *head, *overrides])
 
 
-def one_step(model: engine.Engine) -> None:
+def one_step(model: engine.Engine, config: Config) -> None:
     world = distributed.world_size()
-    _, z, _ = model(torch.randn(2 * BATCH // world, 3, 32, 32))
-    loss = objective.nt_xent(z[0::2], z[1::2], 0.1, rows_per_rank=[BATCH // world] * world)
+    n = BATCH // world
+    _, z, _ = model(*(torch.randn(n * num_views, 3, side, side) for side, num_views in config.augment.sizes()))
+    loss = objective.nt_xent_views(z.unflatten(0, (n, -1)), 0.1, rows_per_rank=[n] * world)
     model.backward(loss)
     model.step(1e-3, verdict.agree(loss.detach(), verdict.Asked()))
 
@@ -57,16 +59,17 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(stage: int, optimizer: str, directory: str) -> tuple[int, int, int]:
+def measure(stage: int, optimizer: str, views: str, directory: str) -> tuple[int, int, int]:
     """(bytes held between steps, bytes sent in a step, bytes of a checkpoint) of this rank and run."""
     before = live_bytes()
-    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"run.dir={json.dumps(directory)}")
+    keys = [f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"augment.views={views}"]
+    config = config_of(*keys, f"run.dir={json.dumps(directory)}")
     model = engine.initialize(build_model(config), config, distributed.initialize())
-    one_step(model)
-    one_step(model)
+    one_step(model, config)
+    one_step(model, config)
     held = live_bytes() - before
     with Count() as count:
-        one_step(model)
+        one_step(model, config)
     world = distributed.world_size()
     share = (world - 1) / world
     factors = {"allreduce": 2 * share, "allgather_base": world - 1, "reduce_scatter_base": world - 1, "broadcast": 1}
@@ -84,14 +87,17 @@ def measure(stage: int, optimizer: str, directory: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "optimizer"), [(0, "adamw"), (1, "lars"), (2, "adamw"), (3, "lars")])
-def test_predictions_are_what_two_ranks_measure(stage, optimizer, tmp_path):
-    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}")
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "views"),
+    [(0, "adamw", "[]"), (1, "lars", "[]"), (2, "adamw", "[]"), (3, "lars", "[]"), (1, "lars", MULTI_CROP)],
+)
+def test_predictions_are_what_two_ranks_measure(stage, optimizer, views, tmp_path):
+    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"augment.views={views}")
     sizes = estimate.Sizes.of(config, 2, measure=False)
     state = estimate.state_bytes(sizes, stage).value
     wire = estimate.wire(config, sizes)[-1].value
     written = estimate.checkpoint(config, sizes)[0].value
-    for held, sent, file_bytes in ranks(2).run(measure, stage, optimizer, str(tmp_path)):
+    for held, sent, file_bytes in ranks(2).run(measure, stage, optimizer, views, str(tmp_path)):
         assert held == pytest.approx(state, rel=0.05)
         assert sent == pytest.approx(wire, rel=0.02)
         assert file_bytes == pytest.approx(written, rel=0.05)  # and its headers
@@ -101,22 +107,28 @@ def test_activations_are_linear_in_the_batch_and_half_in_bf16_or_recomputed():
     plain = estimate.activation_bytes(build_model(config_of()), config_of())
     bigger = config_of("augment.crop_size=64")
     assert estimate.activation_bytes(build_model(bigger), bigger) == pytest.approx(4 * plain, rel=0.05)
+    each = [config_of(f"augment.views={views}") for views in ("[{count=6,crop_size=16}]", MULTI_CROP)]
+    small, both = (estimate.activation_bytes(build_model(config), config) for config in each)
+    assert both == pytest.approx(plain + small, rel=0.05)
     recomputed = config_of("model.activation_checkpointing=true")
     assert estimate.activation_bytes(build_model(recomputed), recomputed) < 0.6 * plain
 
 
-def test_the_shared_memory_is_what_workers_hold(small_shards):
+@pytest.mark.parametrize("views", ["[]", MULTI_CROP])
+def test_the_shared_memory_is_what_workers_hold(small_shards, views):
     """Crops that two real workers have ready before the first is taken, by the blocks of their open segments."""
-    config = config_of(f"data.shards={json.dumps(str(small_shards))}", "data.num_workers=2", "data.prefetch_batches=2")
+    keys = [f"data.shards={json.dumps(str(small_shards))}", "data.num_workers=2", "data.prefetch_batches=2"]
+    config = config_of(*keys, f"augment.views={views}")
+    sizes = len(config.augment.sizes())
     manifest = load_manifest(config.data.shards, config.storage)
     at = {"cursor": 0, "first_step": 0, "num_steps": 9, "rank": 0, "world_size": 1}
     with training_batches(config, manifest, **at) as batches:
         held, deadline = {}, time.monotonic() + 60
-        while len(held) < 4 and time.monotonic() < deadline:
+        while len(held) < 4 * sizes and time.monotonic() < deadline:
             time.sleep(0.2)
             held = shared_segments([worker.pid for worker in batches._iterator._workers], at_least=BATCH * 3 * 32 * 32)
-    assert len(held) == config.data.num_workers * config.data.prefetch_batches
-    with_those_in_hand = sum(held.values()) + 4 * max(held.values())
+    assert len(held) == config.data.num_workers * config.data.prefetch_batches * sizes
+    with_those_in_hand = 2 * sum(held.values())  # four batches ahead, four in hand
     assert estimate.shared_memory(config, 1, 1).value == pytest.approx(with_those_in_hand, rel=0.05)
 
 

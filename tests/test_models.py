@@ -71,3 +71,36 @@ def test_weights_are_a_function_of_the_seed_alone(tmp_path):
 def test_a_vit_wants_a_multiple_of_its_patch():
     with pytest.raises(UserError, match=r"augment\.crop_size: expected a multiple .* 16; got 30"):
         build_encoder("vit_s_16", 30)
+
+
+def test_a_vit_takes_other_sizes_by_resampled_position_embeddings():
+    """At its own size its bits are torchvision's; at another one its embeddings are those of bicubic resampling."""
+    ours = build_encoder("vit_s_16", 64).eval()
+    options = {"num_layers": 12, "num_heads": 6, "hidden_dim": 384, "mlp_dim": 4 * 384, "patch_size": 16}
+    theirs = {side: torchvision.models.VisionTransformer(image_size=side, **options).eval() for side in (64, 48, 96)}
+    for model in theirs.values():
+        model.heads = torch.nn.Identity()
+    state = ours.state_dict()
+    name = "encoder.pos_embedding"
+    theirs[64].load_state_dict(state)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs[64](x))
+    grid = state[name][:, 1:].mT.unflatten(2, (4, 4))
+    for side in (48, 96):
+        resampled = torch.nn.functional.interpolate(grid, size=(side // 16, side // 16), mode="bicubic")
+        positions = torch.cat([state[name][:, :1], resampled.flatten(2).mT], dim=1)
+        theirs[side].load_state_dict(state | {name: positions})
+        x = torch.randn(2, 3, side, side)
+        assert torch.allclose(ours(x), theirs[side](x), atol=1e-4)
+    ours(torch.randn(2, 3, 48, 48)).sum().backward()
+    assert ours.encoder.pos_embedding.grad.abs().sum(2).min() > 0
+    with pytest.raises(UserError, match=r"evaluation\.image_size: expected a multiple .* 16; got 50"):
+        ours(torch.randn(2, 3, 50, 50))
+
+
+def test_the_weights_of_a_vit_are_those_of_torchvision_at_a_seed():
+    torch.manual_seed(3)
+    ours = build_encoder("vit_s_16", 32).state_dict()
+    torch.manual_seed(3)
+    theirs = torchvision.models.VisionTransformer(32, 16, 12, 6, 384, 4 * 384).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

@@ -14,6 +14,7 @@ import io
 import warnings
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 # Format -> endings of its files and of a shard's members. The list of what is taken: there is no other.
@@ -88,3 +89,26 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("I", "F"):
         raise BadSample(f"pixels of Pillow's mode {image.mode}; expected 8 bits a channel, or 16 without a sign")
     return image.convert("RGB")
+
+
+def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], size: int) -> NDArray[np.uint8]:
+    """The box (top, left, height, width) of an RGB image as uint8 (3, size, size): torchvision's resized_crop."""
+    top, left, height, width = box
+    # Cropping first, so that the resize sees no pixel outside of the box, as torchvision's does not.
+    cropped = image.crop((left, top, left + width, top + height))
+    return channels_first(cropped.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def centre_crop(image: Image.Image, size: int, ratio: float) -> Image.Image:
+    """(size, size) out of the middle, after a resize of the shorter side to size * ratio."""
+    shorter = round(size * ratio)
+    scale = shorter / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def channels_first(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 (3, S, S)."""
+    return np.asarray(image).transpose(2, 0, 1)  # numpy writes this to a batch in half of torch's time

@@ -30,7 +30,7 @@ from dist_ssl.augment import crop_box, draw
 from dist_ssl.augment.parameters import NUM_UNIFORMS
 from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
 from dist_ssl.config.environment import ranks_on_this_node
-from dist_ssl.data.decode import BadSample, decode
+from dist_ssl.data.decode import BadSample, centre_crop, channels_first, crop_and_resize, decode
 from dist_ssl.data.manifest import Manifest
 from dist_ssl.data.plan import Plan
 from dist_ssl.data.random import view_uniforms
@@ -257,7 +257,7 @@ class _Evaluation(Dataset[Any]):
             quarantined += bad
             used_members.append(used)
             labels[row] = self.reader.index(shard).labels[used]
-            images.numpy()[row] = _channels_first(_centre_crop(image, self.size, self.ratio))
+            images.numpy()[row] = channels_first(centre_crop(image, self.size, self.ratio))
         factors = self.reader.factors(shards, np.array(used_members))
         return EvaluationBatch(images, torch.from_numpy(labels), torch.from_numpy(ids), factors, quarantined)
 
@@ -380,24 +380,3 @@ def _decode_or_replace(
         f"{reader.manifest.shards[shard].url}: none of its {count} samples can be decoded: {bad[0]['reason']}; "
         "put back the shard that was indexed, or begin a new run on an index without it"
     )
-
-
-def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], size: int) -> NDArray[np.uint8]:
-    """The box (top, left, height, width) of an RGB image as uint8 (3, size, size): torchvision's resized_crop."""
-    top, left, height, width = box
-    # Cropping first, so that the resize sees no pixel outside of the box, as torchvision's does not.
-    cropped = image.crop((left, top, left + width, top + height))
-    return _channels_first(cropped.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _centre_crop(image: Image.Image, size: int, ratio: float) -> Image.Image:
-    shorter = round(size * ratio)
-    scale = shorter / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(image).transpose(2, 0, 1)  # numpy writes this to a batch in half of torch's time

@@ -1,7 +1,7 @@
-"""The input side, measured: python -m tests.benchmarks.input [views] [gpu] [workers] [s3] [plan] [shapes]
+"""The input side, measured: python -m tests.benchmarks.input [views] [crops] [gpu] [workers] [s3] [plan] [shapes]
 
 Photographs-like JPEGs of 500x375 and about 80 KB, made here. Contestants of a section take turns in one process, one
-thread each, and the best of their rounds counts, since other programs only ever slow them down. `views` and `floor`
+thread each, and the best of their rounds counts, since other programs only ever slow them down. `views` and `crops`
 use CPU time, which is the wall's on a quiet machine; `workers` and `s3` use the wall's.
 """
 
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,16 @@ from dist_ssl import config as configuration
 from dist_ssl import storage
 from dist_ssl.augment import augment, crop_box
 from dist_ssl.augment import views as views_module
-from dist_ssl.config import AugmentConfig, Config, StorageConfig
+from dist_ssl.config import AugmentConfig, Config, StorageConfig, ViewsConfig
 from dist_ssl.data.cache import ShardCache
+from dist_ssl.data.decode import crop_and_resize, decode
 from dist_ssl.data.indexing import index_shards
 from dist_ssl.data.manifest import load_manifest, read_member_index
 from dist_ssl.data.plan import Plan
 from dist_ssl.data.reader import Reader
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
-from dist_ssl.data.stream import draw_views, training_batches
+from dist_ssl.data.stream import draw_views, empty_crops, training_batches
 from tests.s3 import s3_server
 
 ROUNDS = 5
@@ -105,13 +107,12 @@ def views(n: int = 32) -> None:
             torch.stack([theirs(image), theirs(image)])
 
     def ours() -> None:
-        crops, parameters = decode_and_crop(data, config)
-        augment(crops, parameters, config)
+        augment_all(decode_and_crop(data, config), config)
 
     def ours_on_device() -> None:
-        augment(made, drawn, config)
+        augment_all(made, config)
 
-    made, drawn = decode_and_crop(data, config)
+    made = decode_and_crop(data, config)
     contestants: dict[str, Callable[[], Any]] = {"PIL + torchvision v2, per image": torchvision_on_pil}
     with contextlib.suppress(ImportError):
         from lightly.transforms import SimCLRTransform
@@ -130,18 +131,44 @@ def views(n: int = 32) -> None:
     print(f"  bare / workers: {rates['  decode + two resized crops, bare'] / rates['  its part in the workers']:.2f}x")
 
 
-def decode_and_crop(data: list[bytes], config: AugmentConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a worker does for a batch, without reading."""
-    from dist_ssl.data.decode import decode
-    from dist_ssl.data.stream import crop_and_resize
+def crops(n: int = 32) -> None:
+    """Two views of 224 pixels and six of 96 beside the two alone, from JPEG bytes; one CPU thread."""
+    data, two = photographs(n), AugmentConfig(min_scale=0.25)
+    small = ViewsConfig(count=6, crop_size=96, min_scale=0.05, max_scale=0.25)
+    eight = two.model_copy(update={"views": [ViewsConfig(count=2), small]})
+    contestants: dict[str, Callable[[], Any]] = {"decode": lambda: [decode(one, 10**8) for one in data]}
+    for name, config in (("2 x 224", two), ("2 x 224 + 6 x 96", eight)):
+        made = decode_and_crop(data, config)
+        contestants |= {
+            f"{name}: decode and crop, in the workers": partial(decode_and_crop, data, config),
+            f"{name}: augment, where there is no GPU": partial(augment_all, made, config),
+        }
+    rates = best(contestants, n, time.process_time)
+    show("two views and six more", rates, "images/s")
+    decoding, *rest = (1 / rate for rate in rates.values())
+    (few, few_augmented), (many, many_augmented) = rest[:2], rest[2:]
+    print(f"  2 + 6 / 2 in the workers: {few / many:.2f}x; with augmentation on the CPU: "
+          f"{(few + few_augmented) / (many + many_augmented):.2f}x")  # fmt: skip
+    print(f"  decoding, of the workers' time: {decoding / few:.0%} for 2, {decoding / many:.0%} for 2 + 6; "
+          f"decoded once a view, 2 + 6 would run at {many / (many + 7 * decoding):.2f} of its rate")  # fmt: skip
 
+
+def augment_all(made: tuple[list[torch.Tensor], torch.Tensor], config: AugmentConfig) -> list[torch.Tensor]:
+    crops, parameters = made
+    drawn = parameters.split([of_size.shape[1] for of_size in crops], dim=1)
+    return [augment(*of_size, config) for of_size in zip(crops, drawn, strict=True)]
+
+
+def decode_and_crop(data: list[bytes], config: AugmentConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What a worker does for a batch, without reading: crops, one tensor a size, and the parameters of `augment`."""
     parameters, uniforms = draw_views(0, np.zeros(len(data), np.int64), np.arange(len(data)), config)
-    crops = torch.from_numpy(np.empty((len(data), 2, 3, config.crop_size, config.crop_size), np.uint8))
+    crops, policies = empty_crops(len(data), config), config.policies()
+    of_view = [of_size.numpy()[:, view] for of_size in crops for view in range(of_size.shape[1])]
     for row, one in enumerate(data):
         image = decode(one, 10**8)
-        for view in range(2):
-            box = crop_box(uniforms[row, view], image.height, image.width, config.min_scale)
-            crops.numpy()[row, view] = crop_and_resize(image, box, config.crop_size)
+        for policy, u, made in zip(policies, uniforms[row], of_view, strict=True):
+            box = crop_box(u, image.height, image.width, policy.min_scale, policy.max_scale)
+            made[row] = crop_and_resize(image, box, policy.crop_size)
     return crops, parameters
 
 
@@ -151,10 +178,10 @@ def bare(data: list[bytes], config: AugmentConfig) -> None:
     for row, one in enumerate(data):
         image = Image.open(io.BytesIO(one))
         image.load()
-        for view in range(2):
-            top, left, height, width = crop_box(uniforms[row, view], image.height, image.width, config.min_scale)
+        for policy, u in zip(config.policies(), uniforms[row], strict=True):
+            top, left, height, width = crop_box(u, image.height, image.width, policy.min_scale, policy.max_scale)
             crop = image.crop((left, top, left + width, top + height))
-            np.asarray(crop.resize((config.crop_size, config.crop_size), Image.Resampling.BILINEAR))
+            np.asarray(crop.resize((policy.crop_size, policy.crop_size), Image.Resampling.BILINEAR))
 
 
 def photo_shards(folder: Path, n: int, shard_mb: float) -> str:
@@ -342,7 +369,7 @@ def shapes(n: int = 20_000) -> None:
     print(f"\nshapes: {n} images in {seconds:.1f} s; 100,000 would take {seconds * 100_000 / n:.0f} s")
 
 
-SECTIONS = {"views": views, "gpu": gpu, "workers": workers, "s3": s3, "plan": plan, "shapes": shapes}
+SECTIONS = {"views": views, "crops": crops, "gpu": gpu, "workers": workers, "s3": s3, "plan": plan, "shapes": shapes}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
