@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ssl import config as config_module
+from dist_ssl.config import WITH_PREDICTOR, WITH_TEACHER
 from dist_ssl.models import batch_norm, batch_norm_cuda
 from tests.benchmarks import traffic
 from tests.benchmarks.tracer import Tracer
@@ -60,6 +61,28 @@ def test_activations_are_kept_as_they_were_computed(traced):
 def test_the_host_does_not_wait(traced):
     step, _, _ = traced
     assert not step.syncs
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ["moco_v3", "byol", "vicreg", "barlow_twins", "lejepa"])
+def test_the_host_does_not_wait_with_other_methods(name, size):
+    """resnet_tiny; and in backward nothing is sent but batch norm's, the teacher's statistics forward only."""
+    tiny = ["model.encoder=resnet_tiny", "augment.crop_size=32", f"train.global_batch_size={32 * size}"]
+    config = config_module.load(CONFIG, [f"objective.name={name}", *tiny])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        step, _ = traffic.trace_step(config, size)
+    finally:
+        dist.destroy_process_group()
+        batch_norm_cuda._constant.cache_clear()
+    assert not step.syncs
+    sent = {part: counts.collectives for part, counts in step.parts.items()}
+    layers = sent["encoder"] + sent["head"]
+    assert sent["backward"] == layers
+    assert ("teacher" in sent) == (name in WITH_TEACHER)
+    predicting = 1 if name in WITH_PREDICTOR and size > 1 else 0  # its one batch norm is counted under the head
+    assert sent.get("teacher", layers - predicting) == layers - predicting
+    assert sent["settling"] == 0
 
 
 def test_two_collectives_a_batch_norm(traced):

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ssl import config as config_module
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.plan import Plan
 from dist_ssl.data.stream import Batch, draw_views, empty_crops
 from dist_ssl.engine.optimizers import build_optimizer
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 from dist_ssl.training.step import Step
+from dist_ssl.training.teacher import Teacher
 from tests.benchmarks.tracer import FAKE_MODE, GPUS, Counts, Tracer
 
 COLUMNS = ("bytes", "flops", "launches", "collectives", "wire_bytes", "host_syncs")
@@ -74,6 +75,14 @@ def fake_model(config: Config) -> ContrastiveModel:
         return build_model(config)
 
 
+def fake_teacher(config: Config, tracer: Tracer) -> Teacher:
+    with FAKE_MODE, mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor):
+        teacher = Teacher(config, torch.device("cpu"))
+    teacher.model.register_forward_pre_hook(lambda *_: setattr(tracer, "part", "teacher"))
+    teacher.model.register_forward_hook(lambda *_: setattr(tracer, "part", "loss"))
+    return teacher
+
+
 def trace_step(config: Config, ranks: int) -> tuple[Tracer, int]:
     """A tracer that saw rank 0's step, and the views of this rank."""
     tracer, model = Tracer(), fake_model(config)
@@ -85,11 +94,16 @@ def trace_step(config: Config, ranks: int) -> tuple[Tracer, int]:
     with tracer.fake_mode:
         crops = [torch.empty(crops.shape, dtype=torch.uint8) for crops in empty_crops(n, config.augment)]
         moved = torch.empty(n, dtype=torch.int64)  # by the feed, from pinned memory
+        applied = torch.ones((), dtype=torch.bool)
     numbers = torch.arange(n)
     batch = Batch(crops, parameters, moved, numbers, numbers, moved, [], {})
+    teacher = fake_teacher(config, tracer) if config.objective.name in WITH_TEACHER else None
     with tracer.tracing():
         tracer.part = "augment"
-        Step(config, StandIn(config, model, tracer), rows_per_chunk)(batch, 0)  # type: ignore[arg-type]
+        train_step = Step(config, StandIn(config, model, tracer), rows_per_chunk, teacher)  # type: ignore[arg-type]
+        train_step(batch, 0)
+        tracer.part = "settling"
+        train_step.settle(applied, 0.5)
     trace_optimizer(config, model, tracer)
     return tracer, n * config.augment.num_views
 
