@@ -1,0 +1,116 @@
+"""lightly's SimCLR as its documentation writes it, with DistributedDataParallel on more than one rank; see `peers`.
+
+Its own: dataset, transform, head, loss, the order of the loop. From us: the encoder, with torch's batch norm in it, and
+optimizer, schedule and temperature, so that accuracies can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+
+from dist_ssl.models import GlobalBatchNorm, build_encoder
+from dist_ssl.models.resnet import BasicBlock, ResNet
+
+HIDDEN_DIM, OUTPUT_DIM, TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY, MIN_SCALE = 256, 64, 0.2, 0.002, 1e-4, 0.3
+
+
+class BatchNorm(nn.BatchNorm2d):
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass
+
+
+def encoder_of(name: str, size: int) -> Any:
+    """Ours by name, with the forward of torchvision's blocks and torch's batch norm: what a peer's user would build."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name, size)
+    for module in encoder.modules():
+        if isinstance(module, GlobalBatchNorm):
+            module.__class__ = BatchNorm
+        elif isinstance(module, BasicBlock):
+            module.__class__ = torchvision.models.resnet.BasicBlock
+        elif isinstance(module, ResNet):
+            module.__class__ = torchvision.models.ResNet
+    return encoder
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Our schedule: a linear rise in the first epoch, then half a cosine. As a part of the largest."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class SimCLR(nn.Module):
+    def __init__(self, backbone: Any):
+        from lightly.models.modules import SimCLRProjectionHead
+
+        super().__init__()
+        self.backbone = backbone
+        self.projection_head = SimCLRProjectionHead(backbone.output_dim, HIDDEN_DIM, OUTPUT_DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.projection_head(self.backbone(x).flatten(start_dim=1))
+
+
+def main() -> None:
+    from lightly.data import LightlyDataset
+    from lightly.loss import NTXentLoss
+    from lightly.transforms import SimCLRTransform
+
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    ranks, epochs = settings["ranks"], settings["epochs"]
+    model: Any = SimCLR(encoder_of(settings["encoder"], settings["size"]))
+    backbone = model.backbone
+    if ranks > 1:
+        dist.init_process_group("gloo")
+        model = nn.parallel.DistributedDataParallel(model)
+    transform = SimCLRTransform(input_size=settings["size"], min_scale=MIN_SCALE)
+    dataset = LightlyDataset(settings["images"], transform=transform)
+    sampler = torch.utils.data.DistributedSampler(dataset) if ranks > 1 else None
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=settings["batch"],
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=settings["workers"],
+        persistent_workers=True,
+    )
+    criterion = NTXentLoss(temperature=TEMPERATURE, gather_distributed=ranks > 1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
+    )
+    warmup, waited, step = len(loader), 0.0, 0
+    for epoch in range(epochs):
+        if sampler is not None:
+            sampler.set_epoch(epoch)
+        asked = time.monotonic()
+        for views, _, _ in loader:
+            waited += time.monotonic() - asked
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * rate(step, epochs * warmup, warmup)
+            x0, x1 = views
+            loss = criterion(model(x0), model(x1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step, asked = step + 1, time.monotonic()
+    if ranks == 1 or dist.get_rank() == 0:
+        torch.save(backbone.state_dict(), Path(settings["out"]) / "weights.pth")
+        (Path(settings["out"]) / "waited.txt").write_text(str(waited))
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
