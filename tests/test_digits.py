@@ -6,13 +6,11 @@ batch-norm statistics of the data reaches 92.0% by kNN there, and 15 epochs brin
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from dist_ssl import config as config_module
 from tests import trajectory
+from tests.digits import write_pages
 from tests.pool import ranks
 from tests.terminal import dist_ssl
 
@@ -43,14 +41,7 @@ SETTINGS = {
 
 @pytest.mark.slow
 def test_digits_are_learned(tmp_path):
-    digits, places = load_digits(), np.random.default_rng(0)
-    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = tmp_path / "png" / str(label) / f"{number:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scan = Image.fromarray((image * 255 / 16).astype("uint8")).resize((24, 24), Image.Resampling.BICUBIC)
-        page = Image.new("L", (48, 48))
-        page.paste(scan, tuple(places.integers(0, 25, 2)))
-        page.save(path)
+    write_pages(tmp_path / "png")
     written = dist_ssl("shards", "write", f"folder:{tmp_path}/png", f"{tmp_path}/shards", "--test-fraction", "0.25")
     assert written.returncode == 0, written.stderr
     values = SETTINGS | {

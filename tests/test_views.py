@@ -199,7 +199,7 @@ def test_the_encoder_runs_once_a_size_and_rows_are_ordered_by_image_and_view(tmp
     crops = [torch.randn(3, 2, 3, 32, 32), torch.randn(3, 6, 3, 16, 16)]
     calls = []
     model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    h, z = (rows.unflatten(0, (3, 8)) for rows in model(*(x.flatten(0, 1) for x in crops)))
+    h, z, _ = (rows.unflatten(0, (3, 8)) for rows in model(*(x.flatten(0, 1) for x in crops)))
     assert len(calls) == 2
     for image in range(3):
         for view, x in enumerate([*crops[0][image], *crops[1][image]]):
@@ -212,7 +212,7 @@ def test_statistics_are_of_a_sizes_views_in_the_encoder_and_of_all_in_the_head(t
     model = build_model(small_config(tmp_path, "", MULTI_CROP))
     torch.manual_seed(0)
     large, small = torch.randn(8, 3, 32, 32), 5 + torch.randn(24, 3, 16, 16)
-    h, _ = model(large, small)
+    h, _, _ = model(large, small)
     counted = model.encoder.stem[1].num_batches_tracked.clone()
     each = [model.encoder(x).unflatten(0, (4, -1)) for x in (large, small)]
     alone = torch.cat(each, dim=1).flatten(0, 1)

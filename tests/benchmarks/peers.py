@@ -154,9 +154,7 @@ def run(command: list[str], log: Path) -> Spent:
 def ours(task: Task, epochs: int, out: Path) -> Spent:
     start = ["launch.local" if task.ranks > 1 else "dist_ssl.cli", "pretrain", "configs/quickstart.toml"]
     ranks = ["--ranks", str(task.ranks)] if task.ranks > 1 else []
-    spent = run(
-        [sys.executable, "-m", *start, *ranks, *config_of(task, epochs, out / "run")], out.with_suffix(".log")
-    )
+    spent = run([sys.executable, "-m", *start, *ranks, *config_of(task, epochs, out / "run")], out.with_suffix(".log"))
     waited, step = 0.0, 0
     for line in map(json.loads, (out / "run/metrics.jsonl").read_text().splitlines()):
         elapsed = (line["step"] - step) * task.batch / line["images_per_second"]
@@ -248,9 +246,7 @@ def main() -> None:
         "lightly": lambda *task: theirs("peer_lightly", sys.executable, *task),
     }
     if options.stable_pretraining:
-        peers["stable-pretraining"] = lambda *task: theirs(
-            "peer_stable_pretraining", options.stable_pretraining, *task
-        )
+        peers["stable-pretraining"] = lambda *task: theirs("peer_stable_pretraining", options.stable_pretraining, *task)
     else:
         print("stable-pretraining: not installed, not measured (--stable-pretraining PYTHON)")
     peers = {name: peer for name, peer in peers.items() if not options.only or name in options.only}
