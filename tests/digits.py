@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a folder of PNGs, a subfolder a class: `python -m tests.digits FOLDER [--pages]`.
+"""scikit-learn's handwritten digits as PNGs, a folder a class: `python -m tests.digits FOLDER [--pages]`.
 
 1797 real scans of 8x8 pixels, enlarged; with --pages each stands somewhere on a larger page.
 """
