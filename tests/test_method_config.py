@@ -65,6 +65,7 @@ def test_a_method_set_by_override_leaves_the_old_ones_keys_behind(tmp_path):
         ("[objective]\nname='lejepa'\nnum_points = 4", ["objective.num_points: expected an odd number", "got 4"]),
         ("[objective]\nname='byol'\nteacher_decay = 1.5", ["a.toml: objective.teacher_decay: ", "got 1.5"]),
         ("[objective]\nname='byol'\n[engine]\nzero_stage = 3", ["a.toml: engine.zero_stage: byol needs 0, 1 or 2,"]),
+        ("[objective]\nname='vicreg'\n[[augment.views]]\ncount=3", ["a.toml: augment.views: vicreg is of exactly two"]),
         ("[model.predictor]\nnum_layers = 3", ["a.toml: model.predictor: nt_xent has none, only moco_v3"]),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dist_ssl import config as config_module
 from dist_ssl import distributed, objective
 from dist_ssl.config import METHODS, WITH_PREDICTOR, WITH_TEACHER
-from dist_ssl.models import build_model
+from dist_ssl.models import build_model, build_teacher
 from dist_ssl.planning import method_costs
 from dist_ssl.training import method
 from tests import trajectory
@@ -233,3 +233,30 @@ def test_plan_knows_what_a_loss_sends(tmp_path, d):
         assert method_costs.held(config, 2, d, 2)[0] > 0
     assert set(WITH_TEACHER) < set(METHODS)
     assert config_module.Config().objective.name == "nt_xent"
+
+
+# --- sets of views --------------------------------------------------------------------------------------------------
+
+SETS = "augment.views=[{count=3,crop_size=16},{count=2,crop_size=32}]"
+CHUNKED = ["objective.chunks=2"]
+
+
+@pytest.mark.parametrize("name", ["lejepa", pytest.param("decoupled", marks=pytest.mark.slow)])
+def test_more_views_than_two_on_any_number_of_ranks(tmp_path, small_shards, name):
+    one = of_method(tmp_path / "1", small_shards, name, SETS)
+    assert method.global_views(one) == slice(3, 5)
+    many = of_method(tmp_path / "3", small_shards, name, SETS, "engine.zero_stage=2", "objective.chunks=2")
+    ((loss, gradient),) = ranks(1).run(trajectory.loss_and_gradient, config_module.with_overrides(one, CHUNKED))
+    for other_loss, other_gradient in ranks(3).run(trajectory.loss_and_gradient, many):
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert relative_error(other_gradient, gradient) < 1e-5
+    assert ranks(2).run(trajectory.pretrain, one) == [0, 0]
+    last = json.loads((tmp_path / "1" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last.keys() >= OWN_METRICS[name]
+
+
+def test_a_teacher_counts_its_own_batch_norms_alone(tmp_path):
+    config = of_method(tmp_path, "", "byol")
+    taught = build_teacher(config)
+    assert taught.predictor is None
+    assert {id(norm) for norm in taught._batch_norms} <= {id(module) for module in taught.modules()}

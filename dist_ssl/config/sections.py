@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
-from dist_ssl.config.methods import WITH_PREDICTOR, WITH_TEACHER, NTXentConfig, ObjectiveConfig
+from dist_ssl.config.methods import OF_TWO_VIEWS, WITH_PREDICTOR, WITH_TEACHER, NTXentConfig, ObjectiveConfig
 from dist_ssl.config.section import Section
 
 Probe = Literal[
@@ -303,6 +303,11 @@ class Config(Section):
     @model_validator(mode="after")
     def method_has_what_it_needs(self) -> Config:
         name = self.objective.name
+        if name in OF_TWO_VIEWS and self.augment.num_views != 2:
+            raise ValueError(
+                f"augment.views: {name} is of exactly two views of an image, got {self.augment.num_views}; nt_xent, "
+                "decoupled, supervised and lejepa take more"
+            )
         if name in WITH_TEACHER and self.engine.zero_stage == 3:
             raise ValueError(
                 f"engine.zero_stage: {name} needs 0, 1 or 2, got 3: the teacher follows whole weights, of which a rank "

@@ -78,8 +78,8 @@ def build_model(config: Config) -> ContrastiveModel:
 def build_teacher(config: Config) -> ContrastiveModel:
     """The momentum encoder of a run at its start: encoder and head with the student's weights, and no predictor."""
     model = build_model(config)
-    model.predictor = None
-    return model.requires_grad_(False)
+    views_per_size = [num_views for _, num_views in config.augment.sizes()]
+    return ContrastiveModel(model.encoder, model.head, views_per_size).requires_grad_(False)
 
 
 def _build_predictor(config: Config, z_dim: int) -> ProjectionHead | None:
