@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_ssl import distributed
+from dist_ssl.distributed import HAS_TRITON, on_gpu
 from dist_ssl.objective import checks, closed_form, tiles
 
 
@@ -92,13 +93,26 @@ def _moco_v3(
     for query, key in zip(queries, keys.chunk(2, dim=1), strict=True):
         # As F.normalize: a vector shorter than 1e-12 is divided by that.
         length = torch.linalg.vector_norm(query, dim=1, keepdim=True, dtype=dtype).clamp(min=1e-12)
-        u, v = query / length, F.normalize(key.to(dtype), dim=1)
-        sums, pulls = tiles.query_sums(u, v, own, scale)  # over negatives
-        s_positive = (u * v[own]).sum(dim=1) * scale
+        u, v_own = query / length, F.normalize(key[own].to(dtype), dim=1)
+        sums, pulls = _negatives(query, key, length, own, scale)
+        s_positive = (u * v_own).sum(dim=1) * scale
         # The positive joins the denominator last: where it dominates, LSE_i - s_ii would cancel.
         lse = sums.log()
         losses.append(-F.logsigmoid(s_positive - lse).sum())
         pulls *= torch.logaddexp(lse, s_positive).neg().exp()[:, None]
-        du = (pulls - torch.sigmoid(lse - s_positive)[:, None] * v[own]) * (2 * size / total)
+        du = (pulls - torch.sigmoid(lse - s_positive)[:, None] * v_own) * (2 * size / total)
         gradients.append((du - (u * du).sum(dim=1, keepdim=True) * u) / length)
     return (losses[0] + losses[1]) * (2 * size / (scale * total)), *gradients
+
+
+def _negatives(query: Tensor, key: Tensor, length: Tensor, own: slice, scale: float) -> tuple[Tensor, Tensor]:
+    """`tiles.query_sums` of queries (n, d) with their lengths (n, 1) and keys (N, d), in the lengths' dtype."""
+    dtype = length.dtype
+    if on_gpu(query) and HAS_TRITON and dtype == torch.float32:
+        from dist_ssl.objective import queries_triton  # torch's builds without CUDA bring no triton
+
+        if query.dtype == torch.float16:  # its range is too short for the weights of the keys
+            query, key = query.float(), key.float()
+        key_length = torch.linalg.vector_norm(key, dim=1, dtype=dtype).clamp(min=1e-12)
+        return queries_triton.query_sums(query, key, 1 / length.flatten(), 1 / key_length, own, scale)
+    return tiles.query_sums(query / length, F.normalize(key.to(dtype), dim=1), own, scale)

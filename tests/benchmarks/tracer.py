@@ -281,5 +281,6 @@ def _triton_launch(tracer: Tracer) -> Callable[..., None]:
 # NT-Xent's tiles are made again in backward: one product of M x m x d forward, two backward.
 TRITON_FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_exponential_sums": lambda a: 2 * a["m"] * a["M"] * a["z"].shape[1],
+    "_query_sums": lambda a: 4 * a["n"] * a["N"] * a["q"].shape[1],
     "_weighted_sums": lambda a: 4 * a["m"] * a["M"] * a["z"].shape[1],
 }
