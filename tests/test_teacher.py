@@ -16,6 +16,7 @@ from dist_ssl import config as config_module
 from dist_ssl.checkpoint import checkpoint_store, export_encoder, load_run, open_checkpoint, read_model_state
 from dist_ssl.config import UserError
 from dist_ssl.evaluation import evaluate, results
+from dist_ssl.planning import estimate
 from dist_ssl.report.page import build
 from dist_ssl.training import teacher
 from tests import trajectory
@@ -141,8 +142,13 @@ def test_whole_runs_on_any_ranks_and_stages(tmp_path, small_shards, run, name, s
     assert trajectory.losses(tmp_path) == pytest.approx(trajectory.losses(Path(run(name).run.dir)), rel=1e-4)
 
 
-def test_each_rank_writes_its_share(run):
-    manifest = open_checkpoint(checkpoint_store(run("byol")), STEPS).manifest
+def test_each_rank_writes_its_share_and_plan_knows_of_it(run):
+    config = run("byol")
+    manifest = open_checkpoint(checkpoint_store(config), STEPS).manifest
+    probe = sum(4 * entry["length"] for entry in manifest["fragments"] if entry["name"].startswith("probe."))
+    written = sum(file["bytes"] for name, file in manifest["files"].items() if name.endswith(".safetensors"))
+    predicted = estimate.checkpoint(config, estimate.Sizes.of(config, 2, measure=False))[0].value
+    assert written - probe == pytest.approx(predicted, rel=0.05)  # and its headers
     written = Counter()
     for entry in manifest["fragments"]:
         if entry["kind"] == "teacher":

@@ -194,7 +194,7 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
         Estimate(what, loss_sends, "bytes", loss_formula),
         Estimate(
             "batch norm", norms, "bytes",
-            "8 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers",
+            "8 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers, the teacher's forward too",
         ),
     ]  # fmt: skip
     return [*parts, Estimate("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]
