@@ -185,8 +185,12 @@ def test_sets_of_views_are_written_read_and_compared(tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("views = ")]
     assert line.startswith("views = [{ count = 2, min_scale = 0.14 }, { count = 6, crop_size = 96, ")
     assert line.endswith("# file")
-    explained = [line.split()[0] for line in configuration.explain("augment.views")]
-    assert explained[:2] == ["augment.views", "augment.views.count"]
+    explained = configuration.explain("augment.views")
+    assert [line.split()[:4] for line in explained[:2]] == [
+        ["augment.views", "list", "of", "table"],
+        ["augment.views.count", "int", ">=", "1"],
+    ]
+    assert " ".join(explained[2].split()) == "augment.views.crop_size int >= 8, <= 4096 unset unset: augment.crop_size"
     assert len(explained) == 1 + len(ViewsConfig.model_fields)
 
 
