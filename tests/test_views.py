@@ -7,6 +7,8 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ssl import config as configuration
 from dist_ssl.augment import augment
@@ -15,7 +17,10 @@ from dist_ssl.config import AugmentConfig, Config, UserError, ViewsConfig
 from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.stream import draw_views, training_batches
 from dist_ssl.models import build_model
+from dist_ssl.planning import estimate
+from dist_ssl.training import step
 from tests import trajectory
+from tests.benchmarks import traffic
 from tests.faults import inject
 from tests.pool import ranks
 from tests.terminal import dist_ssl
@@ -180,8 +185,12 @@ def test_sets_of_views_are_written_read_and_compared(tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("views = ")]
     assert line.startswith("views = [{ count = 2, min_scale = 0.14 }, { count = 6, crop_size = 96, ")
     assert line.endswith("# file")
-    explained = [line.split()[0] for line in configuration.explain("augment.views")]
-    assert explained[:2] == ["augment.views", "augment.views.count"]
+    explained = configuration.explain("augment.views")
+    assert [line.split()[:4] for line in explained[:2]] == [
+        ["augment.views", "list", "of", "table"],
+        ["augment.views.count", "int", ">=", "1"],
+    ]
+    assert " ".join(explained[2].split()) == "augment.views.crop_size int >= 8, <= 4096 unset unset: augment.crop_size"
     assert len(explained) == 1 + len(ViewsConfig.model_fields)
 
 
@@ -220,6 +229,36 @@ def test_statistics_are_of_a_sizes_views_in_the_encoder_and_of_all_in_the_head(t
     assert counted == 1, "a step is a batch"
     seen = model.head(alone).mean(dim=0)
     assert torch.allclose(seen, torch.zeros_like(seen), atol=1e-5)
+
+
+def test_chunks_are_augmented_one_by_one_and_nothing_waits_for_the_host(tmp_path):
+    """A step of a ViT on two sizes, traced as a GPU would take it."""
+    keys = ["model.encoder=vit_s_16", "train.global_batch_size=24", "objective.chunks=3", "engine.precision=bf16"]
+    config, images, real = loaded(tmp_path, SWAV, *keys), [], step.augment
+
+    def recorded(crops, *rest):
+        images.append(len(crops))
+        return real(crops, *rest)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step, "augment", recorded)
+            tracer, num_views = traffic.trace_step(config, 1)
+    finally:
+        dist.destroy_process_group()
+    assert images == [8] * 12, "two sizes of three chunks, in both passes"
+    assert num_views == 24 * 8
+    assert not tracer.syncs
+
+
+def test_the_plans_pixels_are_those_of_a_batch(tmp_path, small_shards):
+    config = loaded(tmp_path, SWAV, "engine.precision=fp32", "objective.chunks=2", "model.encoder=resnet_tiny")
+    batch = first_batch(config, small_shards)
+    views = [augment(crops, drawn, config.augment) for crops, drawn in batch.of_each_size(slice(0, 2))]
+    held = 4 * sum(crops.nbytes for crops in batch.crops) + sum(of_size.nbytes for of_size in views)
+    (row,) = [row for row in estimate.memory(config, estimate.Sizes.of(config, 1, False)) if row.name == "pixels"]
+    assert row.value == held
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel
@@ -130,18 +130,21 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def _type_of(field: FieldInfo) -> str:
-    bounds = []
-    for bound in field.metadata:
+    bounds, parts = [], _parts(field.annotation)
+    inside = [bound for part in parts for info in getattr(part, "__metadata__", ()) for bound in info.metadata]
+    for bound in [*field.metadata, *inside]:
         for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
             if (limit := getattr(bound, name, None)) is not None:
                 bounds.append(f"{sign} {limit:g}" if isinstance(limit, float) or limit < 2**53 else f"{sign} 2^63")
-    name = " | ".join(_name_of(part) for part in _parts(field.annotation) if part is not types.NoneType)
+    name = " | ".join(_name_of(part) for part in parts if part is not types.NoneType)
     return " ".join([name, ", ".join(bounds)]).strip()
 
 
 def _name_of(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return _name_of(get_args(annotation)[0])
     if get_origin(annotation) in (list, tuple):
         inner = [_name_of(part) for part in get_args(annotation)]
         return f"{len(inner)} x {inner[0]}" if get_origin(annotation) is tuple else f"list of {inner[0]}"
