@@ -20,12 +20,13 @@ from dist_ssl.config import Config
 from dist_ssl.data.manifest import Manifest, Shard, load_manifest
 from dist_ssl.data.stream import rank_streams, training_batches
 from dist_ssl.models import build_model
-from dist_ssl.planning import estimate
+from dist_ssl.planning import estimate, stages
 from dist_ssl.training import verdict
 from tests.counting import Count
 from tests.pool import ranks
 
 BATCH = 16
+IMAGENET = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
 
 
 def config_of(*overrides: str) -> Config:
@@ -39,11 +40,16 @@ def config_of(*overrides: str) -> Config:
     return configuration.with_overrides(Config(), [*tiny, *head, *overrides])
 
 
-def one_step(model: engine.Engine) -> None:
+def one_step(model: engine.Engine, chunks: int = 1) -> None:
     world = distributed.world_size()
-    _, z = model(torch.randn(2 * BATCH // world, 3, 32, 32))
-    loss = objective.nt_xent(z[0::2], z[1::2], 0.1, rows_per_rank=[BATCH // world] * world)
-    model.backward(loss)
+    parts = torch.randn(2 * BATCH // world, 3, 32, 32).chunk(chunks)
+    with torch.set_grad_enabled(chunks == 1):
+        z = torch.cat([model(part)[1] for part in parts])
+    leaf = z.detach().requires_grad_()
+    loss = objective.nt_xent(leaf[0::2], leaf[1::2], 0.1, rows_per_rank=[BATCH // world] * world)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    for part, slope in zip(parts, gradient.chunk(chunks), strict=True):
+        model.backward(((z if chunks == 1 else model(part)[1]) * slope).sum())
     model.step(1e-3, verdict.agree(loss.detach(), verdict.Asked()))
 
 
@@ -57,16 +63,17 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(stage: int, optimizer: str, directory: str) -> tuple[int, int, int]:
+def measure(stage: int, optimizer: str, chunks: int, directory: str) -> tuple[int, int, int]:
     """(bytes held between steps, bytes sent in a step, bytes of a checkpoint) of this rank and run."""
     before = live_bytes()
-    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"run.dir={json.dumps(directory)}")
+    keys = [f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"objective.chunks={chunks}"]
+    config = config_of(*keys, f"run.dir={json.dumps(directory)}")
     model = engine.initialize(build_model(config), config, distributed.initialize())
-    one_step(model)
-    one_step(model)
+    one_step(model, chunks)
+    one_step(model, chunks)
     held = live_bytes() - before
     with Count() as count:
-        one_step(model)
+        one_step(model, chunks)
     world = distributed.world_size()
     share = (world - 1) / world
     factors = {"allreduce": 2 * share, "allgather_base": world - 1, "reduce_scatter_base": world - 1, "broadcast": 1}
@@ -84,17 +91,42 @@ def measure(stage: int, optimizer: str, directory: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "optimizer"), [(0, "adamw"), (1, "lars"), (2, "adamw"), (3, "lars")])
-def test_predictions_are_what_two_ranks_measure(stage, optimizer, tmp_path):
-    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}")
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "chunks"),
+    [(0, "adamw", 1), (1, "lars", 1), (2, "adamw", 1), (3, "lars", 1), (0, "lars", 2), (1, "adamw", 2), (2, "lars", 2)],
+)
+def test_predictions_are_what_two_ranks_measure(stage, optimizer, chunks, tmp_path):
+    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"objective.chunks={chunks}")
     sizes = estimate.Sizes.of(config, 2, measure=False)
     state = estimate.state_bytes(sizes, stage).value
     wire = estimate.wire(config, sizes)[-1].value
     written = estimate.checkpoint(config, sizes)[0].value
-    for held, sent, file_bytes in ranks(2).run(measure, stage, optimizer, str(tmp_path)):
+    for held, sent, file_bytes in ranks(2).run(measure, stage, optimizer, chunks, str(tmp_path)):
         assert held == pytest.approx(state, rel=0.05)
         assert sent == pytest.approx(wire, rel=0.02)
         assert file_bytes == pytest.approx(written, rel=0.05)  # and its headers
+
+
+def test_the_stage_that_is_recommended_fits_and_waits_least():
+    def of(ranks, *overrides, gigabytes=80):
+        config = configuration.load(IMAGENET, overrides)
+        found = stages.stages(config, estimate.Sizes.of(config, ranks, measure=False))
+        best = stages.recommended(found, gigabytes * 1e9)
+        return None if best is None else best.zero_stage, found
+
+    assert of(1)[0] == 0  # nobody to send to: the least memory
+    best, (zero, one, two, three) = of(64)
+    assert best == 1
+    assert one.exposed_bytes == two.exposed_bytes == pytest.approx(zero.exposed_bytes / 2) == one.sent_bytes / 3
+    assert three.host_waits
+    assert not zero.host_waits
+    best, (_, one, two, _) = of(64, "objective.chunks=8")
+    assert best == 2  # which reduces behind each chunk's backward, and sends more
+    assert two.sent_bytes == pytest.approx(17 / 3 * one.sent_bytes)
+    assert one.exposed_bytes == one.sent_bytes
+    assert of(64, gigabytes=0.01)[0] is None
+    sized = [stage.memory_bytes for stage in of(64, "model.encoder=vit_b_16", "optimizer.name=adamw")[1]]
+    assert of(64, "model.encoder=vit_b_16", "optimizer.name=adamw", gigabytes=1.2 * min(sized) / 1e9)[0] is not None
 
 
 def test_activations_are_linear_in_the_batch_and_half_in_bf16_or_recomputed():
@@ -145,8 +177,7 @@ def test_the_working_set_is_that_of_the_stream():
 
 @pytest.mark.slow
 def test_a_plan_for_512_gpus_and_a_billion_images():
-    path = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
-    config = configuration.load(path, ["train.global_batch_size=65536", "train.epochs=10", "engine.zero_stage=1"])
+    config = configuration.load(IMAGENET, ["train.global_batch_size=65536", "train.epochs=10", "engine.zero_stage=1"])
     found = {p.name: p for p in estimate.of_run(config, 64, 8, None, 1_000_000_000, 1000.0, 100.0)}
     assert found["steps"].value == -(-10 * 1_000_000_000 // 65536)
     assert found["hours"].value == pytest.approx(10 * 1e9 / (512 * 1000) / 3600, rel=1e-3)

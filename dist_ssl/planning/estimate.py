@@ -122,7 +122,7 @@ def gradient_bytes(sizes: Sizes, zero_stage: int, chunks: int = 1) -> Estimate:
             value, formula = p + p / w + min(p, BUCKET), "4 (P + P / W + min(P, 5e7))"
         case 1 | 2:
             parts, buckets = min(chunks, 2), 2 if w > 1 or chunks > 1 else 1
-            value, formula = parts * p / w + buckets * size, f"4 ({parts} P / W + {buckets} buckets of {size:.2g})"
+            value, formula = parts * p / w + buckets * size, f"4 ({parts} * P / W + {buckets} * bucket of {size:.1e})"
         case _:
             value, formula = p, "gathered weights: 4 P"
     return Estimate("gradients and weights of backward", FP32 * value, "bytes", formula)

@@ -27,8 +27,8 @@ from dist_ssl.training.feed import Feed
 from dist_ssl.training.step import Step
 from tests.benchmarks import traffic
 
-WARM_UP, TIMED = 3, 10
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WARM_UP, TIMED = (3, 10) if DEVICE.type == "cuda" else (1, 2)  # calls
 
 
 def settings(encoder: str, size: int, batch: int, *overrides: str) -> Config:
