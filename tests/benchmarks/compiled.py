@@ -5,6 +5,9 @@ kernels are counted, and the bytes that each reads and writes, beside those of t
 (`tests.benchmarks.traffic`). Nothing is compiled or computed: what a graph would return are zeros. Batch norm is
 torch's, which Inductor takes apart and fuses; ours on several ranks, and the Triton kernels, stay as they are in a
 compiled model. Inductor's choices are those for a CPU, which may fuse a little otherwise than a GPU's.
+
+16 views in bf16, compiled of eager: ResNet-50 0.79 of the bytes, 0.82 of the launches; ViT-S/16 0.77 and 0.83. So for a
+ResNet it wins about what our own kernels do for batch norm, ReLU and addition (0.81), and for a ViT 23%.
 """
 
 from __future__ import annotations
