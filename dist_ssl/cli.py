@@ -212,22 +212,26 @@ def plan(
     images_per_second: Annotated[float | None, typer.Option(min=1e-3, help="Of a GPU: for hours, store rate.")] = None,
     gigabits_per_second: Annotated[float | None, typer.Option(min=1e-3, help="Between ranks: for time.")] = None,
     num_images: Annotated[int | None, typer.Option(min=1, help="Then the shards are not read.")] = None,
+    gpu_memory_gb: Annotated[float, typer.Option(min=1.0, help="Of one GPU: which ZeRO stages fit.")] = 80.0,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Predict memory, traffic, checkpoints, store rate and hours of a run on any number of GPUs, formulas beside them.
+    """Predict memory, traffic, checkpoints, store rate and hours of a run on any number of GPUs, formulas beside them;
+    what each ZeRO stage would cost, and which one to take.
 
     Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --nodes 64 --num-images 1281167
     """
     import rich
 
     from dist_ssl.data.manifest import load_manifest
-    from dist_ssl.planning import estimate
+    from dist_ssl.planning import estimate, stages
 
     checked = configuration.load(config, overrides)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
     rates = (images_per_second, gigabits_per_second)
-    estimates = estimate.of_run(checked, nodes, gpus_per_node, manifest, num_images, *rates)
+    sizes = estimate.Sizes.of(checked, nodes * gpus_per_node)
+    estimates = estimate.of_run(checked, nodes, gpus_per_node, manifest, num_images, *rates, sizes)
     rich.print(estimate.table(f"{config}: {nodes} x {gpus_per_node} GPUs", estimates))
+    rich.print(stages.table(stages.stages(checked, sizes), gpu_memory_gb))
 
 
 @app.command("config")

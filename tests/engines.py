@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,8 +16,10 @@ from dist_ssl import checkpoint, distributed, engine
 from dist_ssl import config as config_module
 from dist_ssl.checkpoint import Checkpointer, RunState, take_incarnation
 from dist_ssl.config import Config
+from dist_ssl.engine import engine as engine_module
 from dist_ssl.models import build_model
 from dist_ssl.training import verdict
+from tests.counting import Count
 from tests.trajectory import messages
 
 LARS_RATE = 1.0  # a layer moves by 1e-3 of its norm in a step: a trust ratio that is 1% off is seen after a few
@@ -216,11 +221,11 @@ def poisoned_steps(config: Config, poison: str) -> dict[str, Any]:
 
     Returns what is held after the first and the second step, whether each was applied, and what is held at the end.
     """
-    model = build(config)
+    model, device = build(config), distributed.initialize().device
     generator = torch.Generator().manual_seed(distributed.rank())
     answers: dict[str, Any] = {"applied": [], "losses": []}
     for bad in (False, True, False):
-        h, z, _ = model(torch.randn(4, 3, 32, 32, generator=generator))
+        h, z, _ = model(torch.randn(4, 3, 32, 32, generator=generator).to(device))
         if bad and distributed.rank() == distributed.world_size() - 1:
             z.register_hook(lambda gradient: gradient * float(poison))
         loss = (h.square().mean() + z.square().mean()).float()
@@ -230,3 +235,54 @@ def poisoned_steps(config: Config, poison: str) -> dict[str, Any]:
         answers["losses"].append(outcome.loss)
         answers[f"after {len(answers['applied'])}"] = held(model)
     return answers
+
+
+def overlapped(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run it with engines that reduce while backward still runs, as on GPUs, in as many buckets as there can be."""
+    real = engine.initialize
+
+    def initialize(*given: Any) -> engine.Engine:
+        with distributed.as_on_gpu():
+            return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "initialize", initialize)
+        patch.setattr(engine_module, "OVERLAPPED_BUCKET", 1)  # as large as the largest parameter then
+        return function(*arguments)
+
+
+def reduced_before_the_first_layer(config: Config) -> float:
+    """The share of the gradient that ranks have added up when backward comes to the first layer's."""
+    model, total, reduced = build(config), 0, []
+    parameters = dict(model.model.named_parameters())
+    large = 4 * max(p.numel() for p in parameters.values()) // 2  # bytes; batch norm's messages are small
+    total = sum(4 * p.numel() for p in parameters.values())
+    with Count() as count:
+        next(iter(parameters.values())).register_hook(
+            lambda _: reduced.append(sum(n for name, n in count.collectives if name == "allreduce" and n >= large))
+        )
+        h, z, _ = model(torch.randn(4, 3, 32, 32))
+        model.backward(h.square().mean() + z.square().mean())
+    return reduced[0] / total
+
+
+def waits_of_the_epilogue(config: Config) -> list[str]:
+    """Who waits for whom after an overlapped backward, on an accelerator with streams that do nothing."""
+    optimizer, said = build(config)._engine.optimizer, list[str]()
+
+    class Stream:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "resolves_data_dependency", lambda self: False)
+        patch.setattr(accelerator, "current_stream", lambda self, index=None: Stream("backward"))
+        patch.setattr(accelerator, "synchronize", lambda self, index=None: said.append("the host waits"))
+        optimizer.reduction_stream = Stream("reduction")
+        optimizer.setup_buckets()
+        optimizer.independent_gradient_partition_epilogue()
+    return said

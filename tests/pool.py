@@ -2,11 +2,13 @@
 
 `ranks(W).run(function, *arguments)` calls an importable function on W processes that share a process group and
 returns what each of them returned, in rank order. A pool is thrown away where a rank hung or died, or some raised and
-others did not: their next collectives would not match.
+others did not: their next collectives would not match. Forked processes can't start CUDA and stay on the CPU; those of
+`device_ranks(W)` are fresh, each with a GPU of its own where there are any.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import traceback
@@ -51,10 +53,27 @@ def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
             connection.send((False, traceback.format_exc()))
 
 
+class Fresh:
+    """A process that has imported nothing yet, with what is used of a `template.Child`."""
+
+    def __init__(self, function: Callable[..., None], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        self._process = context.Process(target=function, args=(there, *arguments), daemon=True)
+        self._process.start()
+        there.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> None:
+        self._process.join()
+
+
 class Pool:
-    def __init__(self, size: int):
-        self.size, port = size, free_port()
-        self.processes = [template.fork(_serve, rank, size, port) for rank in range(size)]
+    def __init__(self, size: int, start: Callable[..., Any] = template.fork):
+        self.size, self._start, port = size, start, free_port()
+        self.processes = [start(_serve, rank, size, port) for rank in range(size)]
         self.connections = [process.connection for process in self.processes]
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
@@ -82,20 +101,25 @@ class Pool:
         return [value for _, value in answers]  # type: ignore[misc]
 
     def close(self) -> None:
-        _pools.pop(self.size, None)
+        _pools.pop((self.size, self._start), None)
         for process in self.processes:
             process.kill()
             process.wait()
 
 
-_pools: dict[int, Pool] = {}
+_pools: dict[tuple[int, Callable[..., Any]], Pool] = {}
 
 
-def ranks(size: int) -> Pool:
+def ranks(size: int, start: Callable[..., Any] = template.fork) -> Pool:
     """The pool of `size` ranks, started on first use."""
-    if size not in _pools:
-        _pools[size] = Pool(size)
-    return _pools[size]
+    if (size, start) not in _pools:
+        _pools[size, start] = Pool(size, start)
+    return _pools[size, start]
+
+
+def device_ranks(size: int) -> Pool:
+    """The pool of `size` ranks on GPUs, or on the CPU where there are none."""
+    return ranks(size, Fresh)
 
 
 def start_early(sizes: Iterable[int]) -> None:

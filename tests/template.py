@@ -66,8 +66,8 @@ class _Template:
 
     def __init__(self) -> None:
         here, there = socket.socketpair()
-        # Asked otherwise, torch initialises CUDA to say whether there is any, which no child could do again.
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        # CUDA can't be used in a fork of a process that has asked for it: these tests are the CPU's.
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tests.template", str(there.fileno())]
         root = Path(__file__).parent.parent
         self._process = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment, cwd=root)

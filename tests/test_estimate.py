@@ -20,13 +20,14 @@ from dist_ssl.config import Config
 from dist_ssl.data.manifest import Manifest, Shard, load_manifest
 from dist_ssl.data.stream import rank_streams, training_batches
 from dist_ssl.models import build_model
-from dist_ssl.planning import estimate
+from dist_ssl.planning import estimate, stages
 from dist_ssl.training import verdict
 from tests.counting import Count
 from tests.pool import ranks
 
 BATCH = 16
 MULTI_CROP = "[{count=2},{count=6,crop_size=16}]"
+IMAGENET = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
 
 
 def config_of(*overrides: str) -> Config:
@@ -41,11 +42,16 @@ def config_of(*overrides: str) -> Config:
 
 
 def one_step(model: engine.Engine, config: Config) -> None:
-    world = distributed.world_size()
+    world, chunks = distributed.world_size(), config.objective.chunks
     n = BATCH // world
-    _, z, _ = model(*(torch.randn(n * num_views, 3, side, side) for side, num_views in config.augment.sizes()))
-    loss = objective.nt_xent_views(z.unflatten(0, (n, -1)), 0.1, rows_per_rank=[n] * world)
-    model.backward(loss)
+    parts = [[torch.randn(n // chunks * v, 3, side, side) for side, v in config.augment.sizes()] for _ in range(chunks)]
+    with torch.set_grad_enabled(chunks == 1):
+        z = torch.cat([model(*part)[1] for part in parts])
+    leaf = z.detach().requires_grad_()
+    loss = objective.nt_xent_views(leaf.unflatten(0, (n, -1)), 0.1, rows_per_rank=[n] * world)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    for part, slope in zip(parts, gradient.chunk(chunks), strict=True):
+        model.backward(((z if chunks == 1 else model(*part)[1]) * slope).sum())
     model.step(1e-3, verdict.agree(loss.detach(), verdict.Asked()))
 
 
@@ -59,11 +65,10 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(stage: int, optimizer: str, views: str, directory: str) -> tuple[int, int, int]:
+def measure(settings: list[str], directory: str) -> tuple[int, int, int]:
     """(bytes held between steps, bytes sent in a step, bytes of a checkpoint) of this rank and run."""
     before = live_bytes()
-    keys = [f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"augment.views={views}"]
-    config = config_of(*keys, f"run.dir={json.dumps(directory)}")
+    config = config_of(*settings, f"run.dir={json.dumps(directory)}")
     model = engine.initialize(build_model(config), config, distributed.initialize())
     one_step(model, config)
     one_step(model, config)
@@ -88,19 +93,51 @@ def measure(stage: int, optimizer: str, views: str, directory: str) -> tuple[int
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "optimizer", "views"),
-    [(0, "adamw", "[]"), (1, "lars", "[]"), (2, "adamw", "[]"), (3, "lars", "[]"), (1, "lars", MULTI_CROP)],
+    ("stage", "settings"),
+    [
+        (0, ["optimizer.name=adamw"]),
+        (1, ["optimizer.name=lars"]),
+        (2, ["optimizer.name=adamw"]),
+        (3, ["optimizer.name=lars"]),
+        (0, ["optimizer.name=lars", "objective.chunks=2"]),
+        (1, ["optimizer.name=adamw", "objective.chunks=2"]),
+        (2, ["optimizer.name=lars", "objective.chunks=2"]),
+        (1, ["optimizer.name=lars", f"augment.views={MULTI_CROP}"]),
+    ],
 )
-def test_predictions_are_what_two_ranks_measure(stage, optimizer, views, tmp_path):
-    config = config_of(f"engine.zero_stage={stage}", f"optimizer.name={optimizer}", f"augment.views={views}")
+def test_predictions_are_what_two_ranks_measure(stage, settings, tmp_path):
+    settings = [f"engine.zero_stage={stage}", *settings]
+    config = config_of(*settings)
     sizes = estimate.Sizes.of(config, 2, measure=False)
     state = estimate.state_bytes(sizes, stage).value
     wire = estimate.wire(config, sizes)[-1].value
     written = estimate.checkpoint(config, sizes)[0].value
-    for held, sent, file_bytes in ranks(2).run(measure, stage, optimizer, views, str(tmp_path)):
+    for held, sent, file_bytes in ranks(2).run(measure, settings, str(tmp_path)):
         assert held == pytest.approx(state, rel=0.05)
         assert sent == pytest.approx(wire, rel=0.02)
         assert file_bytes == pytest.approx(written, rel=0.05)  # and its headers
+
+
+def test_the_stage_that_is_recommended_fits_and_waits_least():
+    def of(ranks, *overrides, gigabytes=80):
+        config = configuration.load(IMAGENET, overrides)
+        found = stages.stages(config, estimate.Sizes.of(config, ranks, measure=False))
+        best = stages.recommended(found, gigabytes * 1e9)
+        return None if best is None else best.zero_stage, found
+
+    assert of(1)[0] == 0  # nobody to send to: the least memory
+    best, (zero, one, two, three) = of(64)
+    assert best == 1
+    assert one.exposed_bytes == two.exposed_bytes == pytest.approx(zero.exposed_bytes / 2) == one.sent_bytes / 3
+    assert three.host_waits
+    assert not zero.host_waits
+    best, (_, one, two, _) = of(64, "objective.chunks=8")
+    assert best == 2  # which reduces behind each chunk's backward, and sends more
+    assert two.sent_bytes == pytest.approx(17 / 3 * one.sent_bytes)
+    assert one.exposed_bytes == one.sent_bytes
+    assert of(64, gigabytes=0.01)[0] is None
+    sized = [stage.memory_bytes for stage in of(64, "model.encoder=vit_b_16", "optimizer.name=adamw")[1]]
+    assert of(64, "model.encoder=vit_b_16", "optimizer.name=adamw", gigabytes=1.2 * min(sized) / 1e9)[0] is not None
 
 
 def test_activations_are_linear_in_the_batch_and_half_in_bf16_or_recomputed():
@@ -157,8 +194,7 @@ def test_the_working_set_is_that_of_the_stream():
 
 @pytest.mark.slow
 def test_a_plan_for_512_gpus_and_a_billion_images():
-    path = Path(__file__).parent.parent / "configs" / "simclr_resnet50_imagenet.toml"
-    config = configuration.load(path, ["train.global_batch_size=65536", "train.epochs=10", "engine.zero_stage=1"])
+    config = configuration.load(IMAGENET, ["train.global_batch_size=65536", "train.epochs=10", "engine.zero_stage=1"])
     found = {p.name: p for p in estimate.of_run(config, 64, 8, None, 1_000_000_000, 1000.0, 100.0)}
     assert found["steps"].value == -(-10 * 1_000_000_000 // 65536)
     assert found["hours"].value == pytest.approx(10 * 1e9 / (512 * 1000) / 3600, rel=1e-3)

@@ -152,9 +152,9 @@ def compiled() -> list[dict]:
     facts = []
     for capability, dtype, blocks in [
         (90, "bf16", (kernels.FORWARD, kernels.BACKWARD)),
-        (90, "fp32", (kernels.SINGLE, kernels.SINGLE)),
+        (90, "fp32", (kernels.SINGLE, kernels.SINGLE_BACKWARD)),
         (80, "bf16", (kernels.SMALL, kernels.SMALL)),
-        (80, "fp32", (kernels.SINGLE, kernels.SINGLE)),
+        (80, "fp32", (kernels.SINGLE, kernels.SINGLE_BACKWARD_SMALL)),
     ]:
         for kernel, block in zip((kernels._exponential_sums, kernels._weighted_sums), blocks, strict=True):
             types = dict.fromkeys(("inverse_norm", "weight", "parts"), "*fp32") | {"z": f"*{dtype}"}
@@ -178,8 +178,7 @@ def test_kernels_compile_to_tensor_core_code():
         hopper = fact["capability"] == 90
         assert fact["products"] == (["wgmma.mma_async"] if hopper else ["mma.sync"]), fact
         assert fact["shared"] <= (227 if hopper else 99) * 1024, fact
-        if fact["dtype"] == "bf16":
-            assert fact["spilled"] == 0, fact
+        assert fact["spilled"] <= (0 if fact["dtype"] == "bf16" else 16), fact
         if hopper and fact["kernel"] == "_exponential_sums" and fact["dtype"] == "bf16":  # two programs a processor
             assert fact["shared"] <= 113 * 1024, fact
             assert fact["registers"] <= 128, fact

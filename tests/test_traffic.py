@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dist_ssl import config as config_module
 from dist_ssl.config import WITH_PREDICTOR, WITH_TEACHER
 from dist_ssl.models import batch_norm, batch_norm_cuda
+from dist_ssl.planning import estimate
 from tests.benchmarks import traffic
 from tests.benchmarks.tracer import Tracer
 
@@ -90,6 +91,21 @@ def test_two_collectives_a_batch_norm(traced):
     layers = 53 + 2 if step.parts["loss"].collectives else 0  # of the encoder and the head; none on one rank
     assert step.parts["encoder"].collectives + step.parts["head"].collectives == layers
     assert step.parts["backward"].collectives == layers
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_stage_sends_what_plan_says(stage):
+    config = config_module.load(CONFIG, [f"engine.zero_stage={stage}"])
+    expected = estimate.wire(config, estimate.Sizes.of(config, 64, measure=False))[0].value
+    tracer = Tracer()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    try:
+        traffic.trace_optimizer(config, traffic.fake_model(config), tracer, stage)
+    finally:
+        dist.destroy_process_group()
+    sent = sum(counts.wire_bytes for part, counts in tracer.parts.items() if part != "optimizer")
+    assert sent == pytest.approx(expected, rel=1e-3)
+    assert not tracer.syncs
 
 
 def traced_by_hand(code) -> Tracer:

@@ -38,6 +38,9 @@ from dist_ssl.engine import partition  # noqa: E402
 from dist_ssl.engine.optimizers import LARS, build_optimizer  # noqa: E402
 from dist_ssl.models import ContrastiveModel  # noqa: E402
 
+BUCKET = 50_000_000  # elements that are reduced or gathered at once
+OVERLAPPED_BUCKET = 6_553_600  # 25 MiB: the first is full, and on its way, while most of backward is still to come
+
 
 class Engine:
     """A ContrastiveModel on DeepSpeed: forward, backward of this rank's loss, and the optimizer's step.
@@ -49,6 +52,8 @@ class Engine:
         self._engine = deepspeed_engine
         self.optimizer: torch.optim.Optimizer = deepspeed_engine.basic_optimizer
         self.fragments = partition.read(deepspeed_engine)
+        if getattr(deepspeed_engine.optimizer, "overlap_comm", False):
+            _wait_on_the_device(deepspeed_engine.optimizer)
         self._apply = self.optimizer.step
         self._decide: Callable[[Tensor], Verdict] | None = None
         self._verdict: Verdict | None = None  # of the step that is under way
@@ -108,24 +113,28 @@ class Engine:
         partition.after_load(self._engine)
 
 
-def deepspeed_config(config: Config, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, num_parameters: int, largest_parameter: int = 0, overlapped: bool = False
+) -> dict[str, Any]:
     """The DeepSpeed configuration that follows from ours, with the raw keys of `engine.deepspeed` merged in.
 
+    Sizes are in elements; `overlapped`: there are other ranks, and streams on which they are talked to meanwhile.
     Raises UserError for a raw key that is derived here or that would break a contract.
     """
-    bucket = min(num_parameters, 50_000_000)
+    bucket = min(num_parameters, BUCKET)
+    # Of a parameter that is larger than its bucket ZeRO 2 frees the gradient while the reduction still reads it.
+    overlapped_bucket = min(bucket, max(OVERLAPPED_BUCKET, largest_parameter))
     zero: dict[str, Any] = {
         "stage": config.engine.zero_stage,
-        "reduce_bucket_size": bucket,
+        "reduce_bucket_size": overlapped_bucket if overlapped else bucket,
         "allgather_bucket_size": bucket,
         "round_robin_gradients": False,  # it breaks the mapping of fragments
     }
     if config.engine.zero_stage in (1, 2):
         zero["compute_grad_norm"] = False  # an all-reduce and a host synchronisation a step that nothing here needs
-    if config.engine.zero_stage == 2 and config.objective.chunks > 1:
-        zero["overlap_comm"] = True
-    elif config.objective.chunks > 1:
-        zero["overlap_comm"] = False  # DeepSpeed refuses it without managed accumulation
+    chunks, raw = config.objective.chunks, config.engine.deepspeed.get("zero_optimization")
+    if chunks > 1 or not isinstance(raw, dict) or "overlap_comm" not in raw:
+        zero["overlap_comm"] = _overlaps(config.engine.zero_stage, chunks, overlapped)
     derived: dict[str, Any] = {
         # Rows differ between ranks and DeepSpeed never sees them: it only checks that these three multiply.
         "train_batch_size": world_size(),
@@ -147,6 +156,39 @@ def deepspeed_config(config: Config, num_parameters: int) -> dict[str, Any]:
         "bf16": {"enabled": False},  # would cast the whole model, batch norm included
     }
     return _merge(derived, config.engine.deepspeed, "engine.deepspeed")
+
+
+def _overlaps(zero_stage: int, chunks: int, overlapped: bool) -> bool:
+    """Whether gradients are reduced while backward still runs.
+
+    DeepSpeed has no such way under ZeRO 0, and for GradCache's many backwards only under ZeRO 2.
+    """
+    match zero_stage:
+        case 1:
+            return overlapped and chunks == 1
+        case 2:
+            return overlapped or chunks > 1
+        case 3:
+            return chunks == 1
+    return False
+
+
+def _wait_on_the_device(optimizer: Any) -> None:
+    """At the end of an overlapped backward under ZeRO 1 and 2 DeepSpeed lets the host wait for the whole device.
+
+    What that guards is memory which the reductions' stream still uses, and which is freed to the stream that calls:
+    it is enough that this stream waits for that one.
+    """
+    finish, accelerator = optimizer.independent_gradient_partition_epilogue, deepspeed.accelerator.get_accelerator()
+
+    def finish_without_the_host() -> None:
+        accelerator.synchronize = lambda: accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+        try:
+            finish()
+        finally:
+            del accelerator.synchronize  # the class's own is found again
+
+    optimizer.independent_gradient_partition_epilogue = finish_without_the_host
 
 
 def _merge(derived: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
@@ -173,11 +215,12 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
         # DeepSpeed would compile a shared-memory operator for a minute, and need a compiler; gloo does without.
         deepspeed.ops.__compatible_ops__ = {}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    num_parameters = sum(p.numel() for p in parameters)
+    sizes = [p.numel() for p in parameters]
+    overlapped = world.size > 1 and on_gpu(parameters[0])
     deepspeed_engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.optimizer),
-        config=deepspeed_config(config, num_parameters),
+        config=deepspeed_config(config, sum(sizes), max(sizes), overlapped),
         dist_init_required=False,
     )
     engine = Engine(deepspeed_engine)
@@ -189,12 +232,7 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
 
 
 def prepare(config: Config, world: World) -> None:
-    """Threads, precision and determinism of this process, by the config. Raises UserError for a batch too small."""
-    if config.train.global_batch_size < world.size * config.objective.chunks:
-        raise UserError(
-            f"train.global_batch_size: expected at least one image a rank and chunk, {world.size} x "
-            f"{config.objective.chunks}; got {config.train.global_batch_size}"
-        )
+    """Threads, precision and determinism of this process, by the config."""
     if world.device.type == "cpu":
         torch.set_num_threads(config.engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world.local_size))
     # TF32 rounds fp32 to ten bits: never where the config says fp32, neither in products nor in convolutions.

@@ -63,7 +63,8 @@ class _BatchNorm(torch.autograd.Function):
         all_gather_single(received, sent)
         means_wc, inverse_stds_wc, counts_w1 = received.view(world_size(), -1).split([channels, channels, 1], dim=1)
         counts_w = counts_w1.squeeze(1)
-        # The first argument gives its dtype only: with bf16, counts would have to be bf16 too.
+        # From its first argument torch takes the dtype of counts where there are no running statistics (a bf16 x would
+        # want them in bf16), and whether 32 bits index what it reads: of the means, W x C of them, they do.
         mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
             mean, means_wc, inverse_stds_wc, running_mean, running_var, momentum, eps, counts_w
         )

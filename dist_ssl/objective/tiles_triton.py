@@ -31,13 +31,16 @@ MAX_BLOCK_D = 128
 FORWARD = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 BACKWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}  # bf16 on other GPUs
-SINGLE = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}  # fp32: at 64 columns registers spill
+# fp32, whose products by three tf32 ones take many registers: larger tiles spill them.
+SINGLE = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+SINGLE_BACKWARD = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}  # Hopper, d up to 128: 180 KB
+SINGLE_BACKWARD_SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 def exponential_sums(z: Tensor, inverse_norm: Tensor, key: Tensor, own: slice, scale: float) -> Tensor:
     """sum_j exp(s_ij) of this rank's rows i: z (M, d), inverse_norm (M,), key (M,) -> (m,) fp32."""
-    grid, launch = _plan(z, own, FORWARD)
+    grid, launch = _plan(z, own, FORWARD, SINGLE, SINGLE)
     rows = own.stop - own.start
     parts = inverse_norm.new_empty(grid[1], rows)
     _exponential_sums[grid](z, inverse_norm, key, parts, own.start, rows, len(z), scale * math.log2(math.e), **launch)
@@ -46,7 +49,8 @@ def exponential_sums(z: Tensor, inverse_norm: Tensor, key: Tensor, own: slice, s
 
 def weighted_sums(z: Tensor, inverse_norm: Tensor, key: Tensor, weight: Tensor, own: slice, scale: float) -> Tensor:
     """sum_j exp(s_ij) (weight_i + weight_j) u_j of this rank's rows i: (M, d), (M,), (M,), (M,) -> (m, d) fp32."""
-    grid, launch = _plan(z, own, BACKWARD)
+    single = SINGLE_BACKWARD if z.shape[1] <= MAX_BLOCK_D else SINGLE_BACKWARD_SMALL
+    grid, launch = _plan(z, own, BACKWARD, single, SINGLE_BACKWARD_SMALL)
     rows, d = own.stop - own.start, z.shape[1]
     parts = inverse_norm.new_empty(grid[1], rows, d)
     chunks_of_d = triton.cdiv(d, launch["BLOCK_D"])
@@ -55,14 +59,16 @@ def weighted_sums(z: Tensor, inverse_norm: Tensor, key: Tensor, weight: Tensor, 
     return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
-def _plan(z: Tensor, own: slice, large: dict[str, int]) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid (row tiles, column splits) and the kernel's constants."""
-    block, processors = SINGLE if z.dtype == torch.float32 else SMALL, 1
+def _plan(
+    z: Tensor, own: slice, large: dict[str, int], large_single: dict[str, int], single: dict[str, int]
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid (row tiles, column splits) and the kernel's constants; the large tiles are for Hopper and newer."""
+    block, processors = single if z.dtype == torch.float32 else SMALL, 1
     if z.is_cuda:
         device = triton.runtime.driver.active.utils.get_device_properties(z.device.index)
         processors = device["multiprocessor_count"]
-        if z.dtype == torch.bfloat16 and device["max_shared_mem"] >= 200 * 1024:
-            block = large
+        if device["max_shared_mem"] >= 200 * 1024:
+            block = large_single if z.dtype == torch.float32 else large
     row_tiles = triton.cdiv(own.stop - own.start, block["BLOCK_M"])
     column_tiles = triton.cdiv(len(z), block["BLOCK_N"])
     splits = min(max(1, 2 * processors // row_tiles), column_tiles)

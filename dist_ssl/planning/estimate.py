@@ -22,7 +22,8 @@ from dist_ssl.data.manifest import Manifest
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 from dist_ssl.planning import method_costs
 
-BUCKET = 50_000_000  # elements; the largest that engine.py gives to DeepSpeed's reductions
+BUCKET, OVERLAPPED_BUCKET = 50_000_000, 6_553_600  # elements; engine.py gives them to DeepSpeed's reductions
+FLATTENED = 500_000_000  # elements that DeepSpeed copies together for a reduction under ZeRO 0
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
 FP32, FP64 = 4, 8
 
@@ -43,6 +44,7 @@ class Sizes:
 
     parameters: int
     small_parameters: int  # in tensors that DeepSpeed's stage 3 never releases
+    largest_parameter: int
     buffer_bytes: int
     batch_norm_channels: tuple[int, ...]  # of each pass through one in a forward: the encoder's once a size of views
     activation_bytes: int  # the views of one image
@@ -61,6 +63,7 @@ class Sizes:
         return Sizes(
             sum(p.numel() for p in model.parameters()),
             sum(p.numel() for p in model.parameters() if p.numel() < PERSISTENT),
+            max(p.numel() for p in model.parameters()),
             sum(b.nbytes for b in model.buffers()),
             tuple(norm.num_features for norm in norms),
             activation_bytes(model, config) if measure else 0,
@@ -108,6 +111,12 @@ def described_views(config: Config) -> str:
     return " + ".join(f"{num_views} x {side}" for side, num_views in config.augment.sizes())
 
 
+def bucket(sizes: Sizes) -> int:
+    """Elements that one reduction of gradients takes on GPUs: small where it overlaps with backward."""
+    overlapped = max(OVERLAPPED_BUCKET, sizes.largest_parameter)
+    return min(sizes.parameters, overlapped if sizes.ranks > 1 else BUCKET)
+
+
 def state_bytes(sizes: Sizes, zero_stage: int) -> Estimate:
     """Bytes that a rank holds between steps: weights, fp32 masters, optimizer state."""
     p, w, k = sizes.parameters, sizes.ranks, sizes.optimizer_values
@@ -117,19 +126,26 @@ def state_bytes(sizes: Sizes, zero_stage: int) -> Estimate:
         case 1 | 2:
             return Estimate("model and optimizer state", FP32 * p * (1 + (1 + k) / w), "bytes", "4 P (1 + (1 + k) / W)")
         case 3:
-            value = FP32 * (p * (3 + k) / w + min(p, BUCKET) + sizes.small_parameters)
-            formula = "4 (P (3 + k) / W + min(P, 5e7) + P in tensors below 1e5)"
+            value = FP32 * (p * (3 + k) / w + bucket(sizes) + sizes.small_parameters)
+            formula = "4 (P (3 + k) / W + bucket + P in tensors below 1e5)"
             return Estimate("model and optimizer state", value, "bytes", formula)
     raise ValueError(f"expected a ZeRO stage of 0 to 3, got {zero_stage}")
 
 
-def gradient_bytes(sizes: Sizes, zero_stage: int) -> Estimate:
-    """Bytes more while backward runs: gradients, reduction bucket; under ZeRO 3 the gathered weights."""
-    p, w = sizes.parameters, sizes.ranks
-    if zero_stage in (0, 3):
-        return Estimate("gradients" if zero_stage == 0 else "gathered weights", FP32 * p, "bytes", "4 P")
-    value = FP32 * (p / w + min(p, BUCKET))
-    return Estimate("gradients and reduction bucket", value, "bytes", "4 (P / W + min(P, 5e7))")
+def gradient_bytes(sizes: Sizes, zero_stage: int, chunks: int = 1) -> Estimate:
+    """Bytes more while backward runs: gradients, reduction buckets; under ZeRO 3 the gathered weights."""
+    p, w, size = float(sizes.parameters), sizes.ranks, bucket(sizes)
+    match zero_stage:
+        case 0:
+            value, formula = p + min(p, FLATTENED), "gradients, flattened: 4 (P + min(P, 5e8))"
+        case 1 if w == 1 or chunks > 1:  # not reduced before backward has ended
+            value, formula = p + p / w + min(p, BUCKET), "4 (P + P / W + min(P, 5e7))"
+        case 1 | 2:
+            parts, buckets = min(chunks, 2), 2 if w > 1 or chunks > 1 else 1
+            value, formula = parts * p / w + buckets * size, f"4 ({parts} * P / W + {buckets} * bucket of {size:.1e})"
+        case _:
+            value, formula = p, "gathered weights: 4 P"
+    return Estimate("gradients and weights of backward", FP32 * value, "bytes", formula)
 
 
 def memory(config: Config, sizes: Sizes) -> list[Estimate]:
@@ -141,7 +157,7 @@ def memory(config: Config, sizes: Sizes) -> list[Estimate]:
     views_bytes = 2 if config.engine.precision == "bf16" else FP32
     parts = [
         state_bytes(sizes, stage),
-        gradient_bytes(sizes, stage),
+        gradient_bytes(sizes, stage, config.objective.chunks),
         Estimate(
             "activations", float(chunk * sizes.activation_bytes), "bytes",
             f"n / chunks * a, a = {sizes.activation_bytes / 1e6:.1f} MB for {described_views(config)} views, measured",
@@ -175,11 +191,11 @@ def shared_memory(config: Config, ranks: int, ranks_of_node: int) -> Estimate:
 def wire(config: Config, sizes: Sizes) -> list[Estimate]:
     """Bytes that one rank sends in a step, by ring algorithms: what a ring can't undercut."""
     p, w, stage = sizes.parameters, sizes.ranks, config.engine.zero_stage
-    share, width = (w - 1) / w, config.model.head.output_dim
+    share, width, chunks = (w - 1) / w, config.model.head.output_dim, config.objective.chunks
     reduction = {
         0: (2, "all-reduce of gradients: 2 * 4 P (W-1)/W"),
         1: (3, "all-reduce of gradients, all-gather of weights: 3 * 4 P (W-1)/W"),
-        2: (3, "all-reduce of gradients, all-gather of weights: 3 * 4 P (W-1)/W"),
+        2: (2 * chunks + 1, "all-reduce of each chunk's gradients, all-gather of weights: (2 chunks + 1) 4 P (W-1)/W"),
         3: (2, "all-gather of weights, reduce-scatter of gradients: 2 * 4 P (W-1)/W"),
     }[stage]
     channels, layers = sum(sizes.batch_norm_channels), len(sizes.batch_norm_channels)
@@ -253,13 +269,14 @@ def of_run(
     num_images: int | None = None,
     images_per_second: float | None = None,
     gigabits_per_second: float | None = None,
+    sizes: Sizes | None = None,
 ) -> list[Estimate]:
     """All estimates, in the order of a report; what a missing number would be needed for is left out.
 
     images_per_second is of one GPU, gigabits_per_second of the network between two ranks.
     """
     ranks = nodes * gpus_per_node
-    sizes = Sizes.of(config, ranks)
+    sizes = sizes or Sizes.of(config, ranks)
     estimates = [
         Estimate("parameters", sizes.parameters, "", f"P, counted; {config.objective.name}"),
         *memory(config, sizes),

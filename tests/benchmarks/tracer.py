@@ -196,7 +196,8 @@ class _Operators(TorchDispatchMode):
     def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
         size, counts = dist.get_world_size(), self.tracer.parts[self.tracer.part]
         name = func._schema.name.split("::")[1]
-        num_bytes = sum(size_of(t) for t in distinct(args[0]))  # what every rank has in the end
+        # What every rank has in the end, or of a reduce-scatter all ranks together.
+        num_bytes = sum(size_of(t) for t in distinct(args[1 if "reduce_scatter" in name else 0]))
         counts.collectives += 1
         counts.wire_bytes += round((2 if "allreduce" in name else 1) * num_bytes * (size - 1) / size)
         return func(*args, **kwargs)
