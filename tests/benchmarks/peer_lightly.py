@@ -87,9 +87,7 @@ def main() -> None:
         persistent_workers=True,
     )
     criterion = NTXentLoss(temperature=TEMPERATURE, gather_distributed=ranks > 1)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     warmup, waited, step = len(loader), 0.0, 0
     for epoch in range(epochs):
         if sampler is not None:
