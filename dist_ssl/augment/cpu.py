@@ -1,5 +1,6 @@
-"""The augmentation on a CPU: rows that share flip and order of jitter go through together, in place, as many as stay in
-a core's cache. A row's pixels are the same bits in whatever batch it stands and however many threads compute it:
+"""The augmentation on a CPU, in place and in blocks of as many rows as stay in a core's cache. Rows are sorted by their
+order of jitter, so that a block's rows go through each operation in few slices: at 28 pixels a call costs as much as
+what it computes. A row's pixels are the same bits in whatever batch it stands and however many threads compute it:
 operations are elementwise, or sums whose order does not matter.
 
 Legend: R rows (views), S pixels a side, P parameters.
@@ -7,7 +8,7 @@ Legend: R rows (views), S pixels a side, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
     # numpy asks the kernel for huge pages, whose first touch costs a fifth: half a millisecond an image.
     views = torch.from_numpy(np.empty(rows_u8.shape, np.float32)).to(device)
     scratch = torch.empty((3, min(largest, len(rows_u8)), 3, size, size), dtype=torch.float32, device=device)
-    for rows in _blocks(drawn, largest):
+    kinds = (drawn[:, ORDER] + 1) * drawn[:, JITTER]
+    for rows in kinds.argsort(stable=True).split(largest):
         of_rows = drawn[rows]
         x, spare, other = scratch[:, : len(rows)].unbind()
         alone = int(rows[0]) if len(rows) == 1 else None
@@ -50,14 +52,14 @@ def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
             block = rows_u8[rows.to(device)]
         else:
             block, x = rows_u8[alone : alone + 1], views[alone : alone + 1]
-        x.copy_(block.flip(-1) if of_rows[0, FLIP] else block).mul_(1 / 255)
-        if of_rows[0, JITTER]:
-            _jitter(x, ORDERS[int(of_rows[0, ORDER])], of_rows, spare, other)
-        grey = of_rows[:, GREY].nonzero().flatten().tolist()
-        if grey:
-            luma = _grey(x, spare, other)
-            for i in grey:
-                x[i].copy_(luma[i])
+        x.copy_(block)
+        for flipped in _chosen(of_rows[:, FLIP] > 0, device):
+            x[flipped] = x[flipped].flip(-1)
+        x.mul_(1 / 255)
+        _jitter(x, of_rows, spare, other)
+        for grey in _chosen(of_rows[:, GREY] > 0, device):
+            of_grey = x[grey]
+            x[grey] = _grey(of_grey, spare[: len(of_grey)], other[: len(of_grey)]).expand(-1, 3, -1, -1)
         _blur_rows(x, of_rows)
         for i in of_rows[:, SOLARISE].nonzero().flatten().tolist():
             torch.minimum(x[i], 1 - x[i], out=x[i])  # 1 - x from 0.5 on
@@ -67,29 +69,38 @@ def colours(rows_u8: Tensor, drawn: Tensor, config: AugmentConfig) -> Tensor:
     return views
 
 
-def _blocks(drawn: Tensor, largest: int) -> Iterator[Tensor]:
-    """Rows of (R, P) that share flip and order of jitter, up to `largest` at a time."""
-    kinds = (drawn[:, ORDER] + 1) * drawn[:, JITTER] * 2 + drawn[:, FLIP]
-    _, counts = kinds.unique(return_counts=True)
-    for rows in kinds.argsort(stable=True).split(counts.tolist()):
-        yield from rows.split(largest)
+def _chosen(mask: Tensor, device: torch.device) -> list[Tensor | slice]:
+    """An index of the rows that a mask (R,) chooses, if any; of all of them a slice, which copies nothing."""
+    if mask.all():
+        return [slice(None)]
+    return [mask.nonzero().flatten().to(device)] if mask.any() else []
 
 
-def _jitter(x: Tensor, order: tuple[int, ...], drawn: Tensor, spare: Tensor, other: Tensor) -> None:
-    """Colour jitter of (R, 3, S, S) by the factors of (R, P), in place, in the given order of operations."""
+def _jitter(x: Tensor, drawn: Tensor, spare: Tensor, other: Tensor) -> None:
+    """Colour jitter of (R, 3, S, S) by (R, P), in place. Rows are sorted: those without first, then by order."""
+    jittered = drawn[:, JITTER].tolist()
+    orders = [ORDERS[int(order)] for order in drawn[:, ORDER].tolist()]
     factors = drawn.to(x.device)[:, :, None, None, None]
-    for operation in order:
-        factor = factors[:, operation]
-        if operation == BRIGHTNESS:
-            x.mul_(factor).clamp_(0, 1)
-        elif operation == CONTRAST:
-            mean = _mean(_grey(x, spare, other)).mul_(1 - factor)
-            x.mul_(factor).add_(mean).clamp_(0, 1)
-        elif operation == SATURATION:
-            luma = _grey(x, spare, other).mul_(1 - factor)
-            x.mul_(factor).add_(luma).clamp_(0, 1)
-        else:
-            _shift_hue(x, factor, spare, other)
+    for turn in range(len(ORDERS[0])):
+        start = jittered.count(0.0)
+        for operation, run in groupby(order[turn] for order in orders[start:]):
+            rows = slice(start, start + len(list(run)))
+            _adjust(operation, x[rows], factors[rows, operation], spare[rows], other[rows])
+            start = rows.stop
+
+
+def _adjust(operation: int, x: Tensor, factor: Tensor, spare: Tensor, other: Tensor) -> None:
+    """One operation of the jitter, on all these rows, in place; a factor a row, (R, 1, 1, 1)."""
+    if operation == BRIGHTNESS:
+        x.mul_(factor).clamp_(0, 1)
+    elif operation == CONTRAST:
+        mean = _mean(_grey(x, spare, other)).mul_(1 - factor)
+        x.mul_(factor).add_(mean).clamp_(0, 1)
+    elif operation == SATURATION:
+        luma = _grey(x, spare, other).mul_(1 - factor)
+        x.mul_(factor).add_(luma).clamp_(0, 1)
+    else:
+        _shift_hue(x, factor, spare, other)
 
 
 def _mean(luma: Tensor) -> Tensor:
@@ -142,25 +153,28 @@ def _shift_hue(x: Tensor, shift: Tensor, spare: Tensor, other: Tensor) -> None:
 
 
 def _blur_rows(x: Tensor, drawn: Tensor) -> None:
-    """Gaussian blur of the rows of (R, 3, S, S) that are to be blurred, in place, reflecting at the edges."""
-    rows = drawn[:, BLUR].nonzero().flatten()
-    if not len(rows) or blur_size(x.shape[-1]) == 1:
-        return
-    for row in rows.tolist():
-        x[row] = _blur_by_convolution(x[row : row + 1], float(drawn[row, SIGMA]))
+    """Gaussian blur of the rows of (R, 3, S, S) that are to be blurred, in place, reflecting at the edges.
 
-
-def _blur_by_convolution(x: Tensor, sigma: float) -> Tensor:
-    """(1, 3, S, S) -> (3, S, S). Beyond 4.5 sigma lie 7e-6 of the weights: left out, which saves half of the work.
-
-    Every line is a channel of its own: three times S short convolutions take half the time of three large ones.
+    Beyond 4.5 sigma lie 7e-6 of the weights: left out, which saves half of the work.
     """
-    size = x.shape[-1]
-    radius = min(blur_size(size) // 2, int(4.5 * sigma) + 1)
+    largest, sigmas = blur_size(x.shape[-1]) // 2, drawn[:, SIGMA]
+    radii = (4.5 * sigmas.double()).long().add_(1).clamp_(max=largest).mul_(drawn[:, BLUR] > 0)
+    for radius in filter(None, radii.unique().tolist()):
+        for rows in _chosen(radii == radius, x.device):
+            x[rows] = _blur_by_convolution(x[rows], sigmas[radii == radius], radius)
+
+
+def _blur_by_convolution(x: Tensor, sigmas: Tensor, radius: int) -> Tensor:
+    """(R, 3, S, S), sigmas (R,) -> (R, 3, S, S).
+
+    Every line is a channel of its own: three times S short convolutions a row take half the time of three large ones.
+    """
+    count, _, size, _ = x.shape
     steps = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    weights = torch.exp(-0.5 * (steps / sigma).square())
-    along = (weights / weights.sum()).expand(3 * size, 1, 1, -1)
+    weights = torch.exp(-0.5 * (steps / sigmas[:, None]).square())
+    weights = (weights / weights.sum(dim=1, keepdim=True)).to(x.device)
+    along = weights.repeat_interleave(3 * size, dim=0)[:, None, None, :]
     for _ in range(2):  # rows, then columns as rows of the transposed image
-        lines = functional.pad(x, (radius, radius, 0, 0), "reflect").reshape(1, 3 * size, 1, -1)
-        x = functional.conv2d(lines, along, groups=3 * size).view(1, 3, size, size).mT
-    return x[0]
+        lines = functional.pad(x, (radius, radius, 0, 0), "reflect").reshape(1, len(along), 1, -1)
+        x = functional.conv2d(lines, along, groups=len(along)).view(count, 3, size, size).mT
+    return x

@@ -5,6 +5,7 @@ Together with `partition.py` this is all that knows DeepSpeed.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import warnings
@@ -40,6 +41,7 @@ from dist_ssl.models import ContrastiveModel  # noqa: E402
 
 BUCKET = 50_000_000  # elements that are reduced or gathered at once
 OVERLAPPED_BUCKET = 6_553_600  # 25 MiB: the first is full, and on its way, while most of backward is still to come
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 class Engine:
@@ -235,6 +237,7 @@ def prepare(config: Config, world: World) -> None:
     """Threads, precision and determinism of this process, by the config."""
     if world.device.type == "cpu":
         torch.set_num_threads(config.engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world.local_size))
+        _keep_freed_memory()
     # TF32 rounds fp32 to ten bits: never where the config says fp32, neither in products nor in convolutions.
     tf32 = config.engine.precision == "bf16"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -243,3 +246,15 @@ def prepare(config: Config, world: World) -> None:
     if config.engine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks that torch frees, for the next step's activations.
+
+    By default it maps each anew and gives it back, and the kernel clears every page again: 30 to 50 ms of 400 in a step
+    of a small ResNet. What a process holds stays what its largest step took.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's only
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -79,8 +79,9 @@ class Spent:
 def fashion(folder: Path, num_images: int, num_test: int) -> None:
     """PNGs in a folder a class, as torchvision's ImageFolder and lightly's dataset read them."""
     for split, stem, count in (("train", "train", num_images), ("test", "t10k", num_test)):
-        images = np.frombuffer(gzip.open(FASHION / f"{stem}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-        labels = np.frombuffer(gzip.open(FASHION / f"{stem}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+        packed = [(FASHION / f"{stem}-{kind}-ubyte.gz").read_bytes() for kind in ("images-idx3", "labels-idx1")]
+        images, labels = (np.frombuffer(gzip.decompress(data), np.uint8) for data in packed)
+        images, labels = images[16:], labels[8:]  # their headers
         for i in range(count):
             path = folder / "images" / split / str(labels[i]) / f"{i:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def compare(task: Task, epochs: int, rounds: int, judged: bool, peers: dict[str,
             row["peak_mb"] = max(row.get("peak_mb", 0.0), long.peak_mb)
             row["seconds"] = long.wall
             if judged and turn == 0:
-                row |= judge(task, next((place / "long").glob("weights.*")))
+                row |= judge(task, next(path for path in (place / "long").glob("weights.*") if path.suffix != ".json"))
             print(".", end="", flush=True)
     return rows
 
