@@ -6,6 +6,7 @@ Commands import what they need when they are called: `--help` should not wait fo
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -299,6 +300,9 @@ def _fail(code: int, say: Callable[[], None]) -> int:
 
 def main() -> None:
     """The command line of this process, be it one of many ranks."""
+    # Read when torch is loaded. By default a thread that waits for others spins, on cores that data workers, other
+    # ranks and other people's programs want.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _set_up_logging()
     run(app)
 

@@ -135,8 +135,9 @@ def run(command: list[str], log: Path) -> Spent:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
     with log.open("w") as output:
-        code = subprocess.run(command, stdout=output, stderr=output).returncode
+        code = subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
     wall = time.monotonic() - started
     over.set()
     watcher.join()
