@@ -80,18 +80,30 @@ def pretrain(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
-    file: Annotated[Path, typer.Argument(help="The safetensors file to write; its JSON goes beside it.")],
+    file: Annotated[Path, typer.Argument(help="The safetensors file to write, its JSON beside it; for timm a folder.")],
     checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
     head: Annotated[bool, typer.Option("--head", help="Write the projection head too.")] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="Write its teacher's.")] = False,
+    format: Annotated[str, typer.Option(help="safetensors, or timm: a folder for timm and the Hub.")] = "safetensors",
 ) -> None:
-    """Write a run's encoder under torchvision's parameter names.
+    """Write a run's encoder under torchvision's or timm's parameter names.
 
     Example: dist-ssl export runs/quickstart encoder.safetensors
-    """
-    from dist_ssl.checkpoint import export_encoder
 
-    step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
+    Example: dist-ssl export runs/imagenet resnet50-simclr --format timm
+    """
+    if format not in ("safetensors", "timm"):
+        raise UserError(f"--format {format}: expected safetensors or timm")
+    if format == "timm" and head:
+        raise UserError("--head: not with --format timm, which has no place for a projection head; leave it out")
+    if format == "timm":
+        from dist_ssl.report.timm_folder import export_for_timm
+
+        step = export_for_timm(run, file, checkpoint, teacher)
+    else:
+        from dist_ssl.checkpoint import export_encoder
+
+        step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
     typer.echo(f"{file}: the {'teacher' if teacher else 'encoder'} of step {step}")
 
 

@@ -61,6 +61,11 @@ def as_on_gpu() -> Iterator[None]:
         _as_on_gpu = before
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work around this forward, which then is the recomputation of one that was before."""
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -130,7 +130,7 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
             whole = gradients.setdefault(name, torch.zeros(p.numel()))
             if not model.fragments[0].replicated:
                 dist.all_reduce(whole)
-    measured = torch.cat(list(gradients.values())).double().norm()
+    measured = torch.cat(list(gradients.values())).double().norm()  # in fp32 it is 4e-4 off over 5M elements
     assert abs(norm - measured) <= 1e-5 * measured
     return float(loss), gradients
 

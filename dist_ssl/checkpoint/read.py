@@ -22,6 +22,7 @@ from torch import Tensor
 from dist_ssl.checkpoint.file import FileReader
 from dist_ssl.config import UserError
 from dist_ssl.distributed import broadcast_object, gather_objects, rank, together, world_size
+from dist_ssl.models import kept_buffers
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import MANIFEST, committed_steps, step_name
 
@@ -212,7 +213,7 @@ def load(
     engine.after_load()
     with torch.no_grad(), together():
         saved = checkpoint.tensors("replicated")
-        for name, buffer in engine.model.named_buffers():
+        for name, buffer in kept_buffers(engine.model).items():
             if name not in saved:
                 raise DamagedCheckpoint(f"{checkpoint.url}: the buffer {name} is not there")
             buffer.copy_(saved[name])

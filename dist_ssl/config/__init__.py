@@ -24,6 +24,7 @@ from dist_ssl.config.methods import (
 from dist_ssl.config.section import Section, UserError
 from dist_ssl.config.sections import (
     MAY_DIFFER_ON_RESUME,
+    TIMM,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -48,6 +49,7 @@ from dist_ssl.config.writing import dumps, dumps_with_origins, explain, known_ke
 __all__ = [
     "MAY_DIFFER_ON_RESUME",
     "METHODS",
+    "TIMM",
     "WITH_PREDICTOR",
     "WITH_TEACHER",
     "AugmentConfig",

@@ -150,13 +150,28 @@ class PredictorConfig(Section):
     last_batch_norm: bool = Field(False, description="true: after the last linear layer too")
 
 
+TIMM = "timm/"  # begins the name of an encoder that timm builds
+
+
 class ModelConfig(Section):
-    encoder: str = Field("resnet50", description="its name; a wrong one lists what there is")
+    encoder: str = Field("resnet50", description="its name; a wrong one lists what there is; timm/NAME: one of timm's")
+    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth, of timm's encoders only")
+    init: str | None = Field(
+        None, description="path or URL of the encoder's starting weights: safetensors, or a torch file of tensors only"
+    )
     activation_checkpointing: bool = Field(
         False, description="compute activations again in backward instead of keeping them"
     )
     head: HeadConfig = HeadConfig()
     predictor: PredictorConfig | None = Field(None, description="unset: the method's own")
+
+    @model_validator(mode="after")
+    def drop_path_is_timms(self) -> Self:
+        if self.drop_path_rate and not self.encoder.startswith(TIMM):
+            raise ValueError(
+                f"drop_path_rate: expected 0, since only {TIMM} encoders have it, got {self.drop_path_rate}"
+            )
+        return self
 
 
 class OptimizerConfig(Section):

@@ -131,12 +131,17 @@ class LARS(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels with decay and adaptation; biases, norms and position embeddings with neither."""
+    """Matrices and kernels with decay and adaptation; with neither what has one dimension (biases, norms, scales), and
+    what a module names in `no_weight_decay()` (tokens, position embeddings)."""
+    named = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", set)()
+    }
     plain: list[nn.Parameter] = []
     adapted: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        embedding = name.endswith(("class_token", "pos_embedding"))
-        (plain if parameter.ndim <= 1 or embedding else adapted).append(parameter)
+        (plain if parameter.ndim <= 1 or name in named else adapted).append(parameter)
     groups = [
         {"params": adapted, "weight_decay": weight_decay, "adapt": True},
         {"params": plain, "weight_decay": 0.0, "adapt": False},

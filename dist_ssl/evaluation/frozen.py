@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_ssl.config import UserError
+from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.models import ProjectionHead, build_encoder
+from dist_ssl.models.weights import Match, read_tensors
 
 CPU_ROWS = 32
-CONTAINERS = ("state_dict", "model", "model_state_dict", "encoder", "teacher")
 
 
 class EncoderChangedError(RuntimeError):
@@ -118,60 +116,15 @@ def load_foreign(weights: Path, encoder_name: str, image_size: int) -> nn.Module
     `encoder.`) and other entries (a classifier, a head) are left aside; every parameter of the encoder must be there.
     """
     encoder = build_encoder(encoder_name, image_size)
-    wanted = {name: tensor for name, tensor in encoder.state_dict().items() if not name.endswith("num_batches_tracked")}
-    found = _tensors(weights)
-    first = next(iter(wanted))
-    prefixes = [name[: -len(first)] for name in found if name == first or name.endswith("." + first)]
-    best: dict[str, Tensor] = {}
-    for prefix in prefixes:
-        matched = {name: found[prefix + name] for name in wanted if prefix + name in found}
-        best = max(best, matched, key=len)
-    missing = sorted(set(wanted) - set(best))
-    if missing:
+    found = read_tensors(str(weights), StorageConfig())
+    match = Match.of(encoder, found)
+    if match.missing:
         raise UserError(
-            f"{weights}: not the weights of {encoder_name}: {len(missing)} of {len(wanted)} tensors are missing, "
-            f"the first is {missing[0]!r}; the file holds {len(found)} tensors, such as {next(iter(found), 'none')!r}"
+            f"{weights}: not the weights of {encoder_name}: {len(match.missing)} of {len(match.wanted)} tensors are "
+            f"missing, the first is {match.missing[0]!r}; the file holds {len(found)} tensors, such as "
+            f"{next(iter(found), 'none')!r}"
         )
-    for name, tensor in wanted.items():
-        if best[name].shape != tensor.shape:
-            raise UserError(
-                f"{weights}: {name}: expected shape {tuple(tensor.shape)} for {encoder_name}, "
-                f"got {tuple(best[name].shape)}"
-            )
-    encoder.load_state_dict(best, strict=False)
+    for name, (expected, got) in match.misshapen.items():
+        raise UserError(f"{weights}: {name}: expected shape {expected} for {encoder_name}, got {got}")
+    encoder.load_state_dict(match.taken, strict=False)
     return encoder.eval()
-
-
-def _tensors(weights: Path) -> dict[str, Tensor]:
-    if not weights.is_file():
-        raise UserError(f"{weights}: no such file of weights")
-    if weights.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(weights)
-        except SafetensorError as error:
-            raise UserError(f"{weights}: not a safetensors file: {error}") from None
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said once, below
-            values = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what is not a file of tensors
-        raise UserError(f"{weights}: not loadable as tensors only, so not loaded at all: {_reason(error)}") from None
-    while isinstance(values, dict) and not any(isinstance(value, Tensor) for value in values.values()):
-        inner = next((values[name] for name in CONTAINERS if isinstance(values.get(name), dict)), None)
-        if inner is None:
-            raise UserError(f"{weights}: expected a dictionary of tensors, got keys {sorted(map(str, values))[:5]}")
-        values = inner
-    if not isinstance(values, dict):
-        raise UserError(f"{weights}: expected a dictionary of tensors, got {type(values).__name__}")
-    return {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def _reason(error: Exception) -> str:
-    """One line of the page that torch writes, without its control codes and its advice to trust the file."""
-    if found := re.search(r"GLOBAL ([\w.]{1,100})", str(error)):
-        return f"it holds a {found[1]}, which is code; save the model's state_dict() and give that file"
-    said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    line = said[1] if said else next(iter(str(error).splitlines()), type(error).__name__)
-    return "".join(character for character in line if character.isprintable())[:200]

@@ -5,17 +5,20 @@ alone; ProjectionHead.layers reads g.
 """
 
 from dist_ssl.models.batch_norm import GlobalBatchNorm, frozen_running_statistics
+from dist_ssl.models.drop_path import Rows
 from dist_ssl.models.encoders import ENCODERS, build_encoder
 from dist_ssl.models.head import ProjectionHead
-from dist_ssl.models.model import ContrastiveModel, build_model, build_teacher
+from dist_ssl.models.model import ContrastiveModel, build_model, build_teacher, kept_buffers
 
 __all__ = [
     "ENCODERS",
     "ContrastiveModel",
     "GlobalBatchNorm",
     "ProjectionHead",
+    "Rows",
     "build_encoder",
     "build_model",
     "build_teacher",
     "frozen_running_statistics",
+    "kept_buffers",
 ]

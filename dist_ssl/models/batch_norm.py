@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ssl.distributed import HAS_TRITON, all_gather_single, on_gpu, world_size
+from dist_ssl.distributed import HAS_TRITON, all_gather_single, in_backward, on_gpu, world_size
 from dist_ssl.models import batch_norm_cuda, fused_batch_norm
 
 MOMENTS_BLOCK = 2**17  # elements
@@ -81,7 +81,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
     def _running(self) -> tuple[tuple[Tensor | None, Tensor | None], float]:
         """(running mean and variance, or None where they are not to move, momentum) of this batch, which is counted."""
-        if not self.track_running_stats or _statistics_frozen:
+        if not self.track_running_stats or _statistics_frozen or in_backward():
             return (None, None), 0.0
         if not _counted:
             cast(Tensor, self.num_batches_tracked).add_(1)

@@ -9,8 +9,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dist_ssl.config import UserError
+from dist_ssl.config import TIMM, UserError
 from dist_ssl.models.batch_norm import GlobalBatchNorm
+from dist_ssl.models.from_timm import build_timm, check_side, is_timms
 from dist_ssl.models.resnet import BasicBlock, Bottleneck, ResNet
 from dist_ssl.models.vit import VisionTransformer, check_divides
 
@@ -48,13 +49,16 @@ class ResNetTiny(nn.Module):
         return cast(Tensor, self.blocks(self.stem(x)).mean(dim=(2, 3)))
 
 
-def build_encoder(name: str, image_size: int = 224) -> nn.Module:
+def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0) -> nn.Module:
     """An untrained encoder, pixels (B, 3, S, S) -> h (B, D), with D in its attribute `output_dim`.
 
     ResNets and ViTs are torchvision's, parameter names included, without their classifier; batch norm is global.
     `_small` replaces the ResNet's stem by one 3x3 convolution (SimCLR, Chen et al. 2020, appendix B.9).
-    `image_size` matters to ViTs only, which take other sizes too. Raises UserError for another name.
+    `timm/NAME` is timm's model of that name. `image_size` matters where there are position embeddings, which are
+    resampled for other sizes; `drop_path_rate` is of timm's models only. Raises UserError for another name.
     """
+    if name.startswith(TIMM):
+        return build_timm(name.removeprefix(TIMM), image_size, drop_path_rate)
     match name.removesuffix("_small"):
         case "resnet_tiny" if name == "resnet_tiny":
             return ResNetTiny()
@@ -65,7 +69,15 @@ def build_encoder(name: str, image_size: int = 224) -> nn.Module:
         case "vit_b_16" if name == "vit_b_16":
             return _vit(image_size, num_heads=12, hidden_dim=768)
         case _:
-            raise UserError(f"model.encoder: expected one of {', '.join(ENCODERS)}; got {name!r}")
+            raise UserError(f"model.encoder: expected one of {', '.join(ENCODERS)}, or {TIMM}NAME; got {name!r}")
+
+
+def check_image_size(encoder: nn.Module, side: int, key: str) -> None:
+    """Raises UserError, naming the config's key, where the encoder does not take images of this side."""
+    if isinstance(encoder, VisionTransformer):
+        check_divides(encoder.patch_size, side, key)
+    elif is_timms(encoder):
+        check_side(encoder, side, key)
 
 
 def _resnet(name: str, small_stem: bool) -> ResNet:

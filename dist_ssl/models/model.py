@@ -14,9 +14,10 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from dist_ssl.config import WITH_PREDICTOR, Config, HeadConfig, PredictorConfig
 from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once, frozen_running_statistics
-from dist_ssl.models.encoders import build_encoder
+from dist_ssl.models.drop_path import DropPath, Rows
+from dist_ssl.models.encoders import build_encoder, check_image_size
+from dist_ssl.models.from_timm import is_timms, recompute
 from dist_ssl.models.head import ProjectionHead
-from dist_ssl.models.vit import VisionTransformer, check_divides
 
 
 class ContrastiveModel(nn.Module):
@@ -41,7 +42,13 @@ class ContrastiveModel(nn.Module):
         self.predictor = predictor
         self.widths = {"h": cast(int, encoder.output_dim), "z": head.output_dim}
         self._views_per_size = tuple(views_per_size)
+        self._drop_paths = [module for module in self.modules() if isinstance(module, DropPath)]
         self._batch_norms = [module for module in self.modules() if isinstance(module, GlobalBatchNorm)]
+
+    def of(self, rows: Rows) -> None:
+        """Say which images of the global batch the next forward and its backward are of."""
+        for path in self._drop_paths:
+            path.of(rows)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A (n V_s, 3, S, S) tensor a size; rows that come out are ordered by image, then view, as in the config."""
@@ -61,14 +68,15 @@ def build_model(config: Config) -> ContrastiveModel:
     """The model that a config describes, its weights a function of `run.seed` alone; the global generator is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        encoder = build_encoder(config.model.encoder, config.augment.image_size)
+        encoder = build_encoder(config.model.encoder, config.augment.image_size, config.model.drop_path_rate)
         head = ProjectionHead(cast(int, encoder.output_dim), config.model.head)
         predictor = _build_predictor(config, head.output_dim)
     sizes = config.augment.sizes()
-    if isinstance(encoder, VisionTransformer):
-        for side, _ in sizes:
-            check_divides(encoder.patch_size, side, "augment.crop_size")
-    if config.model.activation_checkpointing:
+    for side, _ in sizes:
+        check_image_size(encoder, side, "augment.crop_size")
+    if config.model.activation_checkpointing and is_timms(encoder):
+        recompute(encoder)
+    elif config.model.activation_checkpointing:
         for block in encoder.modules():
             if isinstance(block, BasicBlock | Bottleneck | EncoderBlock):
                 _recompute_in_backward(block)
@@ -76,10 +84,26 @@ def build_model(config: Config) -> ContrastiveModel:
 
 
 def build_teacher(config: Config) -> ContrastiveModel:
-    """The momentum encoder of a run at its start: encoder and head with the student's weights, and no predictor."""
+    """The momentum encoder of a run at its start: encoder and head with the student's weights, and no predictor.
+
+    Nothing is dropped on its paths.
+    """
     model = build_model(config)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
     views_per_size = [num_views for _, num_views in config.augment.sizes()]
     return ContrastiveModel(model.encoder, model.head, views_per_size).requires_grad_(False)
+
+
+def kept_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds; tables that a module makes at its start are no part of it."""
+    made = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, each in module.named_modules()
+        for name in each._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in module.named_buffers() if name not in made}
 
 
 def _build_predictor(config: Config, z_dim: int) -> ProjectionHead | None:

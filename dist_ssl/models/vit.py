@@ -26,6 +26,10 @@ class VisionTransformer(torchvision.models.VisionTransformer):
         super().__init__(**options)
         self.encoder.__class__ = _Encoder  # its weights are drawn: a second one would change those of every seed
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of more than one dimension that are not decayed, as timm's models name theirs."""
+        return {"class_token", "encoder.pos_embedding"}
+
     def _process_input(self, x: Tensor) -> Tensor:
         check_divides(self.patch_size, x.shape[-1], "evaluation.image_size")
         return cast(Tensor, self.conv_proj(x)).flatten(2).permute(0, 2, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 
 from dist_ssl import storage
-from dist_ssl.config import Config, UserError
+from dist_ssl.config import TIMM, Config, UserError
 
 
 def check_config(config: Config, num_ranks: int) -> None:
@@ -26,6 +26,8 @@ def check_config(config: Config, num_ranks: int) -> None:
 
 def check_extras(config: Config) -> None:
     """Raises UserError for a package that the config needs and this environment lacks."""
+    if config.model.encoder.startswith(TIMM) and importlib.util.find_spec("timm") is None:
+        raise UserError(f"model.encoder = {config.model.encoder}: timm is not installed here; pip install timm")
     if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"log.wandb_project = {config.log.wandb_project}: wandb is not installed here; pip install wandb, "

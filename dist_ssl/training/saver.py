@@ -12,6 +12,7 @@ from dist_ssl.checkpoint.read import PROBE, TEACHER
 from dist_ssl.config import Config
 from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
+from dist_ssl.models import kept_buffers
 from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.run_directory import versions
 from dist_ssl.training.teacher import Teacher
@@ -53,13 +54,13 @@ class Saver:
 
     def save(self, state: RunState) -> None:
         """Start a checkpoint; versions are added. Collective."""
-        replicated = dict(self._model.model.named_buffers())
+        replicated = kept_buffers(self._model.model)
         if self._probe is not None:
             replicated |= {f"{PROBE}{name}": tensor for name, tensor in self._probe.state_dict().items()}
         spread: dict[str, Tensor] = {}
         if self._teacher is not None:
             spread = dict(self._teacher.model.named_parameters())
-            replicated |= {f"{TEACHER}.{name}": buffer for name, buffer in self._teacher.model.named_buffers()}
+            replicated |= {f"{TEACHER}.{name}": buffer for name, buffer in kept_buffers(self._teacher.model).items()}
         self._checkpointer.save(replace(state, versions=versions()), replicated, spread)
         self._saved_step, self._saved_at = state.step, time.monotonic()
 

@@ -17,7 +17,7 @@ from dist_ssl.config import Config
 from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
-from dist_ssl.models import frozen_running_statistics
+from dist_ssl.models import Rows, frozen_running_statistics
 from dist_ssl.training.method import loss_of
 from dist_ssl.training.teacher import Teacher
 
@@ -38,7 +38,7 @@ class Step:
 
     def __init__(self, config: Config, model: Engine, rows_per_chunk: list[list[int]], teacher: Teacher | None = None):
         self._config, self._model, self._teacher = config, model, teacher
-        self._images_per_chunk = [rows[rank()] for rows in rows_per_chunk]
+        self._rows_per_chunk = rows_per_chunk
         self._num_views = config.augment.num_views
         self._rows_per_rank = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
         self._buffers = BufferSnapshot(nn.ModuleList([model.model, *([teacher.model] if teacher is not None else [])]))
@@ -49,7 +49,7 @@ class Step:
         if self._config.objective.chunks > 1:
             return self._in_chunks(batch, step)
         views = self._views(batch, slice(None))
-        h, z, p = self._student(views, self._seed(step))
+        h, z, p = self._student(views, step)
         target = z.detach() if self._teacher is None else self._by_image(self._teacher(*views))
         loss = loss_of(self._config, p, target, batch, self._rows_per_rank, step)
         self._model.backward(loss)
@@ -72,26 +72,25 @@ class Step:
         """
         outputs, targets = [], []
         with torch.no_grad():
-            for images, seed in self._chunks(step):
+            for number, images in self._chunks():
                 views = self._views(batch, images)
                 with frozen_running_statistics():
-                    outputs.append(self._student(views, seed))
+                    outputs.append(self._student(views, step, number))
                 if self._teacher is not None:
                     targets.append(self._by_image(self._teacher(*views)))
         h, z, p = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         target, leaf = torch.cat(targets) if targets else z, p.detach().requires_grad_()
         loss = loss_of(self._config, leaf, target, batch, self._rows_per_rank, step)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        for images, seed in self._chunks(step):  # the same seed, so the same dropout as in the first pass
-            p_of_chunk = self._student(self._views(batch, images), seed)[2]
+        for number, images in self._chunks():  # the same seed, so the same dropout as in the first pass
+            p_of_chunk = self._student(self._views(batch, images), step, number)[2]
             self._model.backward((p_of_chunk * gradient[images]).sum())
         return StepResult(loss.detach(), h, z, p, target)
 
-    def _chunks(self, step: int) -> Iterator[tuple[slice, int]]:
-        """(this rank's images, the seed) of each chunk."""
-        edges = accumulate(self._images_per_chunk, initial=0)
-        for number, (first, stop) in enumerate(pairwise(edges)):
-            yield slice(first, stop), self._seed(step) + number
+    def _chunks(self) -> Iterator[tuple[int, slice]]:
+        """(its number, this rank's images) of each chunk."""
+        edges = accumulate((rows[rank()] for rows in self._rows_per_chunk), initial=0)
+        yield from enumerate(slice(first, stop) for first, stop in pairwise(edges))
 
     def _views(self, batch: Batch, images: slice) -> list[Tensor]:
         """The views of some images, made here and kept nowhere else: (n V_s, 3, S, S) a size."""
@@ -100,9 +99,11 @@ class Step:
         views = (augment(*of_size, self._config.augment, dtype) for of_size in batch.of_each_size(images))
         return [x.flatten(0, 1).contiguous(memory_format=torch.channels_last) for x in views]
 
-    def _student(self, views: list[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """h (n, V, D), z and p (n, V, d)."""
-        torch.manual_seed(seed)
+    def _student(self, views: list[Tensor], step: int, chunk: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """h (n, V, D), z and p (n, V, d), of a chunk of the step's batch."""
+        seed, rows = self._seed(step) + chunk, self._rows_per_chunk[chunk]
+        torch.manual_seed(seed + rank())  # dropout differs between ranks, and so between numbers of them
+        self._model.model.of(Rows(seed, sum(rows[: rank()]), rows[rank()], sum(rows)))
         h, z, p = self._model(*views)
         return self._by_image(h), self._by_image(z), self._by_image(p)
 
@@ -111,8 +112,8 @@ class Step:
         return rows.unflatten(0, (-1, self._num_views))
 
     def _seed(self, step: int) -> int:
-        """Of a step on this rank: dropout then needs no generator in the checkpoint."""
-        return (self._config.run.seed * 1_000_003 + step) * 65_537 + rank() & 0x7FFF_FFFF_FFFF
+        """Of a step: what is dropped in it then needs no generator in the checkpoint."""
+        return (self._config.run.seed * 1_000_003 + step) * 65_537 & 0x7FFF_FFFF_FFFF
 
 
 class BufferSnapshot:

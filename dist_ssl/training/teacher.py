@@ -25,6 +25,11 @@ class Teacher:
         self._bf16 = config.engine.precision == "bf16"
         self._decay = config.objective.teacher_decay
 
+    def start_as(self, student: ContrastiveModel) -> None:
+        """Take the weights of a student whose first ones are not those of the seed; this rank must hold them whole."""
+        kept = {name: t for name, t in student.state_dict().items() if not name.startswith("predictor.")}
+        self.model.load_state_dict(kept)
+
     @torch.no_grad()
     def __call__(self, *views: Tensor) -> Tensor:
         """Its z of some views, as the student's, without gradient. Collective where there is batch norm."""

@@ -24,6 +24,7 @@ from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.engine import Engine
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.models import build_model
+from dist_ssl.models.weights import start_from
 from dist_ssl.training.announce import Announcement
 from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.feed import Feed
@@ -57,6 +58,9 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     rows_per_chunk = plan.rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
     with distributed.together():
         untrained = build_model(config)
+        store = checkpoint.checkpoint_store(config)
+        if config.model.init and (restart or not checkpoint.committed_steps(store)):
+            start_from(untrained.encoder, config.model.init, config.storage)
     incarnation, found = open_run(config, manifest, restart=restart, extend=extend)
     state = found.state() if found is not None else RunState(0, 0, config_module.dumps(config), manifest.hash)
     if state.step >= total_steps:
@@ -71,7 +75,9 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         probe = OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
     if found is not None:
         checkpoint.load(found, model, probe, teacher.model if teacher is not None else None)
-    store, last_step = checkpoint.checkpoint_store(config), state.step if found is not None else -1
+    elif teacher is not None and config.model.init:
+        teacher.start_as(model.model)
+    last_step = state.step if found is not None else -1
     checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=last_step)
     saver = Saver(config, checkpointer, model, probe, teacher)
     run = Run(

@@ -1,0 +1,131 @@
+"""Starting weights from files, ours, torchvision's and timm's, and weights out as timm's folder."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from dist_ssl import checkpoint
+from dist_ssl import config as configuration
+from dist_ssl.cli import app
+from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.models import build_encoder
+from dist_ssl.models.weights import start_from
+from dist_ssl.report.timm_folder import export_for_timm
+from tests import engines, trajectory
+from tests.pool import ranks
+from tests.trajectory import small_config
+
+HERE = StorageConfig()
+
+
+def equal(state, other):
+    kept = {name: tensor for name, tensor in state.items() if "num_batches_tracked" not in name}
+    return all(torch.equal(tensor, other[name]) for name, tensor in kept.items())
+
+
+def test_torchvisions_and_timms_weights_are_taken_by_name(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dist_ssl")
+    theirs = torchvision.models.resnet18()
+    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "a.pth")
+    save_file(timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict(), tmp_path / "vit.safetensors")
+    for encoder, file in [("resnet18", "a.safetensors"), ("timm/resnet18", "a.pth"), ("resnet18", "a.pth")]:
+        ours = build_encoder(encoder, 32)
+        start_from(ours, str(tmp_path / file), HERE)
+        assert equal(ours.state_dict(), state)
+        assert (
+            "100 of the encoder's 100 tensors; not there: none; of another shape: none; left aside: 2 ("
+            in caplog.messages[-1]
+        )
+    ours = build_encoder("timm/vit_tiny_patch16_224", 48)
+    before = ours.state_dict()["pos_embed"].clone()
+    start_from(ours, str(tmp_path / "vit.safetensors"), HERE)
+    assert equal({"cls_token": ours.cls_token}, load_file(tmp_path / "vit.safetensors"))
+    assert torch.equal(ours.pos_embed, before)
+    assert "of another shape: 1 (pos_embed (expected (1, 10, 192), got (1, 5, 192)))" in caplog.messages[-1]
+
+
+def test_what_does_not_match_is_one_line(tmp_path):
+    save_file({"a.weight": torch.zeros(3), "conv1.weight": torch.zeros(3)}, tmp_path / "a.safetensors")
+    torch.save({"state": print}, tmp_path / "code.pth")
+    cases = {
+        "a.safetensors": r"nothing in it has .* 100 tensors, such as 'conv1\.weight'; it holds 2 \(a\.weight, conv1\."
+        r"weight\); of another shape: 1 \(conv1\.weight \(expected \(64, 3, 7, 7\), got \(3,\)\)\)",
+        "code.pth": "not loadable as tensors only, so not loaded at all: it holds a .*print, which is code",
+        "none.safetensors": "no such file of weights",
+    }
+    for file, said in cases.items():
+        with pytest.raises(UserError, match=said):
+            start_from(build_encoder("resnet18"), str(tmp_path / file), HERE)
+    with pytest.raises(UserError, match="expected a plain path or a URL of the schemes"):
+        start_from(build_encoder("resnet18"), "ftp://host/a.safetensors", HERE)
+
+
+@pytest.mark.parametrize("method", ["nt_xent", "byol"])
+def test_a_run_starts_from_them_once(tmp_path, small_shards, method):
+    """At step 0 student and teacher have the weights; a resume does not read them again, nor go on from others."""
+    torch.manual_seed(5)
+    encoder = build_encoder("resnet_tiny")
+    save_file(encoder.state_dict(), tmp_path / "w.safetensors")
+    overrides = [f"model.init={tmp_path}/w.safetensors", f"objective.name={method}", "train.steps=2"]
+    config = small_config(tmp_path / "run", small_shards, *overrides, "checkpoint.every_steps=1")
+    assert ranks(2).run(trajectory.pretrain, config) == [0, 0]
+    for teacher in (False, True)[: 2 if method == "byol" else 1]:
+        _, _, start = checkpoint.load_run(tmp_path / "run", 0, teacher)
+        assert equal(encoder.state_dict(), start.encoder.state_dict())
+    _, _, whole = checkpoint.load_run(tmp_path / "run")
+    (tmp_path / "w.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    assert ranks(2).run(trajectory.pretrain, config) == [0, 0]
+    assert equal(whole.state_dict(), checkpoint.load_run(tmp_path / "run")[2].state_dict())
+    other = configuration.with_overrides(config, ["model.init=other.safetensors"])
+    assert all("model.init: " in said for said in ranks(2).run(trajectory.pretrain_error, other))
+
+
+def test_weights_that_do_not_match_leave_no_run_directory(tmp_path, small_shards):
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
+    config = small_config(tmp_path / "run", small_shards, f"model.init={tmp_path}/w.safetensors")
+    assert all("nothing in it has the name" in said for said in ranks(2).run(trajectory.pretrain_error, config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resnet_of_torchvision_becomes_timms_folder(tmp_path):
+    settings = small_config(tmp_path / "run", "/data/private", "model.encoder=resnet18")
+    ranks(2).run(engines.save_after, settings, 1)
+    (tmp_path / "run" / "config.toml").write_text(configuration.dumps(settings))
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "folder"), "--format", "timm"]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    theirs = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(theirs(x), checkpoint.load_run(tmp_path / "run")[2].encoder(x), rtol=1e-4, atol=1e-5)
+    assert timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True, num_classes=10)(x).shape == (2, 10)
+    data = timm.data.resolve_model_data_config(theirs)
+    assert (tuple(data["input_size"]), tuple(data["mean"]), data["crop_pct"]) == (
+        (3, 32, 32),
+        (0.485, 0.456, 0.406),
+        1.0,
+    )
+    described = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert (described["architecture"], described["num_features"]) == ("resnet18", 512)
+    again = configuration.load(tmp_path / "folder" / "pretrain.toml")
+    assert configuration.resume_diff(again, settings) == []
+    assert "private" not in "".join(path.read_text() for path in (tmp_path / "folder").glob("*.[mt]*"))
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "Not evaluated" in card
+
+
+def test_an_encoder_that_timm_has_not_is_said(tmp_path):
+    settings = small_config(tmp_path / "run", "", "model.encoder=vit_s_16")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(configuration.dumps(settings))
+    with pytest.raises(UserError, match="timm has no model with the parameter names of vit_s_16"):
+        export_for_timm(tmp_path / "run", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
