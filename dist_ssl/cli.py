@@ -17,9 +17,9 @@ import typer
 
 from dist_ssl import __version__
 from dist_ssl import config as configuration
-from dist_ssl.config import UserError
+from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment
-from dist_ssl.data.commands import Overrides
+from dist_ssl.data.commands import DataFolder, Overrides
 from dist_ssl.data.commands import app as shards_app
 from dist_ssl.storage import StorageError
 
@@ -49,6 +49,7 @@ def _options(
 @app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    data: DataFolder = None,
     overrides: Overrides = [],  # noqa: B006
     restart: Annotated[bool, typer.Option("--restart", help="Set the run in run.dir aside and begin anew.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Allow the run to become longer than it was.")] = False,
@@ -57,11 +58,13 @@ def pretrain(
 
     Exit codes: 0 complete, 2 a mistake in the config, 75 told to stop and committed: run the same command again.
 
+    Example: dist-ssl pretrain configs/quickstart.toml --data photos --set run.dir=runs/photos
+
     Example: dist-ssl pretrain configs/debug_cpu.toml --set train.steps=20
 
     Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
     """
-    checked = configuration.load(config, overrides)
+    checked = _with_data(configuration.load(config, overrides), data)
     # Until the loop takes signals, a time limit's or a user's waits: by default it would kill a rank that starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     from dist_ssl import distributed
@@ -74,6 +77,17 @@ def pretrain(
     interrupts.tell_the_launcher(code)
     distributed.shutdown()
     raise typer.Exit(code)
+
+
+def _with_data(config: Config, data: str | None) -> Config:
+    """With the parts of `--data`, which rank 0 indexes first where they are images that nobody indexed."""
+    if data is None:
+        return config
+    from dist_ssl import distributed
+    from dist_ssl.data.given import training_overrides
+
+    distributed.initialize(2 * config.engine.hang_minutes)  # as the training would
+    return configuration.with_overrides(config, training_overrides(data, config.storage))
 
 
 @app.command()
@@ -98,7 +112,9 @@ def export(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A run's directory.")] = None,
     checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder with train and test shards (transfer).")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with train and test shards, or of images (transfer).")
+    ] = None,
     train_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are fitted on.")] = None,
     test_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are scored on.")] = None,
     probes: Annotated[str | None, typer.Option(help="Comma-separated; see evaluation.probes.")] = None,
@@ -122,23 +138,25 @@ def evaluate(
 
     from dist_ssl import config as configuration
     from dist_ssl import distributed
+    from dist_ssl.data.given import train_and_test
     from dist_ssl.evaluation import evaluate as evaluation
     from dist_ssl.evaluation.results import FILE, show
 
     overrides, other_name = list(overrides), None
+    if (run is None) == (weights is None) or (weights is None) != (encoder is None):
+        raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
+    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
+        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
+    world = distributed.initialize()
     if data is not None:
-        train_shards, test_shards = train_shards or f"{data}/train", test_shards or f"{data}/test"
+        train, test = train_and_test(data, configuration.StorageConfig())
+        train_shards, test_shards = train_shards or train, test_shards or test
         other_name = Path(data).resolve().name if "://" not in data else Path(data).name
     for key, value in (("train_shards", train_shards), ("test_shards", test_shards)):
         overrides += [f"evaluation.{key}={json.dumps(value)}"] if value is not None else []
     if probes is not None:
         overrides += [f"evaluation.probes={json.dumps([p for p in probes.split(',') if p])}"]
     overrides += ["evaluation.teacher=true"] if teacher else []
-    if (run is None) == (weights is None) or (weights is None) != (encoder is None):
-        raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
-    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
-        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
-    world = distributed.initialize()
     if run is not None:
         subject = evaluation.run_subject(run, checkpoint, overrides, name, other_name)
     else:

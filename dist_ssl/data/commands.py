@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config key.")]
+DataFolder = Annotated[
+    str | None, typer.Option("--data", help="Folder with train and test shards, or of images: sets the three keys.")
+]
 
 app = typer.Typer(no_args_is_help=True, help="Write, index and verify WebDataset shards.")
 
