@@ -21,6 +21,7 @@ from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment
 from dist_ssl.data.commands import DataFolder, Overrides
 from dist_ssl.data.commands import app as shards_app
+from dist_ssl.report.commands import app as runs_app
 from dist_ssl.storage import StorageError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
     help="Contrastive pretraining of image encoders: exact, fast, restartable, and able to show what it learned.",
 )
 app.add_typer(shards_app, name="shards")
+app.registered_commands += runs_app.registered_commands
 
 
 def _version(value: bool) -> None:
@@ -64,11 +66,16 @@ def pretrain(
 
     Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
     """
-    checked = _with_data(configuration.load(config, overrides), data)
+    checked = configuration.load(config, overrides)
     # Until the loop takes signals, a time limit's or a user's waits: by default it would kill a rank that starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+    from dist_ssl.planning.before_start import check_before_start, check_config, check_extras
+
+    if data is None:
+        check_config(checked, 1)  # by all ranks, before torch is imported, which takes seconds
+    check_extras(checked)
+    checked = _with_data(checked, data)
     from dist_ssl import distributed
-    from dist_ssl.planning.before_start import check_before_start
     from dist_ssl.training import interrupts, train
 
     interrupts.end_with_the_launcher()
@@ -90,6 +97,12 @@ def _with_data(config: Config, data: str | None) -> Config:
     return configuration.with_overrides(config, training_overrides(data, config.storage))
 
 
+def _check_run_directory(run: Path) -> None:
+    """Raises UserError where there is no run: a mistake is told before torch is imported, which takes seconds."""
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run}: not a run directory: it has no config.toml")
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
@@ -102,6 +115,9 @@ def export(
 
     Example: dist-ssl export runs/quickstart encoder.safetensors
     """
+    _check_run_directory(run)
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
     from dist_ssl.checkpoint import export_encoder
 
     step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
@@ -132,6 +148,12 @@ def evaluate(
 
     Example: dist-ssl evaluate --weights resnet50.pth --encoder resnet50 --data s3://bucket/cifar10
     """
+    if (run is None) == (weights is None) or (weights is None) != (encoder is None):
+        raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
+    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
+        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
+    if run is not None:
+        _check_run_directory(run)
     import json
 
     import rich
@@ -143,10 +165,6 @@ def evaluate(
     from dist_ssl.evaluation.results import FILE, show
 
     overrides, other_name = list(overrides), None
-    if (run is None) == (weights is None) or (weights is None) != (encoder is None):
-        raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
-    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
-        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
     world = distributed.initialize()
     if data is not None:
         train, test = train_and_test(data, configuration.StorageConfig())
@@ -248,10 +266,31 @@ def plan(
     rich.print(estimate.table(f"{config}: {nodes} x {gpus_per_node} GPUs", estimates))
 
 
+@app.command("list")
+def list_names() -> None:
+    """List what a config may name: encoders, heads, objectives, probes, and sources of images.
+
+    Example: dist-ssl list
+    """
+    from dist_ssl.data.sources import SOURCES
+    from dist_ssl.models.encoders import ENCODERS
+
+    shown = {f"encoders, {key}": dict.fromkeys(names, "") for key, names in (("model.encoder", ENCODERS),)}
+    shown |= {key: dict.fromkeys(configuration.choices(key), "") for key in ("model.head.kind", "evaluation.probes")}
+    shown["objectives, objective.name"] = {name: str(method.__doc__) for name, method in configuration.METHODS.items()}
+    shown["sources of images, for shards write"] = SOURCES
+    for what, names in shown.items():
+        typer.echo(f"{what}:")
+        for name, told in names.items():
+            typer.echo(f"  {name:<28}{told}".rstrip())
+    typer.echo("what the keys of an objective mean: dist-ssl config --explain objective")
+
+
 @app.command("config")
 def show_config(
     file: Annotated[str, typer.Argument(help="A TOML file; see configs/. With --explain, a section's name.")] = "",
     explained: Annotated[bool, typer.Option("--explain", help="Say what each key means instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/config.md.")] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Print every key of a config as TOML: those that its file sets, those of --set, and the defaults, told apart.
@@ -260,6 +299,9 @@ def show_config(
 
     Example: dist-ssl config --explain optimizer
     """
+    if markdown:
+        typer.echo(configuration.explain_page(), nl=False)
+        return
     if explained:
         typer.echo("\n".join(configuration.explain(file or None)))
         return

@@ -1,4 +1,4 @@
-"""What shards are written from: `shapes:COUNT[:SIZE]`, `folder:DIR`, `torchvision:NAME:ROOT`, `idx:IMAGES[:LABELS]`.
+"""What shards are written from: see `SOURCES`.
 
 A source is picklable, since worker processes read from it, and gives the bytes of an image as they are where it has
 bytes: decoding and encoding again would lose quality.
@@ -24,6 +24,13 @@ from dist_ssl.data import idx, shapes
 from dist_ssl.data.decode import ENDINGS
 
 log = logging.getLogger(__name__)
+
+SOURCES = {
+    "shapes:COUNT[:SIZE]": "coloured shapes, made here, with labels and factors",
+    "folder:DIR": "images under a folder, one class a subfolder",
+    "torchvision:NAME:ROOT": "a classification set of torchvision that lies under ROOT",
+    "idx:IMAGES[:LABELS]": "the files of MNIST and its kin",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def open_source(spec: str, seed: int = 0) -> Source:
             return TorchvisionSource(*rest.split(":", 1))
         case "idx" if rest:
             return IdxSource(spec, *rest.split(":", 1))
-    raise UserError(f"{spec}: expected shapes:COUNT[:SIZE], folder:DIR, torchvision:NAME:ROOT or idx:IMAGES[:LABELS]")
+    raise UserError(f"{spec}: expected {', '.join(SOURCES)}")
 
 
 @dataclass(frozen=True)
