@@ -24,6 +24,8 @@ from dist_ssl.data.commands import app as shards_app
 from dist_ssl.report.commands import app as runs_app
 from dist_ssl.storage import StorageError
 
+log = logging.getLogger(__name__)
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -190,6 +192,32 @@ def evaluate(
         show(done.values, rich.print)
         typer.echo(f"{done.folder / FILE}; as a page: dist-ssl report {run or subject.folder}")
     distributed.shutdown()
+
+
+@app.command()
+def embed(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    folder: Annotated[Path, typer.Argument(help="A folder of images, whatever lies in it.")],
+    file: Annotated[Path, typer.Argument(help="OUT.npy, with the paths in OUT.json; or OUT.parquet.")],
+    checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="By the run's teacher.")] = False,
+) -> None:
+    """Write h of every image under a folder, by a run's encoder. What can't be decoded is left out and named.
+
+    Example: dist-ssl embed runs/imagenet photos photos.npy
+    """
+    _check_run_directory(run)
+    from dist_ssl.evaluation import embed as embedding
+
+    embedding.check_output(file)
+    paths, left_out = embedding.images_in(folder), dict[int, str]()
+    encoder = embedding.load_encoder(run, checkpoint, teacher)
+    h = embedding.embed(encoder, paths, left_out=left_out, progress=True)
+    kept = [path for place, path in enumerate(paths) if place not in left_out]
+    embedding.write_embeddings(file, h, kept, encoder)
+    if left_out:
+        log.warning("%d of %d files left out, such as %s", len(left_out), len(paths), next(iter(left_out.values())))
+    typer.echo(f"{file}: h of {len(h)} images, {h.shape[1]} numbers each, by step {encoder.step}")
 
 
 @app.command()
