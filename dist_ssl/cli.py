@@ -18,11 +18,14 @@ import typer
 
 from dist_ssl import __version__
 from dist_ssl import config as configuration
-from dist_ssl.config import UserError
+from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment
-from dist_ssl.data.commands import Overrides
+from dist_ssl.data.commands import DataFolder, Overrides
 from dist_ssl.data.commands import app as shards_app
+from dist_ssl.report.commands import app as runs_app
 from dist_ssl.storage import StorageError
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +35,7 @@ app = typer.Typer(
     help="Contrastive pretraining of image encoders: exact, fast, restartable, and able to show what it learned.",
 )
 app.add_typer(shards_app, name="shards")
+app.registered_commands += runs_app.registered_commands
 
 
 def _version(value: bool) -> None:
@@ -50,6 +54,7 @@ def _options(
 @app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    data: DataFolder = None,
     overrides: Overrides = [],  # noqa: B006
     restart: Annotated[bool, typer.Option("--restart", help="Set the run in run.dir aside and begin anew.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Allow the run to become longer than it was.")] = False,
@@ -58,6 +63,8 @@ def pretrain(
 
     Exit codes: 0 complete, 2 a mistake in the config, 75 told to stop and committed: run the same command again.
 
+    Example: dist-ssl pretrain configs/quickstart.toml --data photos --set run.dir=runs/photos
+
     Example: dist-ssl pretrain configs/debug_cpu.toml --set train.steps=20
 
     Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
@@ -65,8 +72,13 @@ def pretrain(
     checked = configuration.load(config, overrides)
     # Until the loop takes signals, a time limit's or a user's waits: by default it would kill a rank that starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+    from dist_ssl.planning.before_start import check_before_start, check_config, check_extras
+
+    if data is None:
+        check_config(checked, 1)  # by all ranks, before torch is imported, which takes seconds
+    check_extras(checked)
+    checked = _with_data(checked, data)
     from dist_ssl import distributed
-    from dist_ssl.planning.before_start import check_before_start
     from dist_ssl.training import interrupts, train
 
     interrupts.end_with_the_launcher()
@@ -75,6 +87,23 @@ def pretrain(
     interrupts.tell_the_launcher(code)
     distributed.shutdown()
     raise typer.Exit(code)
+
+
+def _with_data(config: Config, data: str | None) -> Config:
+    """With the parts of `--data`, which rank 0 indexes first where they are images that nobody indexed."""
+    if data is None:
+        return config
+    from dist_ssl import distributed
+    from dist_ssl.data.given import training_overrides
+
+    distributed.initialize(2 * config.engine.hang_minutes)  # as the training would
+    return configuration.with_overrides(config, training_overrides(data, config.storage))
+
+
+def _check_run_directory(run: Path) -> None:
+    """Raises UserError where there is no run: a mistake is told before torch is imported, which takes seconds."""
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run}: not a run directory: it has no config.toml")
 
 
 @app.command()
@@ -96,6 +125,9 @@ def export(
         raise UserError(f"--format {format}: expected safetensors or timm")
     if format == "timm" and head:
         raise UserError("--head: not with --format timm, which has no place for a projection head; leave it out")
+    _check_run_directory(run)
+    if format == "safetensors" and file.suffix != ".safetensors":
+        raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
     if format == "timm":
         from dist_ssl.report.timm_folder import export_for_timm
 
@@ -111,7 +143,9 @@ def export(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A run's directory.")] = None,
     checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder with train and test shards (transfer).")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with train and test shards, or of images (transfer).")
+    ] = None,
     train_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are fitted on.")] = None,
     test_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are scored on.")] = None,
     probes: Annotated[str | None, typer.Option(help="Comma-separated; see evaluation.probes.")] = None,
@@ -129,29 +163,33 @@ def evaluate(
 
     Example: dist-ssl evaluate --weights resnet50.pth --encoder resnet50 --data s3://bucket/cifar10
     """
+    if (run is None) == (weights is None) or (weights is None) != (encoder is None):
+        raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
+    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
+        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
+    if run is not None:
+        _check_run_directory(run)
     import json
 
     import rich
 
     from dist_ssl import config as configuration
     from dist_ssl import distributed
+    from dist_ssl.data.given import train_and_test
     from dist_ssl.evaluation import evaluate as evaluation
     from dist_ssl.evaluation.results import FILE, show
 
     overrides, other_name = list(overrides), None
+    world = distributed.initialize()
     if data is not None:
-        train_shards, test_shards = train_shards or f"{data}/train", test_shards or f"{data}/test"
+        train, test = train_and_test(data, configuration.StorageConfig())
+        train_shards, test_shards = train_shards or train, test_shards or test
         other_name = Path(data).resolve().name if "://" not in data else Path(data).name
     for key, value in (("train_shards", train_shards), ("test_shards", test_shards)):
         overrides += [f"evaluation.{key}={json.dumps(value)}"] if value is not None else []
     if probes is not None:
         overrides += [f"evaluation.probes={json.dumps([p for p in probes.split(',') if p])}"]
     overrides += ["evaluation.teacher=true"] if teacher else []
-    if (run is None) == (weights is None) or (weights is None) != (encoder is None):
-        raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
-    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
-        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
-    world = distributed.initialize()
     if run is not None:
         subject = evaluation.run_subject(run, checkpoint, overrides, name, other_name)
     else:
@@ -167,6 +205,32 @@ def evaluate(
         show(done.values, rich.print)
         typer.echo(f"{done.folder / FILE}; as a page: dist-ssl report {run or subject.folder}")
     distributed.shutdown()
+
+
+@app.command()
+def embed(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    folder: Annotated[Path, typer.Argument(help="A folder of images, whatever lies in it.")],
+    file: Annotated[Path, typer.Argument(help="OUT.npy, with the paths in OUT.json; or OUT.parquet.")],
+    checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="By the run's teacher.")] = False,
+) -> None:
+    """Write h of every image under a folder, by a run's encoder. What can't be decoded is left out and named.
+
+    Example: dist-ssl embed runs/imagenet photos photos.npy
+    """
+    _check_run_directory(run)
+    from dist_ssl.evaluation import embed as embedding
+
+    embedding.check_output(file)
+    paths, left_out = embedding.images_in(folder), dict[int, str]()
+    encoder = embedding.load_encoder(run, checkpoint, teacher)
+    h = embedding.embed(encoder, paths, left_out=left_out, progress=True)
+    kept = [path for place, path in enumerate(paths) if place not in left_out]
+    embedding.write_embeddings(file, h, kept, encoder)
+    if left_out:
+        log.warning("%d of %d files left out, such as %s", len(left_out), len(paths), next(iter(left_out.values())))
+    typer.echo(f"{file}: h of {len(h)} images, {h.shape[1]} numbers each, by step {encoder.step}")
 
 
 @app.command()
@@ -247,10 +311,22 @@ def plan(
     rich.print(stages.table(stages.stages(checked, sizes), gpu_memory_gb))
 
 
+@app.command("list")
+def list_names() -> None:
+    """List what a config may name: encoders, heads, objectives, probes, and sources of images.
+
+    Example: dist-ssl list
+    """
+    from dist_ssl.planning.names import names
+
+    typer.echo("\n".join(names()))
+
+
 @app.command("config")
 def show_config(
     file: Annotated[str, typer.Argument(help="A TOML file; see configs/. With --explain, a section's name.")] = "",
     explained: Annotated[bool, typer.Option("--explain", help="Say what each key means instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/config.md.")] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Print every key of a config as TOML: those that its file sets, those of --set, and the defaults, told apart.
@@ -259,6 +335,9 @@ def show_config(
 
     Example: dist-ssl config --explain optimizer
     """
+    if markdown:
+        typer.echo(configuration.explain_page(), nl=False)
+        return
     if explained:
         typer.echo("\n".join(configuration.explain(file or None)))
         return

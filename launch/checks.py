@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
+from dist_ssl.data.manifest import absolute_location
 from dist_ssl.planning.before_start import check_config, check_extras
 from launch import queue
 
@@ -21,8 +22,8 @@ def absolute(config: Config) -> Config:
         "evaluation.train_shards": config.evaluation.train_shards,
         "evaluation.test_shards": config.evaluation.test_shards,
     }
-    local = {key: os.path.abspath(path) for key, path in keys.items() if path and "://" not in path}
-    return configuration.with_overrides(config, [f"{key}={json.dumps(path)}" for key, path in local.items()])
+    made = {key: absolute_location(path) for key, path in keys.items() if path}
+    return configuration.with_overrides(config, [f"{key}={json.dumps(path)}" for key, path in made.items()])
 
 
 def check_run(config: Config, num_ranks: int, same_environment: bool) -> None:

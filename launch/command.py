@@ -44,5 +44,30 @@ def lab(
         raise typer.Exit(1)
 
 
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
+    sweep_keys: Annotated[list[str], typer.Option("--sweep", metavar="KEY=V1,V2", help="Every combination.")],
+    ranks: Annotated[int | None, typer.Option(help="Of each run; one a GPU by default, 2 without GPUs.", min=1)] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Evaluate each run at its end.")] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Pretrain every combination of values on this machine, one run after another, and print one table.
+
+    Each run has a folder below run.dir. The same command goes on: what is complete is not run again. One that fails is
+    named and the next one is run; exit code 1 then. On Slurm: `python -m launch.slurm pretrain CONFIG --sweep ...`.
+
+    Example: dist-ssl sweep configs/quickstart.toml --sweep objective.temperature=0.05,0.1 --sweep run.seed=0,1
+    """
+    from dist_ssl import config as configuration
+    from launch import sweep as sweeps
+
+    base = configuration.load(config, overrides)
+    failed = sweeps.run(config, base, overrides, sweep_keys, ranks, evaluate)
+    typer.echo(sweeps.table(base.run.dir))
+    if failed:
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     main()

@@ -23,6 +23,7 @@ from dist_ssl import cli
 from dist_ssl import config as configuration
 from dist_ssl.config import UserError
 from dist_ssl.config.environment import EXIT_CODE_FILE, EXIT_FENCED, EXIT_RUN_ME_AGAIN, EXIT_USERS_MISTAKE
+from dist_ssl.data.commands import DataFolder
 from dist_ssl.planning import before_start
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -36,13 +37,21 @@ def pretrain(
     config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
     ranks: Annotated[int | None, typer.Option(help="One a GPU by default; 2 without GPUs.", min=1)] = None,
     max_restarts: Annotated[int, typer.Option(help="How often to start the ranks again when one dies.", min=0)] = 3,
+    data: DataFolder = None,
     overrides: Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE")] = [],  # noqa: B006
 ) -> None:
     """Pretrain on N local ranks; further options are those of `dist-ssl pretrain`.
 
+    Example: python -m launch.local pretrain configs/quickstart.toml --data photos --set run.dir=runs/photos
+
     Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
     """
     checked = configuration.load(config, overrides)
+    if data is not None:
+        from dist_ssl.data.given import training_overrides
+
+        overrides = [*overrides, *training_overrides(data, checked.storage)]  # indexed once, before any rank starts
+        checked = configuration.load(config, overrides)
     size = ranks or _default_ranks()
     before_start.check_config(checked, size)  # most mistakes are found before any rank starts
     before_start.check_extras(checked)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
+from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.results import converged, newest, stored
+from dist_ssl.planning.before_start import check_config
+from dist_ssl.report.status import status
+
+log = logging.getLogger(__name__)
 
 
 def combinations(base: Config, keys: list[str]) -> list[list[str]]:
@@ -35,9 +45,57 @@ def combinations(base: Config, keys: list[str]) -> list[list[str]]:
     return runs
 
 
+def run(
+    file: Path, base: Config, overrides: list[str], keys: list[str], ranks: int | None, evaluate: bool
+) -> list[Path]:
+    """Run all combinations on this machine, one after another; the directories of those that failed.
+
+    A run that is complete, or evaluated where that is asked for, is left alone. SystemExit(75) passes a request to be
+    run again on. Raises UserError for a combination that no config takes, before the first one is run.
+    """
+    combined = combinations(base, keys)
+    configs = [configuration.with_overrides(base, combination) for combination in combined]
+    for config in configs:
+        check_config(config, ranks or 1)
+    failed = []
+    for number, (combination, config) in enumerate(zip(combined, configs, strict=True), 1):
+        folder = Path(config.run.dir)
+        settings = [part for override in (*overrides, *combination) for part in ("--set", override)]
+        commands = [["launch.local", "pretrain", str(file), *settings, *(["--ranks", str(ranks)] if ranks else [])]]
+        if folder.exists() and (folder / "config.toml").exists() and status(folder)["state"] == "complete":
+            commands = []
+        if evaluate and not any(stored(folder)):
+            commands.append(["launch.local", "evaluate", str(folder), *(["--ranks", str(ranks)] if ranks else [])])
+        log.info("run %d of %d: %s%s", number, len(configs), folder, "" if commands else ", which is complete")
+        for command in commands:
+            code = _passing_signals_on([sys.executable, "-m", *command])
+            if code == EXIT_RUN_ME_AGAIN:
+                raise SystemExit(EXIT_RUN_ME_AGAIN)
+            if code:
+                log.error("%s: %s ended with code %d", folder, command[1], code)
+                failed.append(folder)
+                break
+    return failed
+
+
+def _passing_signals_on(command: list[str]) -> int:
+    """Run a command and return its exit code; what this process is told to do, the command does: it commits first."""
+    with subprocess.Popen(command) as process:
+        # Ctrl-C reaches both, being of one terminal; killing the ranks now would lose what they are about to commit.
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM)),
+        }
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def table(folder: str | Path) -> str:
     """A Markdown table with a row a run below `folder`; also written to `folder/table.md`."""
-    rows = [_row(run) for run in sorted(Path(folder).iterdir()) if (run / "slurm" / "starts.jsonl").exists()]
+    rows = [_row(run) for run in sorted(Path(folder).iterdir()) if _has_begun(run)]
     if not rows:
         raise UserError(f"{folder}: no run of a sweep has started here")
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -65,10 +123,14 @@ def progress(run_dir: Path) -> str:
     raise AssertionError(starts)
 
 
+def _has_begun(run: Path) -> bool:
+    return (run / "slurm" / "starts.jsonl").exists() or (run / "config.toml").exists()
+
+
 def _row(run: Path) -> dict[str, str]:
     row = {"run": run.name}
     metrics, starts = _last_line(run / "metrics.jsonl"), _last_line(run / "slurm" / "starts.jsonl")
-    row["state"] = str(starts and starts["event"])
+    row["state"] = starts["event"] if starts else status(run)["state"]
     row |= {"step": str(metrics["step"]), "loss": _loss(metrics)} if metrics else {}
     for one in newest(stored(run)):
         prefix = f"{one.name}: " if one.name else ""

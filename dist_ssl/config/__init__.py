@@ -44,7 +44,7 @@ from dist_ssl.config.sections import (
     ViewPolicy,
     ViewsConfig,
 )
-from dist_ssl.config.writing import dumps, dumps_with_origins, explain, known_keys
+from dist_ssl.config.writing import choices, dumps, dumps_with_origins, explain, explain_page, known_keys
 
 __all__ = [
     "MAY_DIFFER_ON_RESUME",
@@ -82,9 +82,11 @@ __all__ = [
     "VICRegConfig",
     "ViewPolicy",
     "ViewsConfig",
+    "choices",
     "dumps",
     "dumps_with_origins",
     "explain",
+    "explain_page",
     "known_keys",
     "load",
     "loads",

@@ -32,7 +32,9 @@ class StorageConfig(Section):
 
 
 class DataConfig(Section):
-    shards: str = Field("", description="a directory that `shards write` filled, a brace pattern, or a manifest")
+    shards: str = Field(
+        "", description="a directory that `shards write` filled, a brace pattern, a manifest, or folder:DIR"
+    )
     num_workers: int = Field(2, ge=0, description="processes that read and decode, per rank")
     prefetch_batches: int = Field(2, ge=1, description="per worker, ready in shared memory")
     streams: int = Field(16, ge=1, description="K of the plan: samples of so many shards stand side by side")

@@ -89,6 +89,35 @@ def explain(section: str | None = None) -> list[str]:
     ]
 
 
+def explain_page() -> str:
+    """All keys as a page of Markdown, a table a section: docs/config.md."""
+    lines = [
+        "# Every key of a config",
+        "",
+        "Made by `dist-ssl config --markdown > docs/config.md`; `dist-ssl config --explain SECTION` prints the same.",
+    ]
+    section = None
+    for key in known_keys():
+        if key.section != section:
+            section = key.section
+            lines += ["", f"## [{section}]", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        name = f"`{key.name}`" + (f" ({', '.join(key.methods)})" if key.methods else "")
+        cells = (name, _type_of(key.field), f"`{_default_of(key.field)}`", key.field.description or "")
+        lines.append(f"| {' | '.join(cell.replace('|', '/').replace('<', '&lt;') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def choices(dotted: str) -> list[str]:
+    """The words that a key takes, or that a list of it may hold."""
+    field = next(key.field for key in known_keys() if key.dotted == dotted)
+    return [
+        word
+        for part in [field.annotation, *get_args(field.annotation)]
+        for word in get_args(part)
+        if word and isinstance(word, str)
+    ]
+
+
 def _toml(values: dict[str, Any], comment: Callable[[str], str], table: tuple[str, ...] = ()) -> str:
     """A table and those inside it. tomli_w writes the scalars; it would give each item of a list a line of its own."""
     lines, tables = [], []

@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a config key.")]
+DataFolder = Annotated[
+    str | None, typer.Option("--data", help="Folder with train and test shards, or of images: sets the three keys.")
+]
 
 app = typer.Typer(no_args_is_help=True, help="Write, index and verify WebDataset shards.")
 
@@ -55,8 +58,12 @@ def write(
 
 @app.command("index")
 def index(
-    location: Annotated[str, typer.Argument(help="Brace pattern, or a directory of tars.")],
+    location: Annotated[
+        str, typer.Argument(help="Brace pattern, or a directory of tars; folder:DIR or idx:IMAGES[:LABELS].")
+    ],
     output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
+    test_fraction: Annotated[float, typer.Option(help="Of a folder: hold out this part, folder:DIR/test.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of a folder's permutation.")] = 0,
     json_label: Annotated[str | None, typer.Option(help="The field of each .json that holds the label.")] = None,
     rebuild: Annotated[bool, typer.Option(help="Read shards again that have an index.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, help="Shards at a time; two a core by default.")] = None,
@@ -64,16 +71,35 @@ def index(
 ) -> None:
     """Index shards that were made elsewhere (WebDataset, img2dataset, GNU tar). Interrupted, the same command goes on.
 
-    Example: dist-ssl shards index 's3://bucket/train-{0000..1023}.tar' --output data/index
-    """
-    from dist_ssl.config import Config, with_overrides
-    from dist_ssl.data.indexing import index_shards, summary
+    Or images that stay where they are, a folder's or MNIST's, to train on without a copy; the index goes to
+    DIR/.dist_ssl. Where images lie on a network's file system or in a store, `shards write` is the faster way.
 
-    manifest = index_shards(
-        location, with_overrides(Config(), overrides).storage, output=output, json_label=json_label, rebuild=rebuild,
-        num_workers=workers, progress=True,
-    )  # fmt: skip
-    typer.echo(summary(manifest))
+    Example: dist-ssl shards index 's3://bucket/train-{0000..1023}.tar' --output data/index
+
+    Example: dist-ssl shards index folder:photos --test-fraction 0.1; then data.shards = "folder:photos/train"
+    """
+    from dist_ssl.config import Config, UserError, with_overrides
+    from dist_ssl.data.in_place_index import index_in_place
+    from dist_ssl.data.indexing import index_shards, summary
+    from dist_ssl.data.manifest import manifest_folder
+
+    config = with_overrides(Config(), overrides)
+    if manifest_folder(location) is not None:
+        manifests = index_in_place(
+            location, config.storage, output=output, test_fraction=test_fraction, seed=seed, rebuild=rebuild,
+            data=config.data, num_workers=workers, progress=True,
+        )  # fmt: skip
+    else:
+        if test_fraction:
+            raise UserError("--test-fraction: shards are not split; name some of them for the test")
+        manifests = [
+            index_shards(
+                location, config.storage, output=output, json_label=json_label, rebuild=rebuild, num_workers=workers,
+                progress=True,
+            )
+        ]  # fmt: skip
+    for manifest in manifests:
+        typer.echo(summary(manifest))
 
 
 @app.command("verify")

@@ -23,6 +23,7 @@ from isal import isal_zlib
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.decode import BadSample, decode
+from dist_ssl.data.in_place import damaged
 from dist_ssl.data.manifest import (
     MANIFEST,
     Manifest,
@@ -143,7 +144,9 @@ def _shard_urls(location: str, config: StorageConfig) -> list[str]:
         return [absolute(url) for url in expand(location)]
     urls = [absolute(url) for url in storage.list_files(location, config) if url.endswith(".tar")]
     if not urls:
-        raise UserError(f"{location}: no .tar there; expected a directory of shards or a brace pattern")
+        raise UserError(
+            f"{location}: no .tar there; expected a directory of shards or a brace pattern (images: folder:{location})"
+        )
     return urls
 
 
@@ -174,8 +177,10 @@ def _verify_decoding(config: StorageConfig, max_pixels: int, shard: Shard) -> li
 
 def _verify_one(config: StorageConfig, scratch: _Scratch, max_pixels: int | None, shard: Shard) -> list[Damage]:
     try:
-        num_bytes = storage.size(shard.url, config)
         index = read_member_index(shard, config)
+        if shard.kind != "tar":
+            return [Damage(shard.url, *found) for found in damaged(shard, index, max_pixels, config)]
+        num_bytes = storage.size(shard.url, config)
         with _opened(shard.url, num_bytes, config, scratch) as (file, crc32):
             changed = (num_bytes, crc32) != (shard.num_bytes, shard.crc32)
             damages = _damaged_members(file, shard, index, num_bytes) if changed else []

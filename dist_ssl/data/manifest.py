@@ -2,19 +2,20 @@
 
 A manifest is JSON and holds shards only, so that a hundred million samples load at once. A member index lists the
 samples of a shard: where their image and their .json lie, checksum, label, key. Reading one runs nothing: numbers
-and UTF-8.
+and UTF-8. Images that stay where they are (`in_place`) are listed alike, as shards that have no tar.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from isal import isal_zlib
@@ -24,8 +25,11 @@ from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
 
 MANIFEST = "manifest.json"
+IN_PLACE = ".dist_ssl"  # the folder of a manifest inside a folder of images, and the ending of one beside an IDX file
 FORMAT = "dist_ssl manifest 1"
 MAX_URLS = 10_000_000
+
+Kind = Literal["tar", "folder", "idx"]
 
 _MAGIC = b"DSSLIDX1"
 _HEADER = struct.Struct("<8sQQIQ")  # magic, samples, shard bytes, shard crc32, bytes of the keys
@@ -38,7 +42,7 @@ class MemberIndex:
     """Where the samples of one shard are; arrays of length n.
 
     `offsets`, `sizes`, `crcs`: the image's bytes in the tar; `labels`: -1 where there is none; `json_offsets`,
-    `json_sizes`: the sample's .json, size 0 where there is none.
+    `json_sizes`: the sample's .json, size 0 where there is none. Of a folder's files, keys are their paths under it.
     """
 
     shard_bytes: int
@@ -55,7 +59,7 @@ class MemberIndex:
         return len(self.offsets)
 
     def to_bytes(self) -> bytes:
-        encoded = [key.encode() for key in self.keys]
+        encoded = [key.encode("utf-8", "surrogateescape") for key in self.keys]
         blob = b"".join(encoded)
         ends = np.cumsum([len(key) for key in encoded], dtype=np.uint64) if encoded else np.empty(0, np.uint64)
         parts = [_HEADER.pack(_MAGIC, len(self), self.shard_bytes, self.shard_crc32, len(blob))]
@@ -95,20 +99,23 @@ class _Keys(Sequence[str]):
             return [self[j] for j in range(*i.indices(len(self)))]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._blob[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])].decode()
+        return self._blob[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])].decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
 class Shard:
-    url: str
+    url: str  # of the tar; of the folder or the IDX file of which it lists a part
     index_url: str
     num_bytes: int
     num_samples: int
     crc32: int
+    kind: Kind = "tar"
 
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1].removesuffix(".tar")
+        if self.kind == "tar":
+            return self.url.rsplit("/", 1)[-1].removesuffix(".tar")
+        return self.index_url.rsplit("/", 1)[-1].removesuffix(".idx")
 
 
 @dataclass(frozen=True)
@@ -139,12 +146,13 @@ class Manifest:
         base = self.url.rsplit("/", 1)[0] + "/"
         shards = [
             {
-                "url": shard.url.removeprefix(base),
+                "url": _relative(shard.url, base),
                 "index": shard.index_url.removeprefix(base),
                 "bytes": shard.num_bytes,
                 "samples": shard.num_samples,
                 "crc32": shard.crc32,
             }
+            | ({"kind": shard.kind} if shard.kind != "tar" else {})
             for shard in self.shards
         ]
         values = {"format": FORMAT, "hash": self.hash, "samples": self.num_samples, "classes": list(self.classes)}
@@ -179,13 +187,18 @@ def expand(pattern: str) -> list[str]:
 
 
 def load_manifest(location: str, config: StorageConfig) -> Manifest:
-    """The manifest of a directory that `shards write` filled, of a manifest file, or of a brace pattern.
+    """The manifest of a directory that `shards write` filled, of a manifest file, of a brace pattern, or of images
+    that stay where they are (`folder:DIR`, `idx:IMAGES`).
 
     A pattern's manifest lies next to its shards (`dist-ssl shards index` writes it) and may list more of them.
     Raises UserError where there is none, or where it lacks shards.
     """
     if not location:
         raise UserError("data.shards is empty: expected a directory, a manifest or a brace pattern of shards")
+    if (place := manifest_folder(location)) is not None:
+        if not os.path.exists(url := storage.join(place, MANIFEST)):
+            raise UserError(f"{location}: not indexed yet; run `dist-ssl shards index {location}`")
+        return _read_manifest(url, config)
     storage.check_url(location)
     if location.endswith(".json"):
         return _read_manifest(location, config)
@@ -211,6 +224,30 @@ def load_manifest(location: str, config: StorageConfig) -> Manifest:
         )
     shards = tuple(listed[url] for url in urls)
     return Manifest(manifest.url, shards, manifest.classes, manifest.details)
+
+
+def manifest_folder(location: str) -> str | None:
+    """Where the manifest of `folder:DIR` or `idx:IMAGES[:LABELS]` lies; None for what are shards.
+
+    `folder:DIR/train` is the folder of that name, and where there is none the training part of what is in DIR.
+    """
+    kind, _, rest = location.partition(":")
+    if kind == "idx" and rest:
+        return os.path.abspath(rest.split(":")[0]) + IN_PLACE
+    if kind != "folder" or not rest:
+        return None
+    folder, part = os.path.split(os.path.abspath(rest))
+    if part in ("train", "test") and not os.path.isdir(os.path.join(folder, part)):
+        return os.path.join(folder, IN_PLACE, part)
+    return os.path.join(folder, part, IN_PLACE)
+
+
+def absolute_location(location: str) -> str:
+    """What `load_manifest` takes, with local paths made absolute."""
+    kind, _, rest = location.partition(":")
+    if manifest_folder(location) is not None:
+        return ":".join([kind, *map(os.path.abspath, rest.split(":") if kind == "idx" else [rest])])
+    return location if "://" in location else os.path.abspath(location)
 
 
 def common_directory(urls: Sequence[str]) -> str:
@@ -242,6 +279,7 @@ def _read_manifest(url: str, config: StorageConfig) -> Manifest:
                 int(one["bytes"]),
                 int(one["samples"]),
                 int(one["crc32"]),
+                _kind(one),
             )
             for one in values["shards"]
         )
@@ -262,7 +300,19 @@ def _read_manifest(url: str, config: StorageConfig) -> Manifest:
 def _resolve(base: str, url: str) -> str:
     """A shard's URL in a manifest, relative ones to the manifest. A stranger's manifest may not name other schemes."""
     storage.check_url(url)
-    return url if "://" in url or url.startswith("/") else f"{base}/{url}"
+    return url if "://" in url or url.startswith("/") else absolute(f"{base}/{url}")
+
+
+def _relative(url: str, base: str) -> str:
+    """To the manifest's folder: one that lies inside of the folder it lists moves with it."""
+    return os.path.relpath(url, base) if base.startswith(f"{url}/") else url.removeprefix(base)
+
+
+def _kind(values: dict[str, Any]) -> Kind:
+    kind: Any = values.get("kind", "tar")
+    if kind not in get_args(Kind):
+        raise ValueError(f"expected a kind of shard of {', '.join(get_args(Kind))}, got {kind!r}")
+    return kind
 
 
 def read_member_index(shard: Shard, config: StorageConfig) -> MemberIndex:

@@ -1,8 +1,9 @@
 """Reads the bytes of samples out of shards, in the process that uses them.
 
-Local shards are read in place. Remote ones come from the node's cache, which threads fill ahead. At the start, a sample
-whose shard is not there yet is read by a range request, so that the first step does not wait for whole shards; later
-it waits for its shard: where the store is the bottleneck, no byte should be read twice.
+Local shards are read in place, and so are images without shards. Remote ones come from the node's cache, which
+threads fill ahead. At the start, a sample whose shard is not there yet is read by a range request, so that the first
+step does not wait for whole shards; later it waits for its shard: where the store is the bottleneck, no byte should
+be read twice.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dist_ssl import storage
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.cache import FetchAhead, ShardCache
 from dist_ssl.data.decode import BadSample
+from dist_ssl.data.in_place import read_image
 from dist_ssl.data.manifest import Manifest, MemberIndex, read_member_index
 from dist_ssl.data.tar import MAX_JSON_BYTES
 from dist_ssl.storage.large_reads import RANGE_BYTES
@@ -96,11 +98,25 @@ class Reader:
         return f"{self.manifest.shards[shard].name}/{self.index(shard).keys[member]}"
 
     def images(self, shards: NDArray[np.int64], members: NDArray[np.int64]) -> list[bytes | BadSample]:
-        """The image bytes of samples, in the order asked for; BadSample where they are not those that were indexed."""
+        """The image bytes of samples, in the order asked for; BadSample where they are not those that were indexed.
+
+        Images that lie in no shard and changed since are a UserError.
+        """
         self._let_go(self._aimed.union(shards.tolist()))
         self._load_indexes(shards)
+        samples = list(zip(shards.tolist(), members.tolist(), strict=True))
+        in_tars = [self.manifest.shards[shard].kind == "tar" for shard, _ in samples]
+        from_tars = iter(self._from_tars([sample for sample, in_tar in zip(samples, in_tars, strict=True) if in_tar]))
+        return [
+            next(from_tars)
+            if in_tar
+            else read_image(self.manifest.shards[shard], self.index(shard), member, self._storage)
+            for (shard, member), in_tar in zip(samples, in_tars, strict=True)
+        ]
+
+    def _from_tars(self, samples: Sequence[tuple[int, int]]) -> list[bytes | BadSample]:
         wanted = []
-        for shard, member in zip(shards.tolist(), members.tolist(), strict=True):
+        for shard, member in samples:
             index = self.index(shard)
             start = int(index.offsets[member])
             wanted.append((shard, start, start + int(index.sizes[member]), int(index.crcs[member])))

@@ -81,18 +81,9 @@ def write_shards(
     data = data or DataConfig()
     checks = _Checks(data.max_pixels, decode_images, resize)
     storage.check_url(destination)
-    if not 0 <= test_fraction < 1:
-        raise UserError(f"--test-fraction: expected 0 <= F < 1, got {test_fraction}")
-    order = permutation(key_of("write", seed), len(source), 0)
     # Another process's memory is not this one's.
     workers = 0 if destination.startswith("memory:") else num_workers
-    parts = {destination: order}
-    if test_fraction:
-        test = _test_samples(source, order, test_fraction, workers)
-        parts = {
-            storage.join(destination, "train"): order[~np.isin(order, test)],
-            storage.join(destination, "test"): order[np.isin(order, test)],
-        }
+    order, parts = permuted_parts(source, destination, seed, test_fraction, workers)
     first = source.read(order[:SAMPLES_SIZED].tolist())
     sized = (_prepared(one, replace(checks, decode=False)) for one in first)
     good = [sample for sample in sized if not isinstance(sample, BadSample)]
@@ -115,6 +106,22 @@ def write_shards(
         storage.remove(storage.join(url, PROGRESS), config)
         manifests.append(manifest)
     return manifests
+
+
+def permuted_parts(
+    source: Source, destination: str, seed: int, test_fraction: float, num_workers: int | None
+) -> tuple[NDArray[np.int64], dict[str, NDArray[np.int64]]]:
+    """The samples of a source in the order of their permutation: all, and those of each part by its URL.
+
+    With `test_fraction` the parts are DEST/train and DEST/test, which share no image. Raises UserError.
+    """
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"--test-fraction: expected 0 <= F < 1, got {test_fraction}")
+    order = permutation(key_of("write", seed), len(source), 0)
+    if not test_fraction:
+        return order, {destination: order}
+    test = np.isin(order, _test_samples(source, order, test_fraction, num_workers))
+    return order, {storage.join(destination, "train"): order[~test], storage.join(destination, "test"): order[test]}
 
 
 def _manifest_url(url: str) -> str:

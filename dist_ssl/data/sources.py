@@ -1,4 +1,4 @@
-"""What shards are written from: `shapes:COUNT[:SIZE]`, `folder:DIR`, `torchvision:NAME:ROOT`, `idx:IMAGES[:LABELS]`.
+"""What shards are written from: see `SOURCES`.
 
 A source is picklable, since worker processes read from it, and gives the bytes of an image as they are where it has
 bytes: decoding and encoding again would lose quality.
@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,13 @@ from dist_ssl.data import idx, shapes
 from dist_ssl.data.decode import ENDINGS
 
 log = logging.getLogger(__name__)
+
+SOURCES = {
+    "shapes:COUNT[:SIZE]": "coloured shapes, made here, with labels and factors",
+    "folder:DIR": "images under a folder, one class a subfolder",
+    "torchvision:NAME:ROOT": "a classification set of torchvision that lies under ROOT",
+    "idx:IMAGES[:LABELS]": "the files of MNIST and its kin",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def open_source(spec: str, seed: int = 0) -> Source:
             return TorchvisionSource(*rest.split(":", 1))
         case "idx" if rest:
             return IdxSource(spec, *rest.split(":", 1))
-    raise UserError(f"{spec}: expected shapes:COUNT[:SIZE], folder:DIR, torchvision:NAME:ROOT or idx:IMAGES[:LABELS]")
+    raise UserError(f"{spec}: expected {', '.join(SOURCES)}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class FolderSource:
 
     def __init__(self, directory: str):
         self.name = f"folder:{directory}"
-        root = Path(directory)
+        self.root = root = Path(directory)
         if not root.is_dir():
             raise UserError(f"folder:{directory}: no such directory")
         folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -133,7 +141,7 @@ class FolderSource:
                 examples.setdefault("beside the class folders", str(loose))
         for label, folder in enumerate(folders or ["."]):
             for parent, subfolders, files in os.walk(root / folder, followlinks=True):
-                subfolders.sort()
+                subfolders[:] = sorted(one for one in subfolders if not one.startswith("."))
                 for file in sorted(files):
                     path = os.path.join(parent, file)
                     if _extension(file) not in ENDINGS:
@@ -142,21 +150,24 @@ class FolderSource:
                             examples.setdefault(f".{_extension(file)}", path)
                         continue
                     try:
-                        size = os.stat(path).st_size
+                        found = os.stat(path)
                     except OSError as error:
                         unreadable.append(f"{path}: {error.strerror}")
+                        continue
+                    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+                        unreadable.append(f"{path}: no ordinary file")
                         continue
                     self.paths.append(path)
                     self.labels.append(label)
                     listing.update(
-                        f"{os.path.relpath(path, root)}\0{size}\0{label}\n".encode("utf-8", "surrogateescape")
+                        f"{os.path.relpath(path, root)}\0{found.st_size}\0{label}\n".encode("utf-8", "surrogateescape")
                     )
         self.fingerprint = listing.hexdigest()
         self.classes = tuple(folders)
         left_out = ", ".join(f"{count} {why} (such as {examples[why]})" for why, count in sorted(others.items()))
         if not self.paths:
-            found = f"; its files are {left_out}" if left_out else ""
-            raise UserError(f"folder:{directory}: holds no {', '.join(ENDINGS)} files{found}")
+            others_told = f"; its files are {left_out}" if left_out else ""
+            raise UserError(f"folder:{directory}: holds no {', '.join(ENDINGS)} files{others_told}")
         if left_out:
             log.warning("%s: left out: %s; taken are %s", self.name, left_out, ", ".join(ENDINGS))
         if unreadable:
@@ -228,7 +239,7 @@ class IdxSource:
 
     def __init__(self, spec: str, images: str, labels: str | None = None):
         self.name = spec
-        self._images, self._labels = images, labels
+        self.images, self.labels = images, labels
         pixels, classes = idx.read(images, 3), idx.read(labels, 1) if labels is not None else None
         if classes is not None and len(classes) != len(pixels):
             raise UserError(f"{spec}: {len(pixels)} images, but {len(classes)} labels; expected as many")
@@ -242,8 +253,8 @@ class IdxSource:
         return self._count
 
     def read(self, indices: Sequence[int]) -> list[SourceSample]:
-        pixels = idx.read(self._images, 3)
-        labels = idx.read(self._labels, 1) if self._labels is not None else None
+        pixels = idx.read(self.images, 3)
+        labels = idx.read(self.labels, 1) if self.labels is not None else None
         found = []
         for index in indices:
             buffer = io.BytesIO()
@@ -253,7 +264,7 @@ class IdxSource:
         return found
 
     def digests(self, indices: Sequence[int]) -> list[bytes]:
-        pixels = idx.read(self._images, 3)
+        pixels = idx.read(self.images, 3)
         return [hashlib.sha256(pixels[index].data).digest() for index in indices]
 
 

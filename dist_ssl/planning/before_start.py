@@ -14,9 +14,12 @@ from dist_ssl.config import TIMM, Config, UserError
 
 def check_config(config: Config, num_ranks: int) -> None:
     """Raises UserError for what the config alone tells. Needs no torch."""
+    from dist_ssl.data.manifest import manifest_folder
+
     if not config.data.shards:
         raise UserError("data.shards: expected where the training shards are, got nothing; --set data.shards=URL")
-    storage.check_url(config.data.shards)
+    if manifest_folder(config.data.shards) is None:
+        storage.check_url(config.data.shards)
     if config.train.global_batch_size < num_ranks * config.objective.chunks:
         raise UserError(
             f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks x "

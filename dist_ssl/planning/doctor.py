@@ -28,6 +28,7 @@ from dist_ssl.config import Config
 from dist_ssl.config.environment import FIRST_PORT, NUM_PORTS, rank_in_environment, ranks_in_environment
 
 PROBE_BYTES = 64 * 2**20
+PROBE_IMAGES = 256  # where they lie in no shard
 SLOW_GBIT = {"nccl": 20.0, "gloo": 0.5}  # below it the finding is red: something is wrong with the network
 
 
@@ -206,18 +207,23 @@ def slurm() -> Iterator[Finding]:
 
 def store(config: Config) -> Iterator[Finding]:
     """Whether the shards are there, and how fast they are read from here."""
-    from dist_ssl.data.manifest import load_manifest
+    from dist_ssl.data.in_place import read_image
+    from dist_ssl.data.manifest import load_manifest, manifest_folder, read_member_index
 
     try:
         manifest = load_manifest(config.data.shards, config.storage)
         largest = max(manifest.shards, key=lambda shard: shard.num_bytes)
         began = time.monotonic()
-        read = len(storage.read_bytes(largest.url, config.storage, 0, min(largest.num_bytes, PROBE_BYTES)))
+        if largest.kind == "tar":
+            read = len(storage.read_bytes(largest.url, config.storage, 0, min(largest.num_bytes, PROBE_BYTES)))
+        else:
+            index = read_member_index(largest, config.storage)
+            read = sum(len(read_image(largest, index, i, config.storage)) for i in range(min(len(index), PROBE_IMAGES)))
         seconds = max(time.monotonic() - began, 1e-9)
     except Exception as error:
         remote = "check data.shards, storage.endpoint_url and the credentials"
         local = "give the place that `dist-ssl shards write` or `index` filled: --set data.shards=PLACE"
-        is_local = storage.is_local(config.data.shards)
+        is_local = manifest_folder(config.data.shards) is not None or storage.is_local(config.data.shards)
         yield Finding("shards", storage.redact(str(error)), local if is_local else remote)
         return
     yield Finding("shards", f"{manifest.num_samples} images in {len(manifest.shards)} shards")

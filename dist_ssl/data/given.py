@@ -1,0 +1,77 @@
+"""`--data DIR`: shards or plain images, their training and test parts, as overrides of a config."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import cast
+
+from dist_ssl import distributed, storage
+from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.data.in_place_index import index_in_place
+from dist_ssl.data.manifest import MANIFEST, manifest_folder
+
+TEST_FRACTION = 0.1  # of images that are in no `train` and `test` folder
+
+log = logging.getLogger(__name__)
+
+
+def training_overrides(data: str, config: StorageConfig) -> list[str]:
+    """What `pretrain --data` sets: the training part, and both for the probes. Collective."""
+    train, test = train_and_test(data, config)
+    values = {"data.shards": train, "evaluation.train_shards": train, "evaluation.test_shards": test}
+    return [f"{key}={json.dumps(place)}" for key, place in values.items() if place is not None]
+
+
+def train_and_test(data: str, config: StorageConfig) -> tuple[str, str | None]:
+    """As `_found` says, found and indexed by rank 0. Collective."""
+    with distributed.together():
+        found = _found(data, config) if distributed.rank() == 0 else None
+    return cast(tuple[str, str | None], distributed.broadcast_object(found))
+
+
+def _found(data: str, config: StorageConfig) -> tuple[str, str | None]:
+    """The locations of the two parts of `data`; None where there is no test part.
+
+    Shards: DATA/train and DATA/test, as `shards write --test-fraction` makes them. Images: the folders `train` and
+    `test` (or `val`) where there are such, else a tenth is held out of class folders, and nothing of images without
+    labels. Images that are not indexed yet are indexed here, where they are. Raises UserError.
+    """
+    folder = data.removeprefix("folder:").rstrip("/")
+    if data.startswith("idx:"):
+        raise UserError(f"{data}: --data takes a folder; give IDX files by --set data.shards={data}")
+    if not storage.is_local(folder) or _holds_shards(data):
+        return f"{folder}/train", f"{folder}/test"
+    if not os.path.isdir(folder):
+        raise UserError(f"--data {data}: no such folder; expected one of images, or one that `shards write` filled")
+    parts = [f"{folder}/{name}" for name in ("train", "test", "val") if os.path.isdir(f"{folder}/{name}")]
+    if len(parts) > 1 and parts[0] == f"{folder}/train":
+        train, test = (f"folder:{part}" for part in parts[:2])
+        for part in (train, test):
+            _index(part, config)
+        return train, test
+    has_classes = any(path.is_dir() and not path.name.startswith(".") for path in Path(folder).iterdir())
+    if not has_classes:
+        _index(f"folder:{folder}", config)
+        log.info("%s: no class folders, so all images are trained on and none is held out", data)
+        return f"folder:{folder}", None
+    train, test = f"folder:{folder}/train", f"folder:{folder}/test"
+    if not (_is_indexed(train) and _is_indexed(test)):
+        index_in_place(f"folder:{folder}", config, test_fraction=TEST_FRACTION, progress=True)
+    return train, test
+
+
+def _holds_shards(data: str) -> bool:
+    return os.path.exists(f"{data}/train/{MANIFEST}") and not data.startswith("folder:")
+
+
+def _is_indexed(location: str) -> bool:
+    place = manifest_folder(location)
+    return place is not None and os.path.exists(f"{place}/{MANIFEST}")
+
+
+def _index(location: str, config: StorageConfig) -> None:
+    if not _is_indexed(location):
+        index_in_place(location, config, progress=True)

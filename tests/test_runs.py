@@ -1,0 +1,133 @@
+"""Commands that look at runs and at names: status, runs, prune, list, and the page of all keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dist_ssl import config as configuration
+from dist_ssl.cli import app
+from dist_ssl.config import UserError
+from dist_ssl.evaluation.results import write_json
+from dist_ssl.report.status import status
+from dist_ssl.training.observability import Observer
+from dist_ssl.training.run_directory import _set_aside
+from tests.terminal import ROOT, dist_ssl
+
+
+def a_run(folder: Path, step: int, loss: float = 3.25, **train: int) -> Path:
+    """A run of 20 steps of 16 images out of 160, as far as it logs itself."""
+    values = {
+        "run": {"dir": str(folder)},
+        "train": {"global_batch_size": 16} | (train or {"steps": 20}),
+        "log": {"tensorboard": False},
+    }
+    config = configuration.validate(values, "test")
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(configuration.dumps(config))
+    if step:
+        with Observer(config, 20, 0) as observer:
+            observer.log(step, {"epoch": step / 10, "samples_seen": 16 * step, "loss": loss}, 0.0)
+    return folder
+
+
+def said(*arguments: str) -> str:
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_status_is_one_line_of_json(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 7)
+    (line,) = said("status", str(run), "--json").splitlines()
+    found = json.loads(line)
+    expected = {"state": "running", "step": 7, "steps": 20, "epoch": 0.7, "loss": 3.25, "accuracy": None}
+    assert expected.items() <= found.items()
+    assert found["silent_seconds"] < 60
+    told = app.registered_commands[[c.name or c.callback.__name__ for c in app.registered_commands].index("status")]
+    assert all(key in told.callback.__doc__ for key in found)  # the help says what each key is
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "los')  # a line that is being written
+    assert status(run)["step"] == 7
+    os.utime(run / "metrics.jsonl", (time.time() - 400, time.time() - 400))
+    assert status(run)["state"] == "stopped"
+
+
+def test_states_and_lengths(tmp_path: Path) -> None:
+    assert status(a_run(tmp_path / "new", 0))["state"] == "not begun"
+    assert status(a_run(tmp_path / "over", 20))["state"] == "complete"
+    by_epochs = status(a_run(tmp_path / "epochs", 7, epochs=2))
+    assert (by_epochs["steps"], by_epochs["state"]) == (20, "running")
+    assert status(a_run(tmp_path / "lost", 7, float("nan")))["loss"] is None
+    with pytest.raises(UserError, match="not a run directory"):
+        status(tmp_path)
+
+
+def test_runs_of_a_folder_with_their_accuracy(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "sweep" / "a", 20)
+    a_run(tmp_path / "b", 3)
+    values = {"data": {}, "probes": {"linear": {"h": {"top1": 0.625}, "z": {"top1": 0.5}}}}
+    write_json(run / "evaluation" / "step-10" / "results.json", values)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.toml").write_text("[run\n")
+    shown = said("runs", str(tmp_path)).splitlines()
+    (line,) = [line for line in shown if "sweep/a" in line]
+    assert [cell.strip() for cell in line.split("│")[1:6]] == [
+        "sweep/a", "complete", "20/20", "3.2500", "linear h 62.5% (step 10)",
+    ]  # fmt: skip
+    assert any("damaged" in line and "not readable" in line for line in shown)
+    assert any("3/20" in line for line in shown)
+
+
+def test_only_what_a_restart_set_aside_is_pruned(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 7)
+    _set_aside(configuration.load(run / "config.toml"), run)
+    a_run(run, 9)
+    (aside,) = tmp_path.glob("run.before-*")
+    mine = a_run(tmp_path / "run.before-breakfast", 1)
+    assert f"{aside}: 0.00 GB, 0 days old" in said("prune", str(tmp_path))
+    assert "nothing was set aside" in said("prune", str(tmp_path), "--older-than-days", "1", "--delete")
+    assert aside.exists()
+    assert "run.before-2" not in said("runs", str(tmp_path))
+    assert "1 set aside" in said("prune", str(tmp_path), "--delete")
+    assert not aside.exists()
+    assert run.exists()
+    assert mine.exists()
+
+
+def test_the_page_of_keys_is_current() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert page == configuration.explain_page(), "run dist-ssl config --markdown > docs/config.md"
+    for key in configuration.known_keys():
+        assert f"| `{key.name}`" in page.split(f"## [{key.section}]\n")[1].split("\n## ")[0]
+
+
+def test_what_a_config_may_name_is_listed() -> None:
+    listed = said("list")
+    for name in ("resnet50", "vit_s_16", "barlow_twins", "head_information", "mlp", "folder:DIR", "idx:IMAGES"):
+        assert f"\n  {name}" in listed
+
+
+MISTAKES = {
+    "export none x.safetensors": "none: not a run",
+    "evaluate none": "none: not a run",
+    "status none": "none: not a run",
+    "runs none": "none: no such folder",
+    "pretrain configs/quickstart.toml --set data.shards=": "data.shards: expected where",
+    "pretrain configs/debug_cpu.toml --set objective.chunks=65": "train.global_batch_size: 64 is less than",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_that_needs_no_model_imports_no_torch(arguments: str, tmp_path: Path) -> None:
+    site = tmp_path / "sitecustomize.py"
+    site.write_text("import sys\nsys.modules['torch'] = None\n")
+    done = dist_ssl(*arguments.split(), PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {MISTAKES[arguments]}")
