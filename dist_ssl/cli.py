@@ -125,16 +125,15 @@ def export(
         raise UserError(f"--format {format}: expected safetensors or timm")
     if format == "timm" and head:
         raise UserError("--head: not with --format timm, which has no place for a projection head; leave it out")
-    _check_run_directory(run)
     if format == "safetensors" and file.suffix != ".safetensors":
         raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
-    if format == "timm":
-        from dist_ssl.report.timm_folder import export_for_timm
+    _check_run_directory(run)
+    from dist_ssl.checkpoint import export_encoder
+    from dist_ssl.report.timm_folder import export_for_timm
 
+    if format == "timm":
         step = export_for_timm(run, file, checkpoint, teacher)
     else:
-        from dist_ssl.checkpoint import export_encoder
-
         step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
     typer.echo(f"{file}: the {'teacher' if teacher else 'encoder'} of step {step}")
 
