@@ -334,11 +334,9 @@ def show_config(
 
     Example: dist-ssl config --explain optimizer
     """
-    if markdown:
-        typer.echo(configuration.explain_page(), nl=False)
-        return
-    if explained:
-        typer.echo("\n".join(configuration.explain(file or None)))
+    if markdown or explained:
+        lines = (f"{line}\n" for line in configuration.explain(file or None))
+        typer.echo(configuration.explain_page() if markdown else "".join(lines), nl=False)
         return
     if not file:
         raise UserError("config: expected a TOML file, or --explain; see configs/")
