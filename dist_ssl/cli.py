@@ -117,9 +117,9 @@ def export(
 
     Example: dist-ssl export runs/quickstart encoder.safetensors
     """
-    _check_run_directory(run)
     if file.suffix != ".safetensors":
         raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
+    _check_run_directory(run)
     from dist_ssl.checkpoint import export_encoder
 
     step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
