@@ -23,8 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ssl.config.environment import ranks_in_environment
-
 # torch 2.14 renamed it and warns of the old name; 2.11 knows only that one.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 GOODBYE_SECONDS = 5.0  # how long a failed rank 0 stays for the others to ask who failed
@@ -79,6 +77,9 @@ def initialize(timeout_minutes: float = 30.0) -> World:
 
     Collective. A rank that waits longer than the timeout for its peers fails with torch's error.
     """
+    # Here, since the losses alone should not wait for what checks configs.
+    from dist_ssl.config.environment import ranks_in_environment
+
     values = ranks_in_environment()
     if values is None:
         values = {

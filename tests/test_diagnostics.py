@@ -116,7 +116,7 @@ def test_online_probe_takes_no_gradient_and_ignores_unlabelled_batches():
     probe.update({"h": h}, torch.full((8,), -1))
     assert all(torch.equal(value, probe.state_dict()[name]) for name, value in before.items())
     assert probe.metrics() == {}
-    probe.update({"h": h}, torch.arange(4) % 3)  # a label an image, two views each
+    probe.update({"h": h}, torch.arange(8) % 3)
     assert h.grad is None
     assert set(probe.metrics()) == {"online_accuracy_h"}
     assert not list(probe.parameters())

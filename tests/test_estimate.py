@@ -136,6 +136,7 @@ def test_the_stage_that_is_recommended_fits_and_waits_least():
     assert two.sent_bytes == pytest.approx(17 / 3 * one.sent_bytes)
     assert one.exposed_bytes == one.sent_bytes
     assert of(64, gigabytes=0.01)[0] is None
+    assert [stage.zero_stage for stage in of(64, "objective.name=byol")[1]] == [0, 1, 2]  # with a teacher not 3
     sized = [stage.memory_bytes for stage in of(64, "model.encoder=vit_b_16", "optimizer.name=adamw")[1]]
     assert of(64, "model.encoder=vit_b_16", "optimizer.name=adamw", gigabytes=1.2 * min(sized) / 1e9)[0] is not None
 

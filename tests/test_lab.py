@@ -66,6 +66,13 @@ def test_objectives_are_an_axis_beside_heads(tmp_path):
     assert [one.name for one in made[::2]] == ["byol", "vicreg", "byol"]
     assert (made[0].teacher_decay, made[4].teacher_decay) == (0.996, 0.9)
     assert lab.cell_config(tiny(tmp_path), lab.cells(tiny(tmp_path))[0]).objective == config.objective
+    predicting = config.model_dump(exclude_none=True)
+    predicting["objective"], predicting["model"]["predictor"] = {"name": "byol"}, {"num_layers": 3}
+    predictors = [lab.cell_config(configuration.validate(predicting, ""), cell).model.predictor for cell in grid]
+    assert [one and one.num_layers for one in predictors] == [3, 3, None, None, 3, 3]
+    predicting["evaluation"]["teacher"] = True
+    with pytest.raises(UserError, match="a lab compares students"):
+        lab.checked_cells(configuration.validate(predicting, ""))
     with pytest.raises(UserError, match=r"lab.objectives.0.name: expected one of nt_xent, .* got 'bjol'"):
         tiny(tmp_path, objectives=["bjol"])
 

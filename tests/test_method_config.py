@@ -66,6 +66,8 @@ def test_a_method_set_by_override_leaves_the_old_ones_keys_behind(tmp_path):
         ("[objective]\nname='byol'\nteacher_decay = 1.5", ["a.toml: objective.teacher_decay: ", "got 1.5"]),
         ("[objective]\nname='byol'\n[engine]\nzero_stage = 3", ["a.toml: engine.zero_stage: byol needs 0, 1 or 2,"]),
         ("[objective]\nname='vicreg'\n[[augment.views]]\ncount=3", ["a.toml: augment.views: vicreg is of exactly two"]),
+        ("[evaluation]\nteacher = true", ["a.toml: evaluation.teacher: nt_xent has none, only moco_v3, byol do"]),
+        ("[lab]\nobjectives = [{name='byol', teacher_deca=0.9}]", ["'lab.objectives.0.teacher_deca'", "'objective.teacher_decay'?"]),
         ("[model.predictor]\nnum_layers = 3", ["a.toml: model.predictor: nt_xent has none, only moco_v3"]),
     ],
 )  # fmt: skip
@@ -75,6 +77,12 @@ def test_mistakes_name_the_method_and_its_keys(tmp_path, text, expected):
     assert "\n" not in str(error.value)
     for part in expected:
         assert part in str(error.value)
+
+
+def test_a_method_without_a_predictor_leaves_the_files_behind(tmp_path):
+    path = written(tmp_path, "[objective]\nname = 'byol'\n[model.predictor]\nnum_layers = 3\n")
+    assert config.load(path, ["objective.name=simsiam"]).model.predictor.num_layers == 3
+    assert config.load(path, ["objective.name=vicreg"]).model.predictor is None
 
 
 def test_a_wrong_override_of_a_method_is_blamed(tmp_path):

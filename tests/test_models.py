@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from dist_ssl.config import HeadConfig, UserError
-from dist_ssl.models import ENCODERS, ProjectionHead, build_encoder, build_model
+from dist_ssl.models import ENCODERS, GlobalBatchNorm, ProjectionHead, build_encoder, build_model
 from tests.trajectory import small_config
 
 WIDTHS = {"resnet_tiny": 128, "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
@@ -52,6 +52,13 @@ def test_every_layer_of_the_head_can_be_read(kind, num_layers, names, width, bat
     for name, values in layers[:-1]:
         assert values.min() >= 0, f"{name} is read after its ReLU"
     assert sum(isinstance(m, torch.nn.Linear) for m in head.modules()) == (0 if kind == "none" else len(names))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_is_torchs_in_any_memory_format(rows, memory_format):
+    x = torch.randn(rows, 8, 6, 5).contiguous(memory_format=memory_format)
+    assert torch.allclose(GlobalBatchNorm(8)(x), torch.nn.BatchNorm2d(8)(x), atol=1e-5)
 
 
 def test_weights_are_a_function_of_the_seed_alone(tmp_path):

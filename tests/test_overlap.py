@@ -80,5 +80,6 @@ def test_buckets_are_small_where_they_overlap_and_hold_the_largest_parameter():
     assert zero(10**8, 10**6, True)["reduce_bucket_size"] == small
     assert zero(10**8, 10**7, True)["reduce_bucket_size"] == 10**7
     assert zero(10**5, 10**3, True)["reduce_bucket_size"] == 10**5
+    assert zero(10**8, 8192**2, True)["reduce_bucket_size"] == 8192**2  # a layer of VICReg's and Barlow Twins' heads
     assert zero(10**8, 10**6, True)["overlap_comm"] is True
     assert zero(10**8, 10**6, True, overlap_comm=False)["overlap_comm"] is False

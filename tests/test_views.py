@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dist_ssl import config as configuration
 from dist_ssl.augment import augment
 from dist_ssl.augment import parameters as A
-from dist_ssl.config import AugmentConfig, Config, UserError, ViewsConfig
+from dist_ssl.config import AugmentConfig, Config, UserError, ViewPolicy, ViewsConfig
 from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.stream import draw_views, training_batches
 from dist_ssl.models import build_model
@@ -192,6 +192,10 @@ def test_sets_of_views_are_written_read_and_compared(tmp_path):
     ]
     assert " ".join(explained[2].split()) == "augment.views.crop_size int >= 8, <= 4096 unset unset: augment.crop_size"
     assert len(explained) == 1 + len(ViewsConfig.model_fields)
+
+
+def test_every_key_of_a_view_can_be_set_for_a_set():
+    assert set(ViewsConfig.model_fields) == {"count", *ViewPolicy.model_fields}
 
 
 def test_a_run_without_sets_has_two_views_and_an_explicit_pair_is_the_same():

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dist_ssl.config.methods import METHODS
+from dist_ssl.config.methods import METHODS, WITH_PREDICTOR
 from dist_ssl.config.section import UserError
 from dist_ssl.config.sections import MAY_DIFFER_ON_RESUME, Config
 from dist_ssl.config.writing import known_keys
@@ -133,6 +133,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: --set model.encoder=resnet18
     *sections, name = key.split(".")
+    whole = values
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
@@ -140,12 +141,12 @@ def _set(values: dict[str, Any], override: str) -> None:
     if sections == ["train"] and name in ("steps", "epochs"):
         values.pop("epochs" if name == "steps" else "steps", None)
     if (sections, name) == (["objective"], "name"):
-        _leave_method(values, value)
+        _leave_method(whole, values, value)
     values[name] = value
 
 
-def _leave_method(objective: dict[str, Any], new: Any) -> None:
-    """Drop what [objective] says of its method where `new` names another."""
+def _leave_method(whole: dict[str, Any], objective: dict[str, Any], new: Any) -> None:
+    """Drop what [objective] says of its method, and its predictor, where `new` names another that has none such."""
     old = objective.get("name", "nt_xent")
     if old == new or old not in METHODS or not isinstance(new, str) or new not in METHODS:
         return
@@ -153,6 +154,8 @@ def _leave_method(objective: dict[str, Any], new: Any) -> None:
     for key in [key for key in before if key in objective]:
         if key not in after or objective[key] == before[key].default:
             del objective[key]
+    if new not in WITH_PREDICTOR and isinstance(model := whole.get("model"), dict):
+        model.pop("predictor", None)
 
 
 def nearest_key(wrong: str, method: str = "") -> str:
@@ -177,8 +180,10 @@ def nearest_key(wrong: str, method: str = "") -> str:
 
 def _explain(error: Any, source: str, overridden: Sequence[str], method: str) -> str:
     loc = [str(part) for part in error["loc"]]
+    # pydantic names the member of the union, which is no part of the key.
     if loc[:2] == ["objective", method]:
-        del loc[1]  # pydantic names the member of the union, which is no part of the key
+        del loc[1]
+    compared = loc.pop(3) if loc[:2] == ["lab", "objectives"] and len(loc) > 4 else None
     key = ".".join(loc)
     if any(key.startswith(f"{whole}.") for whole in overridden):
         source = "--set"  # what is wrong stands inside a value that it gave
@@ -186,7 +191,8 @@ def _explain(error: Any, source: str, overridden: Sequence[str], method: str) ->
         # pydantic names the section where that is wrong already; --set said the whole key.
         given = next((whole for whole in overridden if f"{whole}.".startswith(f"{key}.")), None)
         source, key = ("--set", given) if given else (source, key)
-        said = f"{source}: unknown key {key!r}; did you mean {nearest_key(key, method)!r}?"
+        nearest = nearest_key(f"objective.{loc[-1]}", compared) if compared else nearest_key(key, method)
+        said = f"{source}: unknown key {key!r}; did you mean {nearest!r}?"
         if loc[0] != "objective":
             return said
         names = ", ".join(name for name in METHODS[method].model_fields if name != "name")

@@ -76,7 +76,7 @@ class ViewPolicy(Section):
 class ViewsConfig(Section):
     """A set of views that are made alike; what it leaves unset is as [augment] says."""
 
-    count: int = Field(1, ge=1, description="views of the set")
+    count: int = Field(1, ge=1, le=64, description="views of the set")
     crop_size: Side | None = Field(None, description="unset: augment.crop_size")
     min_scale: Scale | None = Field(None, description="unset: augment.min_scale")
     max_scale: Scale | None = Field(None, description="unset: augment.max_scale")
@@ -330,6 +330,8 @@ class Config(Section):
                 f"engine.zero_stage: {name} needs 0, 1 or 2, got 3: the teacher follows whole weights, of which a rank "
                 "holds only its part under stage 3"
             )
+        if self.evaluation.teacher and name not in WITH_TEACHER:
+            raise ValueError(f"evaluation.teacher: {name} has none, only {', '.join(WITH_TEACHER)} do; leave it out")
         if self.model.predictor is not None and name not in WITH_PREDICTOR:
             raise ValueError(
                 f"model.predictor: {name} has none, only {', '.join(WITH_PREDICTOR)} do; leave the section out"

@@ -177,6 +177,8 @@ def _name_of(annotation: Any) -> str:
     if get_origin(annotation) in (list, tuple):
         inner = [_name_of(part) for part in get_args(annotation)]
         return f"{len(inner)} x {inner[0]}" if get_origin(annotation) is tuple else f"list of {inner[0]}"
+    if len(parts := _parts(annotation)) > 1:
+        return " | ".join(dict.fromkeys(map(_name_of, parts)))
     is_table = get_origin(annotation) is dict or _is_section(annotation)
     return "table" if is_table else getattr(annotation, "__name__", str(annotation))
 

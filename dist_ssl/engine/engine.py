@@ -125,7 +125,7 @@ def deepspeed_config(
     """
     bucket = min(num_parameters, BUCKET)
     # Of a parameter that is larger than its bucket ZeRO 2 frees the gradient while the reduction still reads it.
-    overlapped_bucket = min(bucket, max(OVERLAPPED_BUCKET, largest_parameter))
+    overlapped_bucket = min(num_parameters, max(OVERLAPPED_BUCKET, largest_parameter))
     zero: dict[str, Any] = {
         "stage": config.engine.zero_stage,
         "reduce_bucket_size": overlapped_bucket if overlapped else bucket,

@@ -80,6 +80,8 @@ def weights_subject(weights: Path, encoder: str, config: Config, output: Path | 
     """Anybody's weights; there is no head, and a freshly initialised encoder stands for the untrained one."""
     from dist_ssl.models import build_encoder
 
+    if config.evaluation.teacher:
+        raise UserError(f"{weights}: foreign weights have no teacher; leave --teacher out")
     size = config.evaluation.image_size or config.augment.image_size
     torch.manual_seed(config.run.seed)
     return Subject(

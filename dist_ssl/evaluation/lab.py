@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ssl import config as configuration
-from dist_ssl.config import Config, LabConfig, ObjectiveConfig, UserError
+from dist_ssl.config import WITH_PREDICTOR, Config, LabConfig, ObjectiveConfig, UserError
 from dist_ssl.evaluation.results import stored
 
 
@@ -67,7 +67,9 @@ def cell_config(config: Config, cell: Cell) -> Config:
     values, shards = config.model_dump(mode="python", exclude_none=True), data_folder(config)
     values.pop("lab")
     if cell.objective is not None:
-        values["objective"] = cell.objective.model_dump() | {"chunks": config.objective.chunks}
+        values["objective"] = {"chunks": config.objective.chunks} | cell.objective.model_dump(exclude_unset=True)
+        if cell.objective.name not in WITH_PREDICTOR:
+            values["model"].pop("predictor", None)
     values["run"] |= {"dir": str(cell.folder), "seed": config.run.seed + cell.seed}
     values["model"]["head"] |= _head_keys(cell.head) | {"batch_norm": cell.batch_norm, "output_dim": cell.output_dim}
     values["data"]["shards"] = values["data"]["shards"] or f"{shards}/train"
@@ -77,13 +79,16 @@ def cell_config(config: Config, cell: Cell) -> Config:
 
 
 def checked_cells(config: Config) -> list[Cell]:
-    """The grid. Raises UserError where a cell of it was made by another config: they would be compared as if alike."""
+    """The grid. Raises UserError where a cell can't be, or was made by another config, so that they are not alike."""
+    if config.evaluation.teacher:
+        raise UserError(
+            "evaluation.teacher: a lab compares students; leave it out, and probe a cell's teacher by itself"
+        )
     grid = cells(config)
     for cell in grid:
-        results = cell.results()
+        asked, results = cell_config(config, cell), cell.results()
         if results is None:
             continue
-        asked = cell_config(config, cell)
         if differing := configuration.resume_diff(configuration.loads(results["config"]), asked):
             raise UserError(
                 f"{cell.folder}: was made by another config ({'; '.join(differing)}); name another folder by run.dir, "

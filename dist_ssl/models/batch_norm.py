@@ -128,7 +128,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows_rc = x.movedim(1, -1).reshape(-1, channels)  # no copy where x is in channels-last format
     means, variances, counts = [], [], []
     for block in rows_rc.split(max(1, MOMENTS_BLOCK // channels)):
-        wide = block.double().as_strided((1, channels, len(block), 1), (block.numel(), 1, channels, channels))
+        wide = (
+            block.double().contiguous().as_strided((1, channels, len(block), 1), (block.numel(), 1, channels, channels))
+        )
         mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
         means.append(mean)
         variances.append(variance)

@@ -21,11 +21,11 @@ from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.manifest import Manifest
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 from dist_ssl.planning import method_costs
+from dist_ssl.planning.method_costs import FP32, FP64
 
 BUCKET, OVERLAPPED_BUCKET = 50_000_000, 6_553_600  # elements; engine.py gives them to DeepSpeed's reductions
 FLATTENED = 500_000_000  # elements that DeepSpeed copies together for a reduction under ZeRO 0
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
-FP32, FP64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Sizes:
     def of(config: Config, ranks: int, measure: bool = True) -> Sizes:
         """Counts the model's parameters, and measures what the forward of an image keeps. Not collective."""
         model = build_model(config)
-        passes = [*(model.encoder for _ in config.augment.sizes()), model.head]
+        passes = [*(model.encoder for _ in config.augment.sizes()), model.head, model.predictor or torch.nn.Identity()]
         norms = [m for module in passes for m in module.modules() if isinstance(m, GlobalBatchNorm)]
         teacher = [model.encoder, model.head] if config.objective.name in WITH_TEACHER else []
         return Sizes(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from dist_ssl.config import Config
+from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.planning.estimate import FP32, Estimate, Sizes, memory, shown, wire
 
 USABLE = 0.9  # of a GPU's memory: the allocator's gaps and the kernels' workspace take the rest
@@ -31,9 +31,9 @@ class Stage:
 
 
 def stages(config: Config, sizes: Sizes) -> list[Stage]:
-    """ZeRO 0 to 3 for this config, whatever its own stage is."""
+    """ZeRO 0 to 3, with a teacher 0 to 2, for this config, whatever its own stage is."""
     weights, found = FP32 * sizes.parameters * (sizes.ranks - 1) / sizes.ranks, []
-    for number in range(4):
+    for number in range(3 if config.objective.name in WITH_TEACHER else 4):
         engine = config.engine.model_copy(update={"zero_stage": number})
         staged = config.model_copy(update={"engine": engine})
         sent = wire(staged, sizes)[0].value
@@ -53,7 +53,7 @@ def recommended(found: list[Stage], gpu_memory_bytes: float) -> Stage | None:
 
 
 def table(found: list[Stage], gpu_memory_gb: float) -> Table:
-    """The four stages, the recommended one marked; memory in GB of 1e9 bytes."""
+    """The stages, the recommended one marked; memory in GB of 1e9 bytes."""
     best = recommended(found, gpu_memory_gb * 1e9)
     rows = Table("ZeRO", "memory a GPU", "sent a step", "not behind backward", "host waits", "", title="ZeRO stages")
     for stage in found:

@@ -5,7 +5,7 @@ How the loop calls it, all three outside the encoder's graph and outside DeepSpe
     every diagnostics.every_steps:  metrics = diagnose(h, z, loss=..., temperature=..., num_views=V * B)
                                     for alarm in alarms(metrics | {"step": step}): log.warning(alarm)
     every step, with labels:        probe = OnlineProbe(num_classes, {"h": D, "z": d}).to(device)
-                                    probe.update({"h": h, "z": z}, labels)     # collective: one all-reduce
+                                    probe.update({"h": h[:, 0], "z": z[:, 0]}, labels)  # collective: one all-reduce
     when it logs:                   probe.metrics()                            # {"online_accuracy_h": ..., ...}
 
 `diagnose` sees this rank's rows only and calls no collective; its values are those of a sample of this rank. The
@@ -127,7 +127,7 @@ def alarms(metrics: Mapping[str, float]) -> list[str]:
         )
     if late and metrics.get("loss_gap", infinity) < 0.02:
         found.append(
-            f"nothing learned: the loss is {metrics['loss_gap']:.3f} below log(2N - 1); try a higher "
+            f"nothing learned: the loss is {metrics['loss_gap']:.3f} below log(views - 1); try a higher "
             "optimizer.base_learning_rate, a lower objective.temperature, or a larger augment.min_scale"
         )
     if late and positive > 0.995 and negative < 0.5:
@@ -171,7 +171,7 @@ class OnlineProbe(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """One step on features {layer: (v, dim)} and labels (v,) or, with v = 2n, (n,); -1 marks a row without a label.
+        """One step on features {layer: (n, dim)} and labels (n,); -1 marks a row without a label.
 
         Collective: one all-reduce of all layers' gradients, feature sums and counts. No host synchronisation.
         """
@@ -202,8 +202,6 @@ class OnlineProbe(nn.Module):
         return (self.dims[layer] + 1) * self.num_classes + 2 * self.dims[layer] + 2
 
     def _local_sums(self, layer: str, x: Tensor, labels: Tensor) -> list[Tensor]:
-        if x.shape[0] == 2 * labels.shape[0]:
-            labels = labels.repeat(2)
         known = labels >= 0
         mask = known.float()[:, None]
         centred = (x - self._buffer(layer, "mean")) * mask
