@@ -40,6 +40,7 @@ def test_config_files_say_what_to_expect_and_hold_only_what_differs(path):
     opening = path.read_text().partition("\n\n")[0]
     for word in ("# Command:", "# Hardware:", "# Time:", "# Expected:"):
         assert word in opening, f"{path.name} opens without {word!r}"
+        assert word.upper()[2:-1] not in opening, f"{path.name} holds a placeholder"
     known = defaults(loaded.objective.name)
     same = [key for key, value in flat(tomllib.loads(path.read_text())).items() if value == known[key]]
     assert same == [], f"{path.name} repeats defaults: leave these out"

@@ -67,7 +67,7 @@ def test_a_method_set_by_override_leaves_the_old_ones_keys_behind(tmp_path):
         ("[objective]\nname='byol'\n[engine]\nzero_stage = 3", ["a.toml: engine.zero_stage: byol needs 0, 1 or 2,"]),
         ("[objective]\nname='vicreg'\n[[augment.views]]\ncount=3", ["a.toml: augment.views: vicreg is of exactly two"]),
         ("[evaluation]\nteacher = true", ["a.toml: evaluation.teacher: nt_xent has none, only moco_v3, byol do"]),
-        ("[lab]\nobjectives = [{name='byol', teacher_deca=0.9}]", ["'lab.objectives.0.teacher_deca'", "'objective.teacher_decay'?"]),
+        ("[lab]\nobjectives=[{name='byol', teacher_deca=0.9}]", ["'lab.objectives.0.teacher_deca'", "teacher_decay'?"]),
         ("[model.predictor]\nnum_layers = 3", ["a.toml: model.predictor: nt_xent has none, only moco_v3"]),
     ],
 )  # fmt: skip

@@ -188,7 +188,7 @@ def test_sets_of_views_are_written_read_and_compared(tmp_path):
     explained = configuration.explain("augment.views")
     assert [line.split()[:4] for line in explained[:2]] == [
         ["augment.views", "list", "of", "table"],
-        ["augment.views.count", "int", ">=", "1"],
+        ["augment.views.count", "int", ">=", "1,"],
     ]
     assert " ".join(explained[2].split()) == "augment.views.crop_size int >= 8, <= 4096 unset unset: augment.crop_size"
     assert len(explained) == 1 + len(ViewsConfig.model_fields)
