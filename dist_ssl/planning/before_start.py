@@ -20,6 +20,8 @@ def check_config(config: Config, num_ranks: int) -> None:
         raise UserError("data.shards: expected where the training shards are, got nothing; --set data.shards=URL")
     if manifest_folder(config.data.shards) is None:
         storage.check_url(config.data.shards)
+    if config.model.init:
+        storage.check_url(config.model.init)
     if config.train.global_batch_size < num_ranks * config.objective.chunks:
         raise UserError(
             f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks x "
