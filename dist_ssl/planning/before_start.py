@@ -16,7 +16,8 @@ def check_config(config: Config, num_ranks: int) -> None:
     """Raises UserError for what the config alone tells. Needs no torch."""
     if not config.data.shards:
         raise UserError("data.shards: expected where the training shards are, got nothing; --set data.shards=URL")
-    storage.check_url(config.data.shards)
+    for url in filter(None, (config.data.shards, config.model.init)):
+        storage.check_url(url)
     if config.train.global_batch_size < num_ranks * config.objective.chunks:
         raise UserError(
             f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks x "
