@@ -184,8 +184,8 @@ def test_without_timm_the_command_that_installs_it_is_said(tmp_path, monkeypatch
 def test_a_run_is_resumed_to_the_bit_evaluated_and_exported(tmp_path, small_shards, encoder, side):
     overrides = [
         "model.drop_path_rate=0.2",
-        "train.steps=3",
-        "checkpoint.every_steps=2",
+        "train.steps=2",
+        "checkpoint.every_steps=1",
         "diagnostics.online_probe=false",
     ]
     config = timm_config(tmp_path / "run", small_shards, encoder, side, *overrides)

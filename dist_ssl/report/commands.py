@@ -26,14 +26,18 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where runs are, such as ru
     found = runs_below(folder)
     if not found:
         raise UserError(f"{folder}: no run in it, up to three folders deep")
+    problems = []
     for run in found:
         try:
             one = status(run)
         except UserError as error:  # of another version, say: the others are still listed
-            table.add_row(str(run.relative_to(folder)), f"not readable: {error}")
+            table.add_row(str(run.relative_to(folder)), "not readable")
+            problems.append(f"not readable: {error}")
             continue
         table.add_row(str(run.relative_to(folder)), *_cells(one), one["objective"], one["encoder"])
     rich.print(table)
+    for problem in problems:
+        typer.echo(problem)
 
 
 @app.command()
