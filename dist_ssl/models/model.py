@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 
 from dist_ssl.config import WITH_PREDICTOR, Config, HeadConfig, PredictorConfig
-from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once, frozen_running_statistics
+from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once
 from dist_ssl.models.drop_path import DropPath, Rows
 from dist_ssl.models.encoders import build_encoder, check_image_size
 from dist_ssl.models.from_timm import is_timms, recompute
@@ -117,17 +116,15 @@ def _build_predictor(config: Config, z_dim: int) -> ProjectionHead | None:
 
 
 def _recompute_in_backward(block: nn.Module) -> None:
-    """Keep only the block's input for backward (Chen et al. 2016); parameter names stay as they are."""
+    """Keep only the block's input for backward (Chen et al. 2016); parameter names stay as they are.
+
+    Batch norm sees by itself that it is computed again, and counts its batch once.
+    """
     forward = block.forward
 
     def checkpointed(*inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return cast(Tensor, forward(*inputs))
-        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False, context_fn=_contexts))
+        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False))
 
     block.forward = checkpointed
-
-
-def _contexts() -> tuple[Any, Any]:
-    # The recomputation must not count its batch in the running statistics a second time.
-    return contextlib.nullcontext(), frozen_running_statistics()
