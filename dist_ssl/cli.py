@@ -24,6 +24,7 @@ from dist_ssl.data.commands import DataFolder, Overrides
 from dist_ssl.data.commands import app as shards_app
 from dist_ssl.report.commands import app as runs_app
 from dist_ssl.storage import StorageError
+from dist_ssl.storage.layout import check_export_name, config_path
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +101,6 @@ def _with_data(config: Config, data: str | None) -> Config:
     return configuration.with_overrides(config, training_overrides(data, config.storage))
 
 
-def _check_run_directory(run: Path) -> None:
-    """Raises UserError where there is no run: a mistake is told before torch is imported, which takes seconds."""
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run}: not a run directory: it has no config.toml")
-
-
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
@@ -125,15 +120,16 @@ def export(
         raise UserError(f"--format {format}: expected safetensors or timm")
     if format == "timm" and head:
         raise UserError("--head: not with --format timm, which has no place for a projection head; leave it out")
-    if format == "safetensors" and file.suffix != ".safetensors":
-        raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
-    _check_run_directory(run)
-    from dist_ssl.checkpoint import export_encoder
-    from dist_ssl.report.timm_folder import export_for_timm
-
+    if format == "safetensors":
+        check_export_name(file)
+    config_path(run)  # where there is none, before torch is imported, which takes seconds
     if format == "timm":
+        from dist_ssl.report.timm_folder import export_for_timm
+
         step = export_for_timm(run, file, checkpoint, teacher)
     else:
+        from dist_ssl.checkpoint import export_encoder
+
         step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
     typer.echo(f"{file}: the {'teacher' if teacher else 'encoder'} of step {step}")
 
@@ -167,12 +163,11 @@ def evaluate(
     if name is not None and (Path(name).name != name or name in ("", "..", "features")):
         raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
     if run is not None:
-        _check_run_directory(run)
+        config_path(run)  # where there is none, before torch is imported, which takes seconds
     import json
 
     import rich
 
-    from dist_ssl import config as configuration
     from dist_ssl import distributed
     from dist_ssl.data.given import train_and_test
     from dist_ssl.evaluation import evaluate as evaluation
@@ -218,7 +213,7 @@ def embed(
 
     Example: dist-ssl embed runs/imagenet photos photos.npy
     """
-    _check_run_directory(run)
+    config_path(run)  # where there is none, before torch is imported, which takes seconds
     from dist_ssl.evaluation import embed as embedding
 
     embedding.check_output(file)

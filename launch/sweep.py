@@ -17,7 +17,7 @@ from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.results import converged, newest, stored
 from dist_ssl.planning.before_start import check_config
-from dist_ssl.report.status import status
+from dist_ssl.report.status import last_line, status
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def run(
         folder = Path(config.run.dir)
         settings = [part for override in (*overrides, *combination) for part in ("--set", override)]
         commands = [["launch.local", "pretrain", str(file), *settings, *(["--ranks", str(ranks)] if ranks else [])]]
-        if folder.exists() and (folder / "config.toml").exists() and status(folder)["state"] == "complete":
+        if (folder / "config.toml").exists() and status(folder)["state"] == "complete":
             commands = []
         if evaluate and not any(stored(folder)):
             commands.append(["launch.local", "evaluate", str(folder), *(["--ranks", str(ranks)] if ranks else [])])
@@ -109,11 +109,11 @@ def table(folder: str | Path) -> str:
 
 def progress(run_dir: Path) -> str:
     """One line: the last logged step and loss, and how the last start ended."""
-    metrics, starts = _last_line(run_dir / "metrics.jsonl"), _last_line(run_dir / "slurm" / "starts.jsonl")
+    metrics, starts = last_line(run_dir / "metrics.jsonl"), last_line(run_dir / "slurm" / "starts.jsonl")
     trained = f"step {metrics['step']}, loss {_loss(metrics)}" if metrics else "no step logged yet"
+    if not starts:
+        return f"{trained}; not started yet"
     match starts:
-        case None:
-            return f"{trained}; not started yet"
         case {"event": "stop", "reason": reason}:
             return f"{trained}; stopped: {reason}"
         case {"event": "complete"}:
@@ -129,7 +129,7 @@ def _has_begun(run: Path) -> bool:
 
 def _row(run: Path) -> dict[str, str]:
     row = {"run": run.name}
-    metrics, starts = _last_line(run / "metrics.jsonl"), _last_line(run / "slurm" / "starts.jsonl")
+    metrics, starts = last_line(run / "metrics.jsonl"), last_line(run / "slurm" / "starts.jsonl")
     row["state"] = starts["event"] if starts else status(run)["state"]
     row |= {"step": str(metrics["step"]), "loss": _loss(metrics)} if metrics else {}
     for one in newest(stored(run)):
@@ -143,8 +143,3 @@ def _row(run: Path) -> dict[str, str]:
 def _loss(metrics: dict[str, Any]) -> str:
     """JSON knows no NaN: a loss that was not finite is null in metrics.jsonl."""
     return "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
-
-
-def _last_line(path: Path) -> Any:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else None

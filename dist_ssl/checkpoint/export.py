@@ -12,15 +12,13 @@ from dist_ssl.checkpoint.read import PROBE, TEACHER, Checkpoint, open_checkpoint
 from dist_ssl.config import Config, UserError
 from dist_ssl.models import ContrastiveModel, build_model, build_teacher
 from dist_ssl.storage import Store
-from dist_ssl.storage.layout import checkpoint_store, committed_steps
+from dist_ssl.storage.layout import check_export_name, checkpoint_store, committed_steps, config_path
 
 
 def read_run_config(run_dir: str | Path) -> Config:
     """The resolved config of a run directory. Raises UserError where there is none."""
-    path = Path(run_dir, "config.toml")
-    if not path.exists():
-        raise UserError(f"{run_dir}: not a run directory: it has no config.toml")
-    return config_module.with_overrides(config_module.load(path), [f"run.dir={json.dumps(str(run_dir))}"])
+    saved = config_module.load(config_path(run_dir))
+    return config_module.with_overrides(saved, [f"run.dir={json.dumps(str(run_dir))}"])
 
 
 def read_model_state(checkpoint: Checkpoint, teacher: bool = False) -> dict[str, Tensor]:
@@ -74,8 +72,7 @@ def export_encoder(
     teacher: bool = False,
 ) -> int:
     """Write a run's encoder, or its teacher's, as safetensors, with its JSON beside it; returns the step it is of."""
-    if Path(file).suffix != ".safetensors":
-        raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
+    check_export_name(file)
     found = _existing(checkpoint_store(read_run_config(run_dir)), step)
     write_export(found, Path(file), with_head, teacher)
     return found.step

@@ -21,7 +21,7 @@ from dist_ssl.config.methods import (
     SupervisedConfig,
     VICRegConfig,
 )
-from dist_ssl.config.section import Section, UserError
+from dist_ssl.config.section import Section, UserError, require
 from dist_ssl.config.sections import (
     MAY_DIFFER_ON_RESUME,
     TIMM,
@@ -91,6 +91,7 @@ __all__ = [
     "load",
     "loads",
     "origins",
+    "require",
     "resume_diff",
     "total_steps",
     "validate",

@@ -141,12 +141,13 @@ def _set(values: dict[str, Any], override: str) -> None:
     if sections == ["train"] and name in ("steps", "epochs"):
         values.pop("epochs" if name == "steps" else "steps", None)
     if (sections, name) == (["objective"], "name"):
-        _leave_method(whole, values, value)
+        _leave_method(whole, value)
     values[name] = value
 
 
-def _leave_method(whole: dict[str, Any], objective: dict[str, Any], new: Any) -> None:
+def _leave_method(values: dict[str, Any], new: Any) -> None:
     """Drop what [objective] says of its method, and its predictor, where `new` names another that has none such."""
+    objective = values["objective"]
     old = objective.get("name", "nt_xent")
     if old == new or old not in METHODS or not isinstance(new, str) or new not in METHODS:
         return
@@ -154,7 +155,7 @@ def _leave_method(whole: dict[str, Any], objective: dict[str, Any], new: Any) ->
     for key in [key for key in before if key in objective]:
         if key not in after or objective[key] == before[key].default:
             del objective[key]
-    if new not in WITH_PREDICTOR and isinstance(model := whole.get("model"), dict):
+    if new not in WITH_PREDICTOR and isinstance(model := values.get("model"), dict):
         model.pop("predictor", None)
 
 

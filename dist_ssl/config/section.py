@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -11,3 +13,9 @@ class UserError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+
+
+def require(package: str, asked_by: str, otherwise: str = "") -> None:
+    """Raises UserError where a package that a key asks for is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{asked_by}: {package} is not installed here; pip install {package}{otherwise}")

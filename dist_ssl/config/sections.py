@@ -310,6 +310,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     lab: LabConfig | None = Field(None, description="only in files for `dist-ssl lab`")
 
+    @property
+    def evaluated_size(self) -> int:
+        """Side of the images that an evaluation reads, in pixels."""
+        return self.evaluation.image_size or self.augment.image_size
+
     @model_validator(mode="before")
     @classmethod
     def nt_xent_where_no_method_is_named(cls, values: Any) -> Any:

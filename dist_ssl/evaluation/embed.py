@@ -45,10 +45,6 @@ class Encoder:
     step: int
     device: torch.device
 
-    @property
-    def image_size(self) -> int:
-        return self.config.evaluation.image_size or self.config.augment.image_size
-
 
 def load_encoder(
     run: str | Path, step: int | None = None, teacher: bool = False, device: torch.device | str | None = None
@@ -119,7 +115,7 @@ def _prepared(encoder: Encoder, picture: Picture) -> NDArray[np.uint8] | BadSamp
     except (BadSample, OSError) as error:
         name = picture if isinstance(picture, str | Path) else "an image"
         return BadSample(f"{name}: {error}")
-    return channels_first(centre_crop(image, encoder.image_size, encoder.config.evaluation.resize_ratio))
+    return channels_first(centre_crop(image, encoder.config.evaluated_size, encoder.config.evaluation.resize_ratio))
 
 
 def check_output(file: Path) -> None:
@@ -133,7 +129,7 @@ def check_output(file: Path) -> None:
 def write_embeddings(file: Path, h: NDArray[np.float32], paths: list[str], encoder: Encoder) -> None:
     """`.npy`: h as (n, D) float32, and beside it a .json with the paths of its rows. `.parquet`: columns path and h."""
     described: dict[str, Any] = {"encoder": encoder.config.model.encoder, "step": encoder.step}
-    described |= {"run": encoder.config.run.dir, "image_size": encoder.image_size}
+    described |= {"run": encoder.config.run.dir, "image_size": encoder.config.evaluated_size}
     beside = Store(str(file.absolute().parent), encoder.config.storage)
     if file.suffix == ".npy":
         with (temporary := file.with_name(f"{file.name}.tmp")).open("wb") as stream:

@@ -82,7 +82,7 @@ def weights_subject(weights: Path, encoder: str, config: Config, output: Path | 
 
     if config.evaluation.teacher:
         raise UserError(f"{weights}: foreign weights have no teacher; leave --teacher out")
-    size = config.evaluation.image_size or config.augment.image_size
+    size = config.evaluated_size
     torch.manual_seed(config.run.seed)
     return Subject(
         str(weights),

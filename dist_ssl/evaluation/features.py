@@ -47,7 +47,7 @@ class Split:
 
     @property
     def image_size(self) -> int:
-        return self.config.evaluation.image_size or self.config.augment.image_size
+        return self.config.evaluated_size
 
     @property
     def augment(self) -> AugmentConfig:

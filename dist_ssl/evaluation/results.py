@@ -168,7 +168,7 @@ def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
         table.add_column(probe, justify="right")
     for layer in results["layers"]:
         found = [probes[probe].get(layer) for probe in probes]
-        table.add_row(layer, *(_cell(value) if value else "" for value in found))
+        table.add_row(layer, *(told(value) + ("" if converged(value) else "*") if value else "" for value in found))
     print_(table)
 
 
@@ -177,6 +177,7 @@ def converged(value: dict[str, Any]) -> bool:
     return all(one["converged"] for one in value.get("fits", ()))
 
 
-def _cell(value: dict[str, Any]) -> str:
+def told(value: dict[str, Any]) -> str:
+    """A probe's top-1 and its interval."""
     low, high = value["interval"]
-    return f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]{'' if converged(value) else '*'}"
+    return f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]"

@@ -128,9 +128,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows_rc = x.movedim(1, -1).reshape(-1, channels)  # no copy where x is in channels-last format
     means, variances, counts = [], [], []
     for block in rows_rc.split(max(1, MOMENTS_BLOCK // channels)):
-        wide = (
-            block.double().contiguous().as_strided((1, channels, len(block), 1), (block.numel(), 1, channels, channels))
-        )
+        dense = block.double().contiguous()  # a single row in another format has strides of its own
+        wide = dense.as_strided((1, channels, len(block), 1), (block.numel(), 1, channels, channels))
         mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
         means.append(mean)
         variances.append(variance)

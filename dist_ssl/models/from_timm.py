@@ -9,7 +9,6 @@ Legend: B rows (views), S side of a view, D width of h.
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import logging
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from dist_ssl.config import TIMM, UserError
+from dist_ssl.config import TIMM, UserError, require
 from dist_ssl.models.batch_norm import GlobalBatchNorm
 from dist_ssl.models.drop_path import DropPath
 
@@ -27,8 +26,7 @@ def build_timm(name: str, image_size: int, drop_path_rate: float = 0.0) -> nn.Mo
 
     Raises UserError where timm is not installed, has no such model, or where it can't be what an encoder is here.
     """
-    if importlib.util.find_spec("timm") is None:
-        raise UserError(f"model.encoder = {TIMM}{name}: timm is not installed here; pip install timm")
+    require("timm", f"model.encoder = {TIMM}{name}")
     import timm
 
     known = timm.list_models()

@@ -6,10 +6,8 @@ they start any rank. A mistake then costs one line and exit code 2, and leaves n
 
 from __future__ import annotations
 
-import importlib.util
-
 from dist_ssl import storage
-from dist_ssl.config import TIMM, Config, UserError
+from dist_ssl.config import TIMM, Config, UserError, require
 
 
 def check_config(config: Config, num_ranks: int) -> None:
@@ -31,13 +29,10 @@ def check_config(config: Config, num_ranks: int) -> None:
 
 def check_extras(config: Config) -> None:
     """Raises UserError for a package that the config needs and this environment lacks."""
-    if config.model.encoder.startswith(TIMM) and importlib.util.find_spec("timm") is None:
-        raise UserError(f"model.encoder = {config.model.encoder}: timm is not installed here; pip install timm")
-    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"log.wandb_project = {config.log.wandb_project}: wandb is not installed here; pip install wandb, "
-            "or leave the key out"
-        )
+    if config.model.encoder.startswith(TIMM):
+        require("timm", f"model.encoder = {config.model.encoder}")
+    if config.log.wandb_project:
+        require("wandb", f"log.wandb_project = {config.log.wandb_project}", ", or leave the key out")
 
 
 def check_before_start(config: Config) -> None:

@@ -57,8 +57,8 @@ class Sizes:
     def of(config: Config, ranks: int, measure: bool = True) -> Sizes:
         """Counts the model's parameters, and measures what the forward of an image keeps. Not collective."""
         model = build_model(config)
-        passes = [*(model.encoder for _ in config.augment.sizes()), model.head, model.predictor or torch.nn.Identity()]
-        norms = [m for module in passes for m in module.modules() if isinstance(m, GlobalBatchNorm)]
+        passes = [*(model.encoder for _ in config.augment.sizes()), model.head, model.predictor]
+        norms = [m for part in passes if part is not None for m in part.modules() if isinstance(m, GlobalBatchNorm)]
         teacher = [model.encoder, model.head] if config.objective.name in WITH_TEACHER else []
         return Sizes(
             sum(p.numel() for p in model.parameters()),

@@ -12,7 +12,7 @@ from typing import Any
 from dist_ssl import config as configuration
 from dist_ssl.config import UserError
 from dist_ssl.evaluation.results import newest, stored
-from dist_ssl.storage.layout import committed_steps
+from dist_ssl.storage.layout import committed_steps, config_path
 from dist_ssl.storage.store import Store
 
 SILENT_SECONDS = 300.0  # a run that logged nothing for so long counts as stopped
@@ -20,11 +20,9 @@ SILENT_SECONDS = 300.0  # a run that logged nothing for so long counts as stoppe
 
 def status(run: Path) -> dict[str, Any]:
     """One run: what `dist-ssl status RUN --json` prints, its keys as in that command's help. Raises UserError."""
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run}: not a run directory: it has no config.toml")
-    config = configuration.load(run / "config.toml")
+    config = configuration.load(config_path(run))
     metrics = run / "metrics.jsonl"
-    last = _last_line(metrics)
+    last = last_line(metrics)
     step = int(last["step"]) if last else 0
     total, silent = config.train.steps, None
     if last:
@@ -95,8 +93,8 @@ def _accuracy(run: Path) -> dict[str, Any] | None:
     return None
 
 
-def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a journal; a run may be writing one."""
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a journal, empty where there is none; a run may be writing one."""
     for line in reversed(path.read_text().splitlines() if path.exists() else []):
         try:
             found: dict[str, Any] = json.loads(line)

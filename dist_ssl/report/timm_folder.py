@@ -14,7 +14,7 @@ from typing import Any
 from dist_ssl import config as configuration
 from dist_ssl.checkpoint import export_encoder, read_run_config
 from dist_ssl.config import TIMM, CheckpointConfig, Config, LogConfig, RunConfig, StorageConfig, UserError
-from dist_ssl.evaluation.results import Stored, newest, stored
+from dist_ssl.evaluation.results import Stored, newest, stored, told
 from dist_ssl.models.from_timm import build_timm
 from dist_ssl.models.weights import read_tensors
 from dist_ssl.storage import write_bytes
@@ -59,7 +59,7 @@ def _architecture(encoder: str) -> str:
 
 def _inputs(config: Config, encoder: Any) -> dict[str, Any]:
     """What timm calls the pretrained config: how images are prepared, and which layers it may exchange."""
-    size = config.evaluation.image_size or config.augment.image_size
+    size = config.evaluated_size
     of_timm, sized = encoder.pretrained_cfg, {"dynamic_img_size", "strict_img_size"} & encoder.timm_options.keys()
     return {
         "input_size": [3, size, size],
@@ -143,17 +143,11 @@ def _table(result: Stored) -> str:
     if not probes:
         return "The images that it was evaluated on have no labels."
     rows = [["layer", *probes], ["---", *("---:" for _ in probes)]]
-    rows += [[layer, *(_cell(probes[probe].get(layer)) for probe in probes)] for layer in values["layers"]]
-    told = (
+    for layer in values["layers"]:
+        rows.append([layer, *(told(probes[probe][layer]) if layer in probes[probe] else "" for probe in probes)])
+    about = (
         f"Top-1 of the frozen encoder on {result.name or 'its own data'}: {data['test_images']:,} test images, "
         f"{data['num_classes']} classes, with 95% intervals over them. h is what this folder gives, z what the loss "
         "saw, h_untrained the encoder before the first step."
     )
-    return told + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _cell(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return ""
-    low, high = value["interval"]
-    return f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]"
+    return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)

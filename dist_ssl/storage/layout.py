@@ -14,11 +14,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dist_ssl.config import Config
+from dist_ssl.config import Config, UserError
 from dist_ssl.storage.files import join
 from dist_ssl.storage.store import Store
 
 MANIFEST = "manifest.json"  # of a checkpoint: written last
+
+
+def config_path(run_dir: str | Path) -> Path:
+    """A run's own config. Raises UserError where there is no run."""
+    path = Path(run_dir, "config.toml")
+    if not path.exists():
+        raise UserError(f"{run_dir}: not a run directory: it has no config.toml")
+    return path
 
 
 def checkpoint_store(config: Config) -> Store:
@@ -54,6 +62,12 @@ def steps_in(store: Store) -> dict[int, bool]:
 
 def export_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir, "export", f"{step_name(step)}.safetensors")
+
+
+def check_export_name(file: str | Path) -> None:
+    """Raises UserError for the name of a format that is not written."""
+    if Path(file).suffix != ".safetensors":
+        raise UserError(f"{file}: expected a name that ends in .safetensors, which is the format that is written")
 
 
 def exported_steps(run_dir: str | Path) -> set[int]:

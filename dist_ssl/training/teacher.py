@@ -26,7 +26,7 @@ class Teacher:
         self._decay = config.objective.teacher_decay
 
     def start_as(self, student: ContrastiveModel) -> None:
-        """Take the weights of a student whose first ones are not those of the seed; this rank must hold them whole."""
+        """Take the weights of a student that begins, wherever they are from; this rank must hold them whole."""
         kept = {name: t for name, t in student.state_dict().items() if not name.startswith("predictor.")}
         self.model.load_state_dict(kept)
 

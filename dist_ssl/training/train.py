@@ -75,7 +75,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         probe = OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
     if found is not None:
         checkpoint.load(found, model, probe, teacher.model if teacher is not None else None)
-    elif teacher is not None and config.model.init:
+    elif teacher is not None:
         teacher.start_as(model.model)
     last_step = state.step if found is not None else -1
     checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=last_step)
