@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dist_ssl import config as config_module
-from dist_ssl import distributed, objective
+from dist_ssl import checkpoint, distributed, objective
 from dist_ssl.config import METHODS, WITH_PREDICTOR, WITH_TEACHER
 from dist_ssl.models import build_model, build_teacher
 from dist_ssl.planning import method_costs
@@ -81,6 +81,15 @@ def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path, small_shards, nam
     ]
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)
     assert relative_error(found[1][1], found[0][1]) < 1e-5
+
+
+def test_batch_norm_counts_a_chunk_once(tmp_path, small_shards):
+    """Each chunk passes the student twice, first without a graph, and the teacher once."""
+    config = of_method(tmp_path, small_shards, "byol", "train.steps=2", "objective.chunks=3")
+    assert ranks(2).run(trajectory.pretrain, config) == [0, 0]
+    for teacher in (False, True):
+        model = checkpoint.load_run(tmp_path, teacher=teacher)[2]
+        assert {int(t) for name, t in model.state_dict().items() if "num_batches" in name} == {2 * 3}
 
 
 def test_who_has_a_predictor(tmp_path):
