@@ -14,6 +14,20 @@ log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0  # between lines of a log
 
 
+def duration(seconds: float) -> str:
+    """40 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 1440:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
 class Progress(ExitStack):
     """Use as `with Progress("reading", total=100) as progress: progress.advance(10)`. Not `shown`, it does nothing.
 
