@@ -202,9 +202,17 @@ def test_nothing_in_it_runs_or_loads(tmp_path):
 
 
 def test_several_runs_are_compared(tmp_path):
-    runs = [a_run(tmp_path / "a", top1=0.8), a_run(tmp_path / "b", top1=0.7)]
+    runs = [a_run(tmp_path / "byol-and-a-long-end", top1=0.8), a_run(tmp_path / "vicreg-and-a-long-end", top1=0.7)]
     text = text_of(build(runs, tmp_path / "both.html").read_text())
-    for part in ("2 runs compared", "What differs in their configs", "80.0%", "70.0%", "run.dir"):
+    for part in (
+        "2 runs compared",
+        "What differs in their configs",
+        "80.0%",
+        "70.0%",
+        "run.dir",
+        " byol 80.0%",
+        " vicreg 70.0%",
+    ):
         assert part in text, part
 
 
@@ -219,6 +227,8 @@ def test_a_run_without_an_evaluation_and_a_folder_that_is_none(tmp_path):
     assert "old is not evaluated yet" not in both
     with pytest.raises(UserError, match="expected a run's directory"):
         build([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="expected a run's directory"):
+        build([folder / "config.toml"])
 
 
 def test_damaged_lines_are_left_out(tmp_path, caplog):

@@ -117,7 +117,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         values: dict[str, Any] = json.loads(file.read_text())
         data_of(values)
         return values
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s: not readable, left out: %s", file, error)

@@ -222,9 +222,10 @@ def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
         cells = [_cell(value) if value else "" for value in values]
         rows.append([escape(run.name), "" if one.step is None else str(one.step), *cells])
     head = ["run", "step", *(f"{probe_name(probe)}, {layer_name(layer)}" for probe, layer in columns)]
+    short = _short([run.name for run in runs])
     dots = {
         f"{probe_name(probe)} on {layer}": [
-            Dot(run.name[-14:], value["top1"], value["interval"][0], value["interval"][1], position)
+            Dot(short[position], value["top1"], value["interval"][0], value["interval"][1], position)
             for position, run, one in found
             if (value := one.values["probes"].get(probe, {}).get(layer))
         ]
@@ -240,6 +241,20 @@ def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
         title += f", on {_data_name([one for _, _, one in found])}"
     lead = f"Whiskers: 95% interval over test images. {explained(['h', 'z', 'h_untrained'])}"
     return section(title, grid(figures) + table(head, rows) + missing, lead)
+
+
+def _short(names: list[str], limit: int = 14) -> list[str]:
+    """What tells names apart, for a chart's margin: without the parts that all begin or end with."""
+    parts = [name.split("-") for name in names]
+    while max(map(len, names)) > limit and len(names) > 1 and min(map(len, parts)) > 1:
+        if len({part[-1] for part in parts}) == 1:
+            parts = [part[:-1] for part in parts]
+        elif len({part[0] for part in parts}) == 1:
+            parts = [part[1:] for part in parts]
+        else:
+            break
+    shortened = ("-".join(part) for part in parts)
+    return [name if len(name) <= limit else f"{name[: limit - 1]}…" for name in shortened]
 
 
 def _cell(value: dict[str, Any]) -> str:

@@ -13,15 +13,12 @@ from dist_ssl.report.runs import Run
 
 
 def summary(runs: list[Run]) -> str:
-    """One run's facts as a list, several runs' as a table."""
+    """One run's facts as a list, several runs' as a table, a column a run."""
     if len(runs) > 1:
         found = [_facts(run) for run in runs]
         names = list(dict.fromkeys(name for facts in found for name in facts))
-        rows = [
-            [escape(run.name), *(escape(facts.get(name, "")) for name in names)]
-            for run, facts in zip(runs, found, strict=True)
-        ]
-        return section("The runs", table(["run", *names], rows, 99))
+        rows = [[name, *(escape(facts.get(name, "")) for facts in found)] for name in names]
+        return section("The runs", table(["", *(escape(run.name) for run in runs)], rows, 99))
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(said)}</dd></div>" for name, said in _facts(runs[0]).items())
     return f'<dl class="summary">{items}</dl>'
 

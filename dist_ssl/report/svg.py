@@ -123,7 +123,7 @@ def dot_chart(
     """
     if not dots:
         return ""
-    row, left, right = 30, max(96, 14 + 7 * max(len(dot.name) for dot in dots)), 62
+    row, left, right = 30, max(96, 18 + 8 * max(len(dot.name) for dot in dots)), 62
     height = 30 + row * len(dots)
     edges = [edge for dot in (*dots, *beside) for edge in (dot.low, dot.high)] + (
         [] if reference is None else [reference]
