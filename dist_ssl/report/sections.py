@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.data import quarantine
-from dist_ssl.evaluation.results import TEACHER, Stored, converged
+from dist_ssl.evaluation.results import TEACHER, Stored, converged, probes_on_h
 from dist_ssl.report import images
 from dist_ssl.report.elements import (
     FACTOR_COLOURS,
@@ -42,7 +42,7 @@ def of_one(run: Run) -> list[str]:
     latest = run.latest()
     if latest is None:
         return [not_evaluated(run)]
-    parts = [_headline(latest.values), _probes("What the frozen encoder knows", latest.values)]
+    parts = [_headline(latest.values), _several(run), _probes("What the frozen encoder knows", latest.values)]
     alike = [one for one in run.on(latest.data) if one.name == latest.name]
     parts += [head_information(latest.values), _over_steps(alike)]
     for one in run.results:
@@ -68,6 +68,22 @@ def _headline(results: dict[str, Any]) -> str:
     if "h_untrained" in layers:
         others.append(f"{percent(layers['h_untrained']['top1'])} on h of the untrained encoder")
     return f'<p class="lead">{text}{": against " + " and ".join(others) if others else ""}.</p>'
+
+
+def _several(run: Run) -> str:
+    """The newest results on each data set in one table, as a transfer is told: a row a set, a column a probe on h."""
+    newest = [run.on(data)[-1] for data in run.data()]
+    if len(newest) < 2:
+        return ""
+    probes = probes_on_h(newest)
+    rows = []
+    for one in newest:
+        data, found = one.values["data"], one.values["probes"]
+        cells = (found.get(probe, {}).get("h") for probe in probes)
+        counts = f"{data['num_classes']:,}", f"{data['test_images']:,}"
+        rows.append([escape(_data_name([one])), *counts, *(_cell(value) if value else "" for value in cells)])
+    head = ["data", "classes", "test images", *(escape(probe_name(probe)) for probe in probes)]
+    return section("On each data set", table(head, rows), "Probes on h, top-1, 95% interval over test images.")
 
 
 def _probes(title: str, results: dict[str, Any]) -> str:
