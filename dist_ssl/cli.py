@@ -19,7 +19,7 @@ import typer
 from dist_ssl import __version__
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
-from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment
+from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment, started_by_local_launcher
 from dist_ssl.data.commands import DataFolder, Overrides
 from dist_ssl.data.commands import app as shards_app
 from dist_ssl.evaluation.commands import app as evaluation_app
@@ -78,6 +78,8 @@ def pretrain(
     if data is None:
         check_config(checked, 1)  # by all ranks, before torch is imported, which takes seconds
     check_extras(checked)
+    if rank_in_environment() == 0 and not started_by_local_launcher():  # which has said so
+        log.info("%s: loading torch, which takes some seconds", config)
     checked = _with_data(checked, data)
     from dist_ssl import distributed
     from dist_ssl.training import interrupts, train

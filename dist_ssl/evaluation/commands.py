@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from dist_ssl.config import Config, StorageConfig, UserError, load, with_overrides
+from dist_ssl.config.environment import rank_in_environment, started_by_local_launcher
 from dist_ssl.data.commands import Overrides
 from dist_ssl.storage.layout import config_path
 
@@ -71,6 +72,8 @@ def evaluate(
     given = _given(data, name, several_excludes=[train_shards, test_shards])
     if run is not None:
         config_path(run)  # where there is none, before torch is imported, which takes seconds
+    if rank_in_environment() == 0 and not started_by_local_launcher():
+        log.info("%s: loading torch, which takes some seconds", run or weights)
     import rich
 
     from dist_ssl import distributed
