@@ -19,9 +19,10 @@ import typer
 from dist_ssl import __version__
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
-from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment
+from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment, started_by_local_launcher
 from dist_ssl.data.commands import DataFolder, Overrides
 from dist_ssl.data.commands import app as shards_app
+from dist_ssl.evaluation.commands import app as evaluation_app
 from dist_ssl.report.commands import app as runs_app
 from dist_ssl.storage import StorageError
 from dist_ssl.storage.layout import check_export_name, config_path
@@ -36,7 +37,6 @@ app = typer.Typer(
     help="Contrastive pretraining of image encoders: exact, fast, restartable, and able to show what it learned.",
 )
 app.add_typer(shards_app, name="shards")
-app.registered_commands += runs_app.registered_commands
 
 
 def _version(value: bool) -> None:
@@ -78,6 +78,8 @@ def pretrain(
     if data is None:
         check_config(checked, 1)  # by all ranks, before torch is imported, which takes seconds
     check_extras(checked)
+    if rank_in_environment() == 0 and not started_by_local_launcher():  # which has said so
+        log.info("%s: loading torch, which takes some seconds", config)
     checked = _with_data(checked, data)
     from dist_ssl import distributed
     from dist_ssl.training import interrupts, train
@@ -134,113 +136,7 @@ def export(
     typer.echo(f"{file}: the {'teacher' if teacher else 'encoder'} of step {step}")
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="A run's directory.")] = None,
-    checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder with train and test shards, or of images (transfer).")
-    ] = None,
-    train_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are fitted on.")] = None,
-    test_shards: Annotated[str | None, typer.Option(help="Labelled shards that probes are scored on.")] = None,
-    probes: Annotated[str | None, typer.Option(help="Comma-separated; see evaluation.probes.")] = None,
-    teacher: Annotated[bool, typer.Option("--teacher", help="Probe the run's teacher instead of its student.")] = False,
-    name: Annotated[str | None, typer.Option(help="The data's name; theirs or their hash's by default.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Anybody's weights instead of a run.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="The encoder that the weights are of.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Config for the weights' evaluation.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the weights' results.")] = None,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Probe a frozen encoder: linear, kNN, what each layer of the head keeps. Writes results.json, prints a table.
-
-    Example: dist-ssl evaluate runs/quickstart
-
-    Example: dist-ssl evaluate --weights resnet50.pth --encoder resnet50 --data s3://bucket/cifar10
-    """
-    if (run is None) == (weights is None) or (weights is None) != (encoder is None):
-        raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
-    if name is not None and (Path(name).name != name or name in ("", "..", "features")):
-        raise UserError(f"--name {name}: expected the name of a folder, without a path, and not features or ..")
-    if run is not None:
-        config_path(run)  # where there is none, before torch is imported, which takes seconds
-    import json
-
-    import rich
-
-    from dist_ssl import distributed
-    from dist_ssl.data.given import train_and_test
-    from dist_ssl.evaluation import evaluate as evaluation
-    from dist_ssl.evaluation.results import FILE, show
-
-    overrides, other_name = list(overrides), None
-    world = distributed.initialize()
-    if data is not None:
-        train, test = train_and_test(data, configuration.StorageConfig())
-        train_shards, test_shards = train_shards or train, test_shards or test
-        other_name = Path(data).resolve().name if "://" not in data else Path(data).name
-    for key, value in (("train_shards", train_shards), ("test_shards", test_shards)):
-        overrides += [f"evaluation.{key}={json.dumps(value)}"] if value is not None else []
-    if probes is not None:
-        overrides += [f"evaluation.probes={json.dumps([p for p in probes.split(',') if p])}"]
-    overrides += ["evaluation.teacher=true"] if teacher else []
-    if run is not None:
-        subject = evaluation.run_subject(run, checkpoint, overrides, name, other_name)
-    else:
-        assert weights is not None
-        assert encoder is not None
-        # What a head keeps is nobody's question about weights without one, until it is asked.
-        unasked = [f"model.encoder={json.dumps(encoder)}", 'evaluation.probes=["linear", "knn"]']
-        base = configuration.load(config) if config is not None else configuration.Config()
-        base = configuration.with_overrides(base, [*unasked[: 1 if config is not None else 2], *overrides])
-        subject = evaluation.weights_subject(weights, encoder, base, output, name)
-    done = evaluation.evaluate(subject, world.device)
-    if world.rank == 0:
-        show(done.values, rich.print)
-        typer.echo(f"{done.folder / FILE}; as a page: dist-ssl report {run or subject.folder}")
-    distributed.shutdown()
-
-
-@app.command()
-def embed(
-    run: Annotated[Path, typer.Argument(help="A run's directory.")],
-    folder: Annotated[Path, typer.Argument(help="A folder of images, whatever lies in it.")],
-    file: Annotated[Path, typer.Argument(help="OUT.npy, with the paths in OUT.json; or OUT.parquet.")],
-    checkpoint: Annotated[int | None, typer.Option(help="Its step; the newest by default.")] = None,
-    teacher: Annotated[bool, typer.Option("--teacher", help="By the run's teacher.")] = False,
-) -> None:
-    """Write h of every image under a folder, by a run's encoder. What can't be decoded is left out and named.
-
-    Example: dist-ssl embed runs/imagenet photos photos.npy
-    """
-    config_path(run)  # where there is none, before torch is imported, which takes seconds
-    from dist_ssl.evaluation import embed as embedding
-
-    embedding.check_output(file)
-    paths, left_out = embedding.images_in(folder), dict[int, str]()
-    encoder = embedding.load_encoder(run, checkpoint, teacher)
-    h = embedding.embed(encoder, paths, left_out=left_out, progress=True)
-    kept = [path for place, path in enumerate(paths) if place not in left_out]
-    embedding.write_embeddings(file, h, kept, encoder)
-    if left_out:
-        log.warning("%d of %d files left out, such as %s", len(left_out), len(paths), next(iter(left_out.values())))
-    typer.echo(f"{file}: h of {len(h)} images, {h.shape[1]} numbers each, by step {encoder.step}")
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
-    output: Annotated[Path | None, typer.Option(help="RUN/report.html by default, ./report.html for several.")] = None,
-) -> None:
-    """Write one self-contained HTML page of a run, or of several side by side.
-
-    Example: dist-ssl report runs/quickstart
-
-    Example: dist-ssl report runs/none runs/linear runs/mlp --output heads.html
-    """
-    from dist_ssl.report.page import build
-
-    typer.echo(build(runs, output))
+app.registered_commands += evaluation_app.registered_commands + runs_app.registered_commands
 
 
 def _set_up_logging() -> None:

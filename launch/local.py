@@ -79,6 +79,7 @@ def _default_ranks() -> int:
 
 def run_ranks(arguments: list[str], size: int, max_restarts: int, grace_seconds: float) -> NoReturn:
     """Run `dist-ssl ARGUMENTS` on `size` local ranks and exit as they did."""
+    print(f"starting {size} rank{'s' * (size > 1)}, which takes some seconds", file=sys.stderr, flush=True)
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -301,6 +301,40 @@ def test_the_command_evaluates_anybodys_weights(labelled, tmp_path):
         assert isinstance(CliRunner().invoke(app, ["evaluate", *wrong]).exception, UserError)
 
 
+def test_several_data_sets_in_one_call_end_in_one_table(labelled, tmp_path):
+    from dist_ssl.cli import app
+
+    weights, sets = tmp_path / "theirs.safetensors", ["--data", f"first={labelled}"]
+    (tmp_path / "half").mkdir()
+    for part, there in (("train", "test"), ("test", "train")):  # another data set: the same parts, changed over
+        (tmp_path / "half" / part).symlink_to(labelled / there)
+    more = ["--data", str(tmp_path / "half"), "--probes", "knn,few_labels", "--set", "evaluation.num_seeds=1"]
+    save_file(build_encoder("resnet_tiny", 16).state_dict(), weights)
+    command = ["evaluate", "--weights", str(weights), "--encoder", "resnet_tiny", *sets]
+    few = ["--set", "evaluation.image_size=16", "--set", "evaluation.num_workers=0"]
+    few += ["--set", "evaluation.few_label_fractions=[0.5]"]
+    done = CliRunner().invoke(app, [*command, *more, *few], env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "theirs-evaluation"
+    top1 = {}
+    for name, images in (("first", "50"), ("half", "150")):
+        found = json.loads((folder / name / "results.json").read_text())
+        top1[name] = [f"{100 * found['probes'][probe]['h']['top1']:.1f}%" for probe in ("knn", "few_labels_0.5")]
+        (row,) = [line for line in done.output.splitlines() if name in line and "results.json" not in line]
+        cells = [cell.strip() for cell in row.split("│")[1:-1]]
+        assert cells[:3] == [name, str(found["data"]["num_classes"]), images]
+        assert [cell.split(" ")[0] for cell in cells[3:]] == top1[name]
+    text = re.sub("<[^>]+>", " ", build([folder]).read_text())
+    assert all(number in text[text.index("On each data set") :] for numbers in top1.values() for number in numbers)
+    shutil.rmtree(folder)
+    twice, both, gone = ["--data", f"{tmp_path}/first"], ["--name", "n", "--data", "x"], ["--data", f"{tmp_path}/gone"]
+    for wrong, told in ((twice, "two sets are called first"), (both, "goes without --name"), (gone, "no such folder")):
+        done = CliRunner().invoke(app, [*command, *wrong])
+        assert isinstance(done.exception, UserError)
+        assert told in str(done.exception)
+    assert not folder.exists()  # all sets are looked for before the first is evaluated
+
+
 def test_images_without_labels_get_what_needs_none_and_half_labelled_ones_an_error(tmp_path):
     from dist_ssl.data.shards import write_shards
     from dist_ssl.data.sources import open_source

@@ -82,6 +82,9 @@ def test_a_newcomers_photos(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.local", "pretrain", "configs/debug_cpu.toml", "--data", str(root)]
     done = run([*command, *options, "--ranks", "1"])
     assert done.returncode == 0, done.stderr
+    first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
+    assert first.endswith("starting 1 ranks, which takes some seconds")
+    assert last.endswith(f"next: dist-ssl evaluate {run_dir}")
     done = run([sys.executable, "-m", "dist_ssl.cli", "evaluate", str(run_dir), "--probes", "knn"])
     assert done.returncode == 0, done.stderr
     results = json.loads((run_dir / "evaluation" / "step-2" / "results.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from dist_ssl import config as configuration
 from dist_ssl.config import UserError
 from dist_ssl.evaluation.results import show
 from dist_ssl.report import svg
+from dist_ssl.report.curves import curves
+from dist_ssl.report.elements import dots_figure
 from dist_ssl.report.page import build
-from dist_ssl.report.runs import read_run
+from dist_ssl.report.runs import Run, read_run
+from dist_ssl.report.sections import head_information
 from tests import chromium
 
 HOSTILE = '<script>alert("x")</script><img src=https://example.com/a.png onerror=alert(1)>'
@@ -30,6 +34,8 @@ def a_run(folder, *, top1=0.8, class_name="disc", steps=(300, 600)):
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, 601):
             record = {"step": step, "loss": 5.0 / step + 1, "learning_rate": 1e-4 * step, "images_per_second": 100.0}
+            record |= {"samples_seen": 8 * step, "epoch": step / 20, "dead_units_h": 0.25}
+            record |= {"gradient_norm": 3.5} if step == 600 else {}
             if step % 50 == 0:
                 record |= {"rankme_h": 10.0 + step / 60, "online_accuracy_h": step / 1000}
             file.write(json.dumps(record) + "\n")
@@ -38,7 +44,9 @@ def a_run(folder, *, top1=0.8, class_name="disc", steps=(300, 600)):
         results = a_result(step, top1, class_name)
         (folder / "evaluation" / f"step-{step}" / "results.json").write_text(json.dumps(results))
     (folder / "evaluation" / "step-600" / "cifar10").mkdir()
-    (folder / "evaluation" / "step-600" / "cifar10" / "results.json").write_text(json.dumps(a_result(600, 0.5, "cat")))
+    transfer = a_result(600, 0.5, "cat")
+    del transfer["probes"]["knn"]
+    (folder / "evaluation" / "step-600" / "cifar10" / "results.json").write_text(json.dumps(transfer))
     arrays = {
         "sample_images": generator.integers(0, 255, (30, 3, 32, 32), dtype=np.uint8),
         "sample_labels": generator.integers(0, 8, 30),
@@ -96,6 +104,10 @@ def test_one_run_says_its_numbers(tmp_path):
     html = build([a_run(tmp_path / "mine")]).read_text()
     text = text_of(html)
     for part in (
+        "encoder resnet50, head mlp to 128 objective nt_xent",
+        "images 160 steps 600 of 600, 8 images each state complete epochs 30 ranks 2, ",
+        "time 48 s of steps replaced samples 0 linear on h 80.0% kNN on h 77.0% best 80.0%: linear on h, step 300",
+        "g1 : a hidden layer of the projection head",
         "A linear probe on h of step 600 names the class of 80.0 % of 300 test images",
         "60.0% on z, which the loss saw",
         "On cifar10, step 600",
@@ -117,11 +129,47 @@ def test_one_run_says_its_numbers(tmp_path):
 
 def test_replaced_samples_are_told(tmp_path):
     run = a_run(tmp_path / "mine")
-    assert "Replaced" not in build([run]).read_text()
+    assert "Replaced samples" not in build([run]).read_text()
     entry = json.dumps({"shard": "000000.tar", "key": "000000/12", "reason": "empty"}) + "\n"
     (run / "quarantine-rank0.jsonl").write_text(entry + entry.replace("12", "13"))
     (run / "quarantine-rank1.jsonl").write_text(entry)
-    assert "000000/12 (empty), 000000/13 (empty) 2" in text_of(build([run]).read_text())
+    text = text_of(build([run]).read_text())
+    assert "000000/12 (empty), 000000/13 (empty) 2" in text
+    assert "replaced samples 2 " in text
+
+
+def test_what_one_number_says_is_a_number():
+    """An axis around one point, or around a level, would say nothing."""
+    config = configuration.validate({"train": {"steps": 2}}, "test")
+    drawn = {"loss": ([1, 2], [5.0, 4.0]), "norm_h": ([2], [3.5]), "dead_units_h": ([1, 2], [0.25, 0.25])}
+    html = curves([Run("mine", Path("mine"), config, drawn, [], None, {})])
+    assert html.count("<svg") == 1
+    assert "3.5 At its only point." in text_of(html)
+    assert "0.25 All along." in text_of(html)
+    assert "<svg" not in dots_figure("fine tuned", [svg.Dot("h", 0.5, 0.4, 0.6)])
+    assert "50.0% h 40.0% to 60.0%" in text_of(dots_figure("fine tuned", [svg.Dot("h", 0.5, 0.4, 0.6)]))
+
+
+def test_lines_that_lie_on_each_other_are_told_apart():
+    first, equal, other = (svg.Series(name, [1, 2], y, 0) for name, y in (("a", [1, 2]), ("b", [1, 2]), ("c", [2, 1])))
+    assert svg.line_chart([first, other], label="").count("stroke-dasharray") == 0
+    assert svg.line_chart([first, equal, other], label="").count("stroke-dasharray") == 1
+    at = re.findall(r'circle cx="([\d.]+)"', svg.line_chart([first, equal], label="", categories=["", "h", "z"]))
+    assert len(set(at)) == 4
+
+
+def test_negative_bits_are_drawn_as_the_table_says_them():
+    def height(bits):
+        result = a_result(1, 0.5, "disc")
+        for task in result["head_information"]["tasks"].values():
+            for layer in task["layers"].values():
+                layer |= {"bits": bits, "bits_interval": [bits - 0.1, bits + 0.1]}
+        html = head_information(result)
+        assert f"{bits:.2f} / 90.0%" in text_of(html)
+        reference = float(re.search(r'class="reference".*?y1="([\d.]+)"', html)[1])
+        return reference - float(re.search(r'circle cx="[\d.]+" cy="([\d.]+)"', html)[1])
+
+    assert height(-0.2) < 0 < height(0.2)
 
 
 def test_a_fit_that_did_not_converge_is_marked(tmp_path):
@@ -154,9 +202,17 @@ def test_nothing_in_it_runs_or_loads(tmp_path):
 
 
 def test_several_runs_are_compared(tmp_path):
-    runs = [a_run(tmp_path / "a", top1=0.8), a_run(tmp_path / "b", top1=0.7)]
+    runs = [a_run(tmp_path / "byol-and-a-long-end", top1=0.8), a_run(tmp_path / "vicreg-and-a-long-end", top1=0.7)]
     text = text_of(build(runs, tmp_path / "both.html").read_text())
-    for part in ("2 runs compared", "What differs in their configs", "80.0%", "70.0%", "run.dir"):
+    for part in (
+        "2 runs compared",
+        "What differs in their configs",
+        "80.0%",
+        "70.0%",
+        "run.dir",
+        " byol 80.0%",
+        " vicreg 70.0%",
+    ):
         assert part in text, part
 
 
@@ -171,6 +227,8 @@ def test_a_run_without_an_evaluation_and_a_folder_that_is_none(tmp_path):
     assert "old is not evaluated yet" not in both
     with pytest.raises(UserError, match="expected a run's directory"):
         build([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="expected a run's directory"):
+        build([folder / "config.toml"])
 
 
 def test_damaged_lines_are_left_out(tmp_path, caplog):
@@ -217,6 +275,8 @@ def test_it_reads_well_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path):
         for page in (one, several):
             for width, dark in ((360, False), (390, True), (1280, False), (1280, True)):
                 browser.open(page, width, 800, dark)
+                assert browser.evaluate(OPEN_CURVES) == "3 of 7", "a wall of panels"
+                browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
                 assert browser.evaluate("document.documentElement.scrollWidth") <= width, "it scrolls sideways"
                 background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
                 assert (background == "rgb(20, 23, 27)") is dark
@@ -224,6 +284,7 @@ def test_it_reads_well_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path):
                     "Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))"
                 )
                 assert size >= 10, "chart text is too small to read"
+                assert browser.evaluate(UNFILLED) < 40, "a chart leaves its card empty"
                 assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
                 contrast = browser.evaluate(CONTRAST)
                 assert contrast >= 4.5, "text is too pale (WCAG 2.2, 1.4.3)"
@@ -233,6 +294,20 @@ def test_it_reads_well_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path):
     finally:
         browser.close()
 
+
+OPEN_CURVES = """
+(() => {
+  const figures = [...[...document.querySelectorAll('section')].find(
+    s => s.querySelector('h2').textContent == 'Training').querySelectorAll('figure')];
+  return figures.filter(f => f.checkVisibility()).length + ' of ' + figures.length;
+})()
+"""
+
+# Pixels of a figure's width that its chart leaves.
+UNFILLED = """
+Math.max(...[...document.querySelectorAll('figure svg')].map(
+  e => e.closest('figure').getBoundingClientRect().width - e.getBoundingClientRect().width))
+"""
 
 # The smallest contrast of text and the series' colours with what is behind them.
 CONTRAST = """

@@ -11,7 +11,21 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-LINE_SECONDS = 30.0  # between lines of a log
+FIRST_SECONDS, LINE_SECONDS = 5.0, 30.0  # until a log's first line, and between those after it
+
+
+def duration(seconds: float) -> str:
+    """40 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 1440:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
 
 
 class Progress(ExitStack):
@@ -23,9 +37,9 @@ class Progress(ExitStack):
     def __init__(self, what: str, total: int, shown: bool = True, done: int = 0, stays: bool = False):
         super().__init__()
         self._what, self._total, self._shown, self._done, self._stays = what, total, shown, done, stays
-        self._done_before = done
         self._note, self._started = "", time.monotonic()
-        self._said = self._started
+        self._next_line = self._started + FIRST_SECONDS
+        self._first: tuple[float, int] | None = None  # when how many were done, once the first of this start was
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -56,20 +70,24 @@ class Progress(ExitStack):
         what = f"{self._what}: {doing}" if doing else self._what
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=what, note=self._note)
-        elif self._shown and self._done < self._total and time.monotonic() - self._said >= LINE_SECONDS:
-            self._said = time.monotonic()
-            self._log(f"{what}: {self._done} of {self._total}{self._time_left()}")
+        elif self._shown and self._done < self._total and (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + (LINE_SECONDS if self._first else FIRST_SECONDS)
+            self._log(f"{what}: {self._done} of {self._total}{self._time_left(now)}")
+        if count and self._first is None:
+            self._first = time.monotonic(), self._done
 
     def __exit__(self, kind: Any, *details: Any) -> Any:
         if self._shown and kind is None and self._bar is None:
             self._log(f"{self._what}: {self._done} done in {time.monotonic() - self._started:.1f} s")
         return super().__exit__(kind, *details)
 
-    def _time_left(self) -> str:
-        """In a log, where it is more than a minute."""
-        rate = (self._done - self._done_before) / max(time.monotonic() - self._started, 1e-9)
-        minutes = (self._total - self._done) / rate / 60 if rate > 0 else 0.0
-        return f", {minutes:.0f} min left" if minutes > 1 else ""
+    def _time_left(self, now: float) -> str:
+        """By the speed since the first was done, before which all got ready; empty where it is nothing or not known."""
+        since, done = self._first or (now, self._done)
+        if self._done == done:
+            return ""
+        seconds = (self._total - self._done) * (now - since) / (self._done - done)
+        return f", {duration(seconds)} left" if seconds >= 1 else ""
 
     def _log(self, line: str) -> None:
         log.info("%s", f"{line}, {self._note}" if self._note else line)

@@ -117,7 +117,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         values: dict[str, Any] = json.loads(file.read_text())
         data_of(values)
         return values
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s: not readable, left out: %s", file, error)
@@ -168,8 +168,38 @@ def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
         table.add_column(probe, justify="right")
     for layer in results["layers"]:
         found = [probes[probe].get(layer) for probe in probes]
-        table.add_row(layer, *(told(value) + ("" if converged(value) else "*") if value else "" for value in found))
+        table.add_row(layer, *(told(value) + mark(value) if value else "" for value in found))
     print_(table)
+
+
+def show_several(results: list[Stored], print_: Callable[[Any], None]) -> None:
+    """The table of a transfer to several data sets: a row a set, a column a probe, all on h. Nothing for one set."""
+    from rich.table import Table
+
+    if len(results) < 2:
+        return
+    probes = probes_on_h(results)
+    table = Table(title=f"h of {results[0].values['checkpoint']}", caption="top-1, 95% interval over test images")
+    for column in ("data", "classes", "test images", *probes):
+        table.add_column(column, justify="left" if column == "data" else "right")
+    for one in results:
+        data, found = one.values["data"], one.values["probes"]
+        cells = (found.get(probe, {}).get("h") for probe in probes)
+        counts = str(data["num_classes"]), str(data["test_images"])
+        table.add_row(one.name or "its own", *counts, *(told(value) + mark(value) if value else "" for value in cells))
+    print_(table)
+
+
+def probes_on_h(results: list[Stored]) -> list[str]:
+    """The probes that were fitted on h for any of the data sets."""
+    return list(
+        dict.fromkeys(probe for one in results for probe, layers in one.values["probes"].items() if "h" in layers)
+    )
+
+
+def mark(value: dict[str, Any]) -> str:
+    """Beside a number, where its fit did not converge."""
+    return "" if converged(value) else "*"
 
 
 def converged(value: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The commands that look at runs: `dist-ssl runs`, `status` and `prune`. They start in a second: none needs torch."""
+"""The commands that look at runs: `dist-ssl report`, `runs`, `status`, `prune`. None needs torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
+    output: Annotated[Path | None, typer.Option(help="RUN/report.html by default, ./report.html for several.")] = None,
+) -> None:
+    """Write one self-contained HTML page of a run, or of several side by side.
+
+    Example: dist-ssl report runs/quickstart
+
+    Example: dist-ssl report runs/none runs/linear runs/mlp --output heads.html
+    """
+    from dist_ssl.report.page import build
+
+    typer.echo(build(runs, output))
 
 
 @app.command()

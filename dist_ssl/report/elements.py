@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
 
+from dist_ssl.report.svg import Dot, colour_class, dot_chart
+
 FACTOR_COLOURS = (0, 1, 2, 3, 7, 6, 8, 9, 10, 11, 15, 14)  # neighbours that differ most; from 8 on dashed
+
+LAYERS = {
+    "h": "what the encoder gives, and what is used afterwards",
+    "g": "a hidden layer of the projection head (g1 the first)",
+    "z": "what the head gives, which only the loss sees",
+    "h_untrained": "h of the same encoder before training",
+}
 
 
 def layer_colour(layer: str) -> int:
@@ -17,6 +27,10 @@ def layer_colour(layer: str) -> int:
 
 def layer_name(layer: str) -> str:
     return "untrained h" if layer == "h_untrained" else layer
+
+
+def probe_name(probe: str) -> str:
+    return "kNN" if probe == "knn" else probe.replace("_", " ")
 
 
 def percent(value: float) -> str:
@@ -32,6 +46,38 @@ def figure(title: str, chart: str, caption: str = "", after: str = "") -> str:
         return ""
     caption = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f"<figure><h3>{escape(title)}</h3>{chart}{after}{caption}</figure>"
+
+
+def dots_figure(
+    title: str, dots: Sequence[Dot], *, reference: float | None = None, beside: Sequence[Dot] = (), caption: str = ""
+) -> str:
+    """A row a value, with its interval; a lone value is told as a number, since an axis would say nothing."""
+    if len(dots) == 1:
+        (dot,) = dots
+        return numbers_figure(
+            title, [(dot.name, percent(dot.value), dot.colour)], f"{span(dot.low, dot.high)}. {caption}"
+        )
+    return figure(title, dot_chart(dots, label=title, reference=reference, beside=beside), caption)
+
+
+def numbers_figure(title: str, values: Sequence[tuple[str, str, int]], caption: str = "") -> str:
+    """(name, number, colour) each, instead of a chart of one point; a lone name that is empty is left out."""
+    items = "".join(
+        f'<li><b class="{colour_class(colour)}">{escape(number)}</b> {escape(name)}</li>'
+        for name, number, colour in values
+    )
+    return figure(title, f'<ul class="numbers">{items}</ul>', caption)
+
+
+def explained(layers: Iterable[str]) -> str:
+    """What the names of layers mean, in a line."""
+    said, told = [], set()
+    for layer in layers:
+        kind = "g" if layer[:1] == "g" else layer
+        if kind in LAYERS and kind not in told:
+            told.add(kind)
+            said.append(f"<b>{escape(layer_name(layer))}</b>: {LAYERS[kind]}")
+    return "; ".join(said) + "."
 
 
 def section(title: str, body: str, lead: str = "") -> str:

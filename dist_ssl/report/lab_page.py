@@ -139,9 +139,9 @@ def _depth_chart(row: Row, kind: str, tasks: dict[str, dict[str, Any]]) -> tuple
             Series(
                 task.replace("_", " "),
                 list(range(len(depth))),
-                [max(e.mean, 0.0) / entropy for e in found],
+                [e.mean / entropy for e in found],
                 colour,
-                [min(max(e.low, 0.0) / entropy, 1.0) for e in found],
+                [max(e.low, min(e.mean, 0.0)) / entropy for e in found],  # of few seeds it is wide: cut at 0
                 [min(max(e.high, 0.0) / entropy, 1.0) for e in found],
             )
         )

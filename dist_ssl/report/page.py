@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from dist_ssl.report import sections
+from dist_ssl.report import curves, sections, summary
 from dist_ssl.report.runs import Run, read_run
 
 
@@ -18,8 +18,9 @@ def build(folders: list[Path], output: Path | None = None) -> Path:
     """Writes the report of one run (RUN/report.html by default) or of several compared, and returns its path."""
     runs = _distinct([read_run(folder) for folder in folders])
     output = output or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
-    parts = sections.compared(runs) if len(runs) > 1 else sections.of_one(runs[0])
-    parts += [sections.curves(runs)]
+    parts = [summary.summary(runs)]
+    parts += sections.compared(runs) if len(runs) > 1 else sections.of_one(runs[0])
+    parts += [curves.curves(runs)]
     if len(runs) == 1:
         parts += sections.pictures(runs[0])
     parts += [sections.bad_samples(runs), sections.settings(runs), sections.reproduce(runs)]

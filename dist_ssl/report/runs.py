@@ -7,10 +7,12 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
 from dist_ssl.evaluation.results import Stored, stored, stored_in
+from dist_ssl.report.status import status
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class Run:
     curves: dict[str, tuple[list[float], list[float]]]
     results: list[Stored]
     ranks: int | None  # of the pretraining; None where that is not known
+    progress: dict[str, Any]  # as `status` tells it; empty for a file of weights
 
     def data(self) -> list[tuple[str, ...]]:
         """The data sets that it was evaluated on: its own first, then by their names."""
@@ -53,9 +56,11 @@ def read_run(folder: Path) -> Run:
     name = folder.resolve().name
     if (folder / "config.toml").exists():
         config = configuration.load(folder / "config.toml")
-        return Run(name, folder, config, _curves(folder / "metrics.jsonl"), stored(folder), _ranks(folder))
+        return Run(
+            name, folder, config, _curves(folder / "metrics.jsonl"), stored(folder), _ranks(folder), status(folder)
+        )
     if results := stored_in(folder):
-        return Run(name, folder, configuration.loads(results[0].values["config"]), {}, results, None)
+        return Run(name, folder, configuration.loads(results[0].values["config"]), {}, results, None, {})
     raise UserError(
         f"{folder}: expected a run's directory (with config.toml), or the folder that the evaluation of a file of "
         "weights wrote; name the folder that run.dir was"

@@ -1,4 +1,4 @@
-"""The report's sections: probes, head information, curves, settings, how to reproduce. Each returns HTML, or "" when
+"""The report's sections: probes, head information, settings, how to reproduce. Each returns HTML, or "" when
 the run has nothing to show there."""
 
 from __future__ import annotations
@@ -9,49 +9,24 @@ from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.data import quarantine
-from dist_ssl.evaluation.results import TEACHER, Stored, converged
+from dist_ssl.evaluation.results import TEACHER, Stored, converged, probes_on_h
 from dist_ssl.report import images
 from dist_ssl.report.elements import (
     FACTOR_COLOURS,
+    dots_figure,
+    explained,
     figure,
     grid,
     layer_colour,
     layer_name,
     percent,
+    probe_name,
     section,
     span,
     table,
 )
 from dist_ssl.report.runs import Run
-from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
-
-CURVES = {
-    "loss": "Loss",
-    "learning_rate": "Learning rate",
-    "online_accuracy_h": "Online linear probe of h (accuracy)",
-    "online_accuracy_z": "Online linear probe of z (accuracy)",
-    "rankme_h": "Effective rank of h (RankMe)",
-    "rankme_z": "Effective rank of z (RankMe)",
-    "positive_similarity": "Cosine of positives",
-    "negative_similarity": "Cosine of negatives",
-    "alignment": "Alignment (squared distance of positives)",
-    "uniformity": "Uniformity (log potential, lower is more even)",
-    "loss_gap": "log(views - 1) minus the loss",
-    "invariance": "Invariance (mean squared difference of the views)",
-    "prediction": "Prediction (mean squared distance to the global views' mean)",
-    "sigreg": "SIGReg",
-    "std_z": "Standard deviation of z's dimensions",
-    "low_std_share": "Dimensions of z whose deviation is below 0.5 (share)",
-    "diagonal": "Correlation of a dimension between the views",
-    "off_diagonal": "Correlation of different dimensions, squared",
-    "prediction_similarity": "Cosine of prediction and target",
-    "query_accuracy": "Queries that find their key in the sample (share)",
-    "gradient_norm": "Gradient norm",
-    "norm_h": "Norm of h",
-    "dead_units_h": "Dead units of h (share)",
-    "images_per_second": "Images a second",
-    "data_wait_fraction": "Share of time spent waiting for data",
-}
+from dist_ssl.report.svg import Dot, Series, legend, line_chart
 
 
 def not_evaluated(run: Run) -> str:
@@ -67,7 +42,7 @@ def of_one(run: Run) -> list[str]:
     latest = run.latest()
     if latest is None:
         return [not_evaluated(run)]
-    parts = [_headline(latest.values), _probes("What the frozen encoder knows", latest.values)]
+    parts = [_headline(latest.values), _several(run), _probes("What the frozen encoder knows", latest.values)]
     alike = [one for one in run.on(latest.data) if one.name == latest.name]
     parts += [head_information(latest.values), _over_steps(alike)]
     for one in run.results:
@@ -95,6 +70,22 @@ def _headline(results: dict[str, Any]) -> str:
     return f'<p class="lead">{text}{": against " + " and ".join(others) if others else ""}.</p>'
 
 
+def _several(run: Run) -> str:
+    """The newest results on each data set in one table, as a transfer is told: a row a set, a column a probe on h."""
+    newest = [run.on(data)[-1] for data in run.data()]
+    if len(newest) < 2:
+        return ""
+    probes = probes_on_h(newest)
+    rows = []
+    for one in newest:
+        data, found = one.values["data"], one.values["probes"]
+        cells = (found.get(probe, {}).get("h") for probe in probes)
+        counts = f"{data['num_classes']:,}", f"{data['test_images']:,}"
+        rows.append([escape(_data_name([one])), *counts, *(_cell(value) if value else "" for value in cells)])
+    head = ["data", "classes", "test images", *(escape(probe_name(probe)) for probe in probes)]
+    return section("On each data set", table(head, rows), "Probes on h, top-1, 95% interval over test images.")
+
+
 def _probes(title: str, results: dict[str, Any]) -> str:
     if not results["probes"]:
         return ""
@@ -109,17 +100,16 @@ def _probes(title: str, results: dict[str, Any]) -> str:
     }
     everything = [dot for drawn in dots.values() for dot in drawn]
     for probe, layers in results["probes"].items():
-        chart = dot_chart(dots[probe], label=f"{probe} accuracy", reference=chance, beside=everything)
-        figures.append(figure(probe.replace("_", " "), chart))
+        figures.append(dots_figure(probe_name(probe), dots[probe], reference=chance, beside=everything))
         for layer, value in layers.items():
             low, high = value["interval"]
             seeds = len(value["seeds"])
             spread = f"{100 * value['spread']:.2f}" if seeds > 1 else ""
-            names = [escape(probe.replace("_", " ")), escape(layer_name(layer))]
+            names = [escape(probe_name(probe)), escape(layer_name(layer))]
             rows.append([*names, percent(value["top1"]), span(low, high), str(seeds), spread, _fit(value)])
     compared_rows = [
         [
-            escape(one["probe"]),
+            escape(probe_name(one["probe"])),
             f"h minus {escape(layer_name(one['b']))}",
             f"{100 * one['difference']:+.1f}",
             f"{100 * one['interval'][0]:+.1f} to {100 * one['interval'][1]:+.1f}",
@@ -129,7 +119,7 @@ def _probes(title: str, results: dict[str, Any]) -> str:
     data = results["data"]
     lead = (
         f"Probes were fitted on {data['train_images']:,} images and scored on {data['test_images']:,} others. "
-        "Whiskers: 95% interval over test images. Dashed: chance."
+        f"Whiskers: 95% interval over test images. Dashed: chance. {explained(results['layers'])}"
     )
     digest = results["encoder_digest"]
     proof = (
@@ -171,19 +161,17 @@ def head_information(results: dict[str, Any]) -> str:
                 Series(
                     name.replace("_", " "),
                     list(range(len(layers))),
-                    [max(value["bits"], 0.0) / entropy for value in values],
+                    [value["bits"] / entropy for value in values],
                     colour,
-                    [max(value["bits_interval"][0], 0.0) / entropy for value in values],
-                    [max(value["bits_interval"][1], 0.0) / entropy for value in values],
+                    [value["bits_interval"][0] / entropy for value in values],
+                    [value["bits_interval"][1] / entropy for value in values],
                 )
             )
             rows.append(
                 [escape(name.replace("_", " ")), f"{task['entropy_bits']:.2f}", percent(task["chance"])]
                 + [f"{value['bits']:.2f} / {percent(value['accuracy'])}" for value in values]
             )
-        chart = line_chart(series, label=title, categories=layers, y_min=0.0) if series else ""
-        names = legend([(one.name, one.colour) for one in series])
-        figures.append(figure(title, chart, "Share of the entropy that the probe recovers; 0 is guessing.", names))
+        figures.append(_kept(title, series, layers))
     numbers = table(["", "entropy, bits", "chance", *map(escape, layers)], rows)
     lead = (
         "A small classifier is trained to name what was done to an image, or how it was made, from each layer. What it "
@@ -192,6 +180,16 @@ def head_information(results: dict[str, Any]) -> str:
     )
     details = f"<details><summary>Numbers: bits / accuracy</summary>{numbers}</details>"
     return section("What the head keeps, and what it throws away", grid(figures) + details, lead)
+
+
+def _kept(title: str, series: list[Series], layers: list[str]) -> str:
+    """The tasks over the layers; of a lone layer, such as a file of weights has, a row a task."""
+    said = "Share of the label's entropy that the probe recovers; 0 (dashed) is guessing, less is worse than that."
+    if len(layers) > 1:
+        chart = line_chart(series, label=title, categories=layers, y_min=0.0, reference=0.0)
+        return figure(title, chart, said, legend([(one.name, one.colour) for one in series]))
+    dots = [Dot(one.name, one.y[0], one.low[0], one.high[0], one.colour) for one in series if one.low and one.high]
+    return dots_figure(f"{title}, from {layers[0]}", dots, reference=0.0, caption=said)
 
 
 def _over_steps(results: list[Stored]) -> str:
@@ -214,7 +212,9 @@ def _over_steps(results: list[Stored]) -> str:
                 )
             )
         chart = line_chart(series, label=f"{probe} over steps", x_label="step")
-        figures.append(figure(f"{probe} over training", chart, after=legend([(s.name, s.colour) for s in series])))
+        figures.append(
+            figure(f"{probe_name(probe)} over training", chart, after=legend([(s.name, s.colour) for s in series]))
+        )
     return section("Over training", grid(figures))
 
 
@@ -237,10 +237,11 @@ def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
         values = [one.values["probes"].get(probe, {}).get(layer) for probe, layer in columns]
         cells = [_cell(value) if value else "" for value in values]
         rows.append([escape(run.name), "" if one.step is None else str(one.step), *cells])
-    head = ["run", "step", *(f"{probe}, {layer_name(layer)}" for probe, layer in columns)]
+    head = ["run", "step", *(f"{probe_name(probe)}, {layer_name(layer)}" for probe, layer in columns)]
+    short = _short([run.name for run in runs])
     dots = {
-        f"{probe} on {layer}": [
-            Dot(run.name[-14:], value["top1"], value["interval"][0], value["interval"][1], position)
+        f"{probe_name(probe)} on {layer}": [
+            Dot(short[position], value["top1"], value["interval"][0], value["interval"][1], position)
             for position, run, one in found
             if (value := one.values["probes"].get(probe, {}).get(layer))
         ]
@@ -248,13 +249,28 @@ def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
         for layer in ("h", "z")
     }
     everything = [dot for drawn in dots.values() for dot in drawn]
-    figures = [figure(name, dot_chart(drawn, label=name, beside=everything)) for name, drawn in dots.items()]
+    figures = [dots_figure(name, drawn, beside=everything) for name, drawn in dots.items()]
     absent = [run.name for run in runs if run.results and not run.on(data)]
     missing = f'<p class="soft">Not evaluated on these images: {escape(", ".join(absent))}.</p>' if absent else ""
     title = "What the frozen encoders know"
     if not only:
         title += f", on {_data_name([one for _, _, one in found])}"
-    return section(title, grid(figures) + table(head, rows) + missing, "95% interval over test images.")
+    lead = f"Whiskers: 95% interval over test images. {explained(['h', 'z', 'h_untrained'])}"
+    return section(title, grid(figures) + table(head, rows) + missing, lead)
+
+
+def _short(names: list[str], limit: int = 14) -> list[str]:
+    """What tells names apart, for a chart's margin: without the parts that all begin or end with."""
+    parts = [name.split("-") for name in names]
+    while max(map(len, names)) > limit and len(names) > 1 and min(map(len, parts)) > 1:
+        if len({part[-1] for part in parts}) == 1:
+            parts = [part[:-1] for part in parts]
+        elif len({part[0] for part in parts}) == 1:
+            parts = [part[1:] for part in parts]
+        else:
+            break
+    shortened = ("-".join(part) for part in parts)
+    return [name if len(name) <= limit else f"{name[: limit - 1]}…" for name in shortened]
 
 
 def _cell(value: dict[str, Any]) -> str:
@@ -268,21 +284,6 @@ def _data_name(results: list[Stored]) -> str:
     if names and results[0].values.get("teacher"):
         return f"{names[0].removeprefix(TEACHER).removeprefix('-') or 'its own data'}, by the teacher"
     return names[0] if names else str(results[0].values["data"].get("test_shards", "their own data"))
-
-
-def curves(runs: list[Run]) -> str:
-    """Every known metric that a run logged, the runs laid over one another."""
-    figures = []
-    for name, title in CURVES.items():
-        series = [
-            Series(run.name, *run.curves[name], colour=position)
-            for position, run in enumerate(runs)
-            if name in run.curves
-        ]
-        figures.append(figure(title, line_chart(series, label=title, x_label="step") if series else ""))
-    names = legend([(run.name, position) for position, run in enumerate(runs)]) if len(runs) > 1 else ""
-    body = grid(figures)
-    return section("Training", names + body) if body else ""
 
 
 def pictures(run: Run) -> list[str]:

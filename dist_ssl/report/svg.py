@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 360, 230
@@ -74,11 +74,16 @@ def line_chart(
 ) -> str:
     """Curves over x, or over the named `categories` (x = 0, 1, ...) with a mark and a whisker at each point.
 
-    Values that are not finite are left out. `reference` draws a dashed level. Empty where there is nothing to draw.
+    A curve that lies on others is dashed, so that they show through. Values that are not finite are left out.
+    `reference` draws a dashed level. Empty where there is nothing to draw.
     """
     drawn = [one for one in map(_finite if categories else _thin, series) if len(one.x)]
     if not drawn:
         return ""
+    if categories:  # side by side within a category, so that equal values don't hide one another
+        drawn = [
+            replace(one, x=[x + apart for x in one.x]) for one, apart in zip(drawn, _spread(len(drawn)), strict=True)
+        ]
     all_y = [v for one in drawn for part in (one.y, one.low or (), one.high or ()) for v in part]
     low, high = min(all_y), max(all_y)
     if reference is not None:
@@ -98,8 +103,9 @@ def line_chart(
     if reference is not None:
         y = frame.y(reference)
         parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    for one in drawn:
-        parts.append(_curve(frame, one, marks=categories is not None))
+    for position, one in enumerate(drawn):
+        below = sum(_lies_on(frame, one, other) for other in drawn[:position])
+        parts.append(_curve(frame, one, marks=categories is not None, below=below))
     return _svg(parts, HEIGHT, label)
 
 
@@ -117,14 +123,14 @@ def dot_chart(
     """
     if not dots:
         return ""
-    row, left, right = 30, max(96, 14 + 7 * max(len(dot.name) for dot in dots)), 62
+    row, left, right = 30, max(96, 18 + 8 * max(len(dot.name) for dot in dots)), 62
     height = 30 + row * len(dots)
     edges = [edge for dot in (*dots, *beside) for edge in (dot.low, dot.high)] + (
         [] if reference is None else [reference]
     )
     low, high = _padded(min(edges), max(edges))
     if percent:
-        low, high = max(low, 0.0), min(high, 1.0)
+        low, high = max(low, min(0.0, *edges)), min(high, max(1.0, *edges))
     scale = (WIDTH - left - right) / max(high - low, 1e-9)
 
     def place(value: float) -> float:
@@ -173,7 +179,7 @@ def scatter(x: Sequence[float], y: Sequence[float], groups: Sequence[int], names
 
 def legend(entries: Sequence[tuple[str, int]]) -> str:
     """An HTML legend: (name, colour) each."""
-    items = "".join(f'<li><i class="{_kind(colour)}"></i>{escape(name)}</li>' for name, colour in entries)
+    items = "".join(f'<li><i class="{colour_class(colour)}"></i>{escape(name)}</li>' for name, colour in entries)
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -191,8 +197,8 @@ class _Frame:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _kind(colour: int) -> str:
-    """Past the palette its colours come again, dashed."""
+def colour_class(colour: int) -> str:
+    """The class of style.css; past the palette its colours come again, dashed."""
     return f"s{colour % NUM_COLOURS}" + (" dashed" if colour >= NUM_COLOURS else "")
 
 
@@ -231,9 +237,24 @@ def _thin(series: Series) -> Series:
     return Series(series.name, xs, ys, series.colour, lows, highs)
 
 
-def _curve(frame: _Frame, one: Series, marks: bool) -> str:
+def _spread(count: int) -> list[float]:
+    """How far each of so many series is moved sideways, in categories."""
+    step = min(0.06, 0.5 / count)
+    return [(position - (count - 1) / 2) * step for position in range(count)]
+
+
+def _lies_on(frame: _Frame, one: Series, other: Series) -> bool:
+    """Whether two curves are within a line's width of each other all along."""
+    there = dict(zip(other.x, other.y, strict=True))
+    return len(one.x) > 1 and all(
+        x in there and abs(frame.y(y) - frame.y(there[x])) < 2 for x, y in zip(one.x, one.y, strict=True)
+    )
+
+
+def _curve(frame: _Frame, one: Series, marks: bool, below: int) -> str:
+    """`below`: how many curves it lies on; the more, the longer the gaps between its dashes."""
     points = [(frame.x(a), frame.y(b)) for a, b in zip(one.x, one.y, strict=True)]
-    parts = [f'<g class="{_kind(one.colour)}"><title>{escape(one.name)}</title>']
+    parts = [f'<g class="{colour_class(one.colour)}"><title>{escape(one.name)}</title>']
     if one.low is not None and one.high is not None:
         lows = [(frame.x(a), frame.y(b)) for a, b in zip(one.x, one.low, strict=True)]
         highs = [(frame.x(a), frame.y(b)) for a, b in zip(one.x, one.high, strict=True)]
@@ -245,7 +266,8 @@ def _curve(frame: _Frame, one: Series, marks: bool) -> str:
         else:
             parts.append(f'<polygon class="band" points="{_points(highs + lows[::-1])}"/>')
     if len(points) > 1:
-        parts.append(f'<polyline points="{_points(points)}"/>')
+        dashes = f' style="stroke-dasharray: 9 {9 * below}"' if below else ""
+        parts.append(f'<polyline points="{_points(points)}"{dashes}/>')
     if marks or len(points) == 1:
         for (a, b), value in zip(points, one.y, strict=True):
             parts.append(

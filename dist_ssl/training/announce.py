@@ -10,6 +10,7 @@ from torch import nn
 from dist_ssl import config as config_module
 from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.manifest import Manifest
+from dist_ssl.data.progress import duration
 from dist_ssl.data.quarantine import bad_samples
 from dist_ssl.distributed import World
 from dist_ssl.models import ContrastiveModel
@@ -34,12 +35,14 @@ class Announcement:
             method += f", a teacher ({_millions(model.encoder, model.head)})"
         classes = f", {len(manifest.classes)} classes for the probes" if manifest.classes else ", no labels"
         device = "GPU" if world.device.type == "cuda" else "CPU"
+        went = f", {done_steps:,} of them done" if done_steps else ""
         for line in (
+            f"run: {config.run.dir}, {f'going on from step {done_steps:,}' if done_steps else 'new'}",
             f"data: {samples:,} images in {len(manifest.shards):,} shards{classes}",
             f"model: {config.model.encoder} ({encoder} parameters), head {config.model.head.kind} ({head}), {method}",
             f"ranks: {world.size} ({device}, {config.engine.precision}, ZeRO {config.engine.zero_stage}), "
             f"a batch of {batch:,} over all of them",
-            f"steps: {steps:,}, {batch * steps / samples:.1f} epochs of {samples / batch:.1f} steps; "
+            f"steps: {steps:,}{went}, {batch * steps / samples:.1f} epochs of {samples / batch:.1f} steps; "
             f"a checkpoint every {config.checkpoint.every_steps:,}",
         ):
             log.info("%s", line)
@@ -47,14 +50,22 @@ class Announcement:
     def over(self) -> None:
         """Call on every rank when all steps are done."""
         if self._world.rank == 0:
-            minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
             run_dir = self._config.run.dir
             replaced = len(bad_samples(run_dir))
             log.info(
-                "%s: complete, %d steps in %d min %02d s%s; next: dist-ssl evaluate %s",
-                run_dir, self._steps_to_go, minutes, seconds,
-                f", {replaced} bad samples replaced (quarantine-rank*.jsonl)" if replaced else "", run_dir,
-            )  # fmt: skip
+                "%s: complete, %d steps in %s%s; next: %s",
+                run_dir,
+                self._steps_to_go,
+                duration(time.monotonic() - self._started),
+                f", {replaced} bad samples replaced (quarantine-rank*.jsonl)" if replaced else "",
+                next_command(self._config),
+            )
+
+
+def next_command(config: Config) -> str:
+    """What one does with a complete run."""
+    without = " --data DIR, with labelled images" if config.evaluation.test_shards is None else ""
+    return f"dist-ssl evaluate {config.run.dir}{without}"
 
 
 def _millions(*parts: nn.Module) -> str:

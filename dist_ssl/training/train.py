@@ -25,7 +25,7 @@ from dist_ssl.engine import Engine
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.models import build_model
 from dist_ssl.models.weights import start_from
-from dist_ssl.training.announce import Announcement
+from dist_ssl.training.announce import Announcement, next_command
 from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.feed import Feed
 from dist_ssl.training.interrupts import StopRequest, Watchdog
@@ -65,7 +65,8 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     state = found.state() if found is not None else RunState(0, 0, config_module.dumps(config), manifest.hash)
     if state.step >= total_steps:
         if world.rank == 0:
-            log.info("already complete at step %d of %d; --extend makes it longer", state.step, total_steps)
+            said = "already complete at step %d of %d; --extend makes it longer; next: %s"
+            log.info(said, state.step, total_steps, next_command(config))
         return 0
     announcement = Announcement(config, world, manifest, untrained, state.step)  # ZeRO 3 takes the weights apart
     model = engine.initialize(untrained, config, world)
