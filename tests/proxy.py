@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 
 class FaultyProxy:
@@ -16,16 +18,25 @@ class FaultyProxy:
 
     `refused`: part of requests answered 503 or reset; `cut`: part of answers whose body breaks off in the middle;
     `latency_seconds`: before each. `requests`, `faults` and `body_bytes`, those of answers, count. Draws are seeded;
-    which request meets which depends on timing.
+    which request meets which depends on timing. With `tls` it speaks HTTPS, to a server that does not.
     """
 
-    def __init__(self, port: int, refused: float = 0.0, cut: float = 0.0, latency_seconds: float = 0.0, seed: int = 0):
+    def __init__(
+        self,
+        port: int,
+        refused: float = 0.0,
+        cut: float = 0.0,
+        latency_seconds: float = 0.0,
+        seed: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ):
+        self._tls = tls
         self._upstream, self.refused, self.cut, self.latency_seconds = port, refused, cut, latency_seconds
         self._random, self._lock = random.Random(seed), threading.Lock()
         self.requests = self.faults = self.body_bytes = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._listener.getsockname()[1]
-        self.endpoint_url = f"http://127.0.0.1:{self.port}"
+        self.endpoint_url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -39,8 +50,8 @@ class FaultyProxy:
                 return
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _serve(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):
+    def _serve(self, plain: socket.socket) -> None:
+        with contextlib.suppress(OSError), self._tls.wrap_socket(plain, True) if self._tls else plain as client:
             client.settimeout(60)
             request = _read_request(client)
             if not request:
@@ -109,8 +120,8 @@ def _content_length(head: bytes) -> int:
 
 
 @contextlib.contextmanager
-def faulty_proxy(port: int, **faults: float) -> Iterator[FaultyProxy]:
-    proxy = FaultyProxy(port, **faults)  # type: ignore[arg-type]
+def faulty_proxy(port: int, **faults: Any) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(port, **faults)
     try:
         yield proxy
     finally:

@@ -49,7 +49,7 @@ def test_other_schemes_are_refused(url: str, tmp_path: Path) -> None:
         lambda: storage.list_files(url, LOCAL),
         lambda: storage.filesystem(url, LOCAL),
     ):
-        with pytest.raises(UserError, match=r"file, s3, gs, https, memory|empty"):
+        with pytest.raises(UserError, match=r"file, s3, gs, az, hf, https, memory|empty"):
             call()
 
 
@@ -57,10 +57,18 @@ def test_allowed_schemes() -> None:
     assert storage.check_url("/a/b") == storage.check_url("a/b") == storage.check_url("file:///a") == "file"
     assert storage.check_url("s3://bucket/a") == "s3"
     assert storage.check_url("https://host/a.tar") == "https"
+    assert storage.check_url("hf://datasets/org/name@main/a.tar") == "hf"
 
 
 @pytest.mark.parametrize(
-    "url", ["https://user:hunter2pw@host/x", "s3://key:hunter2pw@bucket/x", "https://h/x?sig=hunter2pw"]
+    "url",
+    [
+        "https://user:hunter2pw@host/x",
+        "s3://key:hunter2pw@bucket/x",
+        "https://h/x?sig=hunter2pw",
+        "hf://hunter2pw@datasets/org/name/x",
+        "az://box:hunter2pw@account/x",
+    ],
 )
 def test_credentials_in_urls_are_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(UserError) as caught:

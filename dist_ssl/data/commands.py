@@ -59,7 +59,7 @@ def write(
 @app.command("index")
 def index(
     location: Annotated[
-        str, typer.Argument(help="Brace pattern, or a directory of tars; folder:DIR or idx:IMAGES[:LABELS].")
+        str, typer.Argument(help="Pattern of braces or *, or a directory of tars; folder:DIR or idx:IMAGES[:LABELS].")
     ],
     output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
     test_fraction: Annotated[float, typer.Option(help="Of a folder: hold out this part, folder:DIR/test.")] = 0.0,
@@ -75,6 +75,8 @@ def index(
     DIR/.dist_ssl. Where images lie on a network's file system or in a store, `shards write` is the faster way.
 
     Example: dist-ssl shards index 's3://bucket/train-{0000..1023}.tar' --output data/index
+
+    Example: dist-ssl shards index 'hf://datasets/org/name/train-*.tar' --output index; then data.shards = "index"
 
     Example: dist-ssl shards index folder:photos --test-fraction 0.1; then data.shards = "folder:photos/train"
     """

@@ -84,11 +84,13 @@ def index_shards(
     num_workers: int | None = None,
     progress: bool = False,
 ) -> Manifest:
-    """Index the shards of a brace pattern, or of a directory, and write the manifest there or in `output`.
+    """Index the shards of a pattern (braces, `*`, `?`), or of a directory, and write the manifest there or in `output`.
 
     Labels come from .cls members, or from the field `json_label` of the .json. A shard whose index is there and of
     its size is skipped, unless `rebuild`. Raises UserError naming the first shard that is no whole tar.
     """
+    if storage.check_url(output or location) in storage.READ_ONLY:
+        raise UserError(f"{location}: can only be read; name a folder or bucket for its index by --output FOLDER")
     urls = _shard_urls(location, config)
     folder = absolute(output).rstrip("/") if output else common_directory(urls)
     names = [url.rsplit("/", 1)[-1] for url in urls]
@@ -140,13 +142,17 @@ def verify_shards(
 
 def _shard_urls(location: str, config: StorageConfig) -> list[str]:
     storage.check_url(location)
-    if "{" in location or location.endswith(".tar"):
-        return [absolute(url) for url in expand(location)]
+    if set(location) & set("{*?") or location.endswith(".tar"):
+        patterns = expand(location)
+        found = [storage.glob(one, config) if set(one) & set("*?") else [one] for one in patterns]
+        urls = list(dict.fromkeys(absolute(url) for of_one in found for url in of_one))
+        if not urls:
+            raise UserError(f"{location}: nothing there is called so")
+        return urls
     urls = [absolute(url) for url in storage.list_files(location, config) if url.endswith(".tar")]
     if not urls:
-        raise UserError(
-            f"{location}: no .tar there; expected a directory of shards or a brace pattern (images: folder:{location})"
-        )
+        hint = f" (images: folder:{location})" if storage.is_local(location) else ""
+        raise UserError(f"{location}: no .tar there; expected a directory of shards, or a pattern of braces or *{hint}")
     return urls
 
 
@@ -156,8 +162,8 @@ def _index_one(
     url, index_url = job
     try:
         num_bytes = storage.size(url, config)
-    except FileNotFoundError:
-        raise UserError(f"{storage.redact(url)}: no such shard") from None
+    except FileNotFoundError as error:
+        raise UserError(f"no such shard: {error}") from None
     if not rebuild:
         with suppress(FileNotFoundError, UserError):
             index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)

@@ -5,18 +5,12 @@ A URL can make a run fail with a clear error; it can't start a shell or leak cre
 """
 
 from dist_ssl.storage.files import (
-    SCHEMES,
     StorageError,
     check_length,
-    check_url,
     exists,
-    filesystem,
-    is_local,
-    join,
+    glob,
     list_files,
-    local_path,
     read_bytes,
-    redact,
     remove,
     retry,
     size,
@@ -24,15 +18,20 @@ from dist_ssl.storage.files import (
     write_file,
 )
 from dist_ssl.storage.store import Store
+from dist_ssl.storage.systems import filesystem
+from dist_ssl.storage.urls import READ_ONLY, SCHEMES, check_url, check_writable, is_local, join, local_path, redact
 
 __all__ = [
+    "READ_ONLY",
     "SCHEMES",
     "StorageError",
     "Store",
     "check_length",
     "check_url",
+    "check_writable",
     "exists",
     "filesystem",
+    "glob",
     "is_local",
     "join",
     "list_files",

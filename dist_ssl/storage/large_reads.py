@@ -1,15 +1,16 @@
 """Reading whole files in large ranges, side by side, handed on as they come.
 
 Nothing is put together in memory: a body's pieces go straight to where the caller wants them, and their checksum is
-taken on the way. On S3 that costs less than `cat_file`, and what came of a body that breaks off is kept.
+taken on the way. That costs less than `cat_file`, and what came of a body that breaks off is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from dist_ssl.config import StorageConfig
 
 RANGE_BYTES = 8 * 2**20  # one request
 CONCURRENT_RANGES = 4  # of a file
+STREAMED = ("s3", "https", "hf")  # whose bodies are taken in as they come; of others fsspec hands on whole ranges
 CHUNK_BYTES = 2**18  # of a body, at most, that is taken in at a time, and twice that is lost where it breaks off
 
 
@@ -69,9 +71,9 @@ def read_file(
 ) -> int | None:
     """Hand the `num_bytes` bytes of a file to `take(offset, bytes)`, in any order.
 
-    Returns their crc32, or None once `stop()` was true. Large ranges are requested, several at a time. A body of S3
-    that breaks off is resumed by a request for its rest; other stores' ranges are asked for again. `take` may run on
-    fsspec's event loop, where it must not wait or call `storage`. Raises StorageError as `storage.read_bytes` does.
+    Returns their crc32, or None once `stop()` was true. Large ranges are requested, several at a time. A body that
+    breaks off is resumed by a request for its rest, where it is `STREAMED`. `take` may run on fsspec's event loop,
+    where it must not wait or call `storage`. Raises StorageError as `storage.read_bytes` does.
     """
 
     def over() -> bool:
@@ -94,7 +96,7 @@ def read_file(
                 raise EOFError(f"expected bytes up to {part.stop}, got them up to {part.at}")
 
         try:
-            if storage.check_url(url) == "s3":
+            if storage.check_url(url) in STREAMED:
                 storage.retry(url, config, once)
             elif not over():
                 part.add(storage.read_bytes(url, config, part.at, part.stop))
@@ -116,12 +118,21 @@ def read_file(
 
 
 async def _receive(system: Any, path: str, part: _Range) -> None:
-    """The rest of a range from S3, as it comes: s3fs itself would keep it together, and lose it when a body breaks."""
-    bucket, key, _ = system.split_path(path)
-    response = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={part.at}-{part.stop - 1}")
-    body = response["Body"]
-    try:
+    """The rest of a range, as it comes: fsspec itself would keep it together, and lose it when a body breaks."""
+    async with _body(system, path, part) as body:
         while data := await body.read(CHUNK_BYTES):
             part.add(data)
+
+
+@contextlib.asynccontextmanager
+async def _body(system: Any, path: str, part: _Range) -> AsyncIterator[Any]:
+    if hasattr(system, "open_range"):  # ours
+        async with await system.open_range(path, part.at, part.stop) as response:
+            yield response.content
+        return
+    bucket, key, _ = system.split_path(path)
+    response = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={part.at}-{part.stop - 1}")
+    try:
+        yield response["Body"]
     finally:
-        body.close()
+        response["Body"].close()

@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 
 from dist_ssl.config import Config, UserError
-from dist_ssl.storage.files import join
 from dist_ssl.storage.store import Store
+from dist_ssl.storage.urls import join
 
 MANIFEST = "manifest.json"  # of a checkpoint: written last
 

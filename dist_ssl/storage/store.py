@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_ssl.config import StorageConfig
-from dist_ssl.storage import files
+from dist_ssl.storage import files, systems, urls
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Store:
         return Store(self.url(name), self.config)
 
     def url(self, name: str) -> str:
-        return files.join(self.root, name) if name else self.root
+        return urls.join(self.root, name) if name else self.root
 
     def local_path(self, name: str = "") -> str | None:
         """The path of a file on this machine's file system, None in an object store."""
-        return files.local_path(self.url(name))
+        return urls.local_path(self.url(name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         return files.read_bytes(self.url(name), self.config, start, stop)
@@ -41,7 +41,7 @@ class Store:
 
     def names(self) -> list[str]:
         """Those of all files under the root, sorted; empty where there is none."""
-        _, path = files.filesystem(self.root, self.config)
+        _, path = systems.filesystem(self.root, self.config)
         start = len(path.rstrip("/")) + 1
         return sorted(name[start:] for name in files.find(self.root, self.config))
 
