@@ -13,6 +13,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MANY_TESTS = 100
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Where tests run in several processes, those that share what a fixture of their file makes stay in one."""
+    for item in items:
+        of_module = [name for name, found in item._fixtureinfo.name2fixturedefs.items() if found[-1].scope == "module"]
+        if of_module and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_finish(session):
     """In a long session two pools that many tests use start at once: the first tests need one core only."""
     if len(session.items) > MANY_TESTS and not session.config.option.collectonly:

@@ -71,6 +71,7 @@ def compiled() -> list[dict[str, int]]:
     return facts
 
 
+@pytest.mark.slow
 def test_colours_in_the_interpreter() -> None:
     whole, rounded, unblurred = fresh_process("in_the_interpreter", "tests.test_augment_triton", TRITON_INTERPRET="1")
     assert whole[0] <= 1e-5

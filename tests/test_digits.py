@@ -16,7 +16,7 @@ from tests.terminal import dist_ssl
 
 SETTINGS = {
     "augment": {
-        "crop_size": 32,
+        "crop_size": 16,
         "min_scale": 0.4,
         "flip_probability": 0.0,
         "jitter_strength": 0.5,

@@ -18,6 +18,7 @@ from tests.terminal import ROOT
 RANKS = 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_rank_ends_all_of_them_and_is_said_once(failing, tmp_path):
     """The damaged shard is read by one rank only, while its peer waits in batch norm's all-reduce."""

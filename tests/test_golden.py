@@ -6,7 +6,9 @@ first steps are compared to rounding; training amplifies it, so of the rest the 
 """
 
 import json
+import signal
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from dist_ssl.config import StorageConfig
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
 from tests import trajectory
+from tests.faults import inject
 from tests.pool import ranks
 
 ROOT = Path(__file__).parent.parent
@@ -64,12 +67,12 @@ def here(folder, shards):
     return [f"{key}={json.dumps(value)}" for key, value in places.items()]
 
 
-def run(name, folder, shards, *overrides):
+def run(name, folder, shards, *overrides, pretrain=trajectory.pretrain):
     kept, expected = golden(name)
     config = config_module.load(
         ROOT / kept["config"], [*kept["set"], *here(folder, shards(*kept["shards"])), *overrides]
     )
-    return ranks(kept["ranks"]).run(trajectory.pretrain, config), expected
+    return ranks(kept["ranks"]).run(pretrain, config), expected
 
 
 def test_the_debug_curve(tmp_path, shards):
@@ -82,10 +85,9 @@ def test_the_debug_curve(tmp_path, shards):
 
 @pytest.mark.slow
 def test_the_first_steps_of_the_quickstart(tmp_path, shards):
-    codes, expected = run(
-        "quickstart", tmp_path / "run", shards, "log.every_steps=1", "checkpoint.wall_time_minutes=0.15"
-    )
-    assert codes in ([0, 0], [75, 75])
+    stop = partial(inject.pretrain_with_signal, at_step=FIRST_STEPS + 1, number=signal.SIGTERM)
+    codes, expected = run("quickstart", tmp_path / "run", shards, "log.every_steps=1", pretrain=stop)
+    assert codes == [75, 75]
     got = losses(tmp_path / "run")
     assert len(got) >= FIRST_STEPS
     compare(got, expected, "quickstart")

@@ -20,7 +20,7 @@ from tests.test_trajectory import relative_error
 from tests.trajectory import small_config
 
 NEW = [name for name in METHODS if name != "nt_xent"]
-QUICK = ("byol", "vicreg", "lejepa", "moco_v3")
+QUICK = ("byol", "vicreg")
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NEW]
 STEPS = 4
 OWN_METRICS = {
@@ -56,15 +56,13 @@ def test_a_run_is_the_same_on_one_rank_and_on_two(tmp_path, small_shards, name):
     assert not set(last) & (set.union(*OWN_METRICS.values()) - OWN_METRICS[name])
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("name", EACH)
-def test_same_loss_and_gradient_from_equal_weights(tmp_path, small_shards, name, chunks):
-    shared = [f"objective.chunks={chunks}", "run.seed=7"]
+def test_same_loss_and_gradient_from_equal_weights(tmp_path, small_shards, name):
+    shared = ["objective.chunks=3", "run.seed=7"]
     one = of_method(tmp_path, small_shards, name, "engine.zero_stage=0", *shared)
     ((loss, gradient),) = ranks(1).run(trajectory.loss_and_gradient, one)
-    size = 2 if chunks == 1 else 3
-    many = of_method(tmp_path, small_shards, name, f"engine.zero_stage={size - 1}", *shared)
-    for other_loss, other_gradient in ranks(size).run(trajectory.loss_and_gradient, many):
+    many = of_method(tmp_path, small_shards, name, "engine.zero_stage=2", *shared)
+    for other_loss, other_gradient in ranks(3).run(trajectory.loss_and_gradient, many):
         assert other_loss == pytest.approx(loss, rel=1e-6, abs=1e-7)
         assert relative_error(other_gradient, gradient) < 1e-5
 
@@ -73,7 +71,7 @@ def test_same_loss_and_gradient_from_equal_weights(tmp_path, small_shards, name,
 @pytest.mark.parametrize("name", METHODS)
 def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path, small_shards, name):
     """Without batch norm, whose statistics are a chunk's: a ViT, and no batch norm in head and predictor."""
-    shared = ["model.encoder=vit_s_16", "model.head.batch_norm=false", "train.global_batch_size=7"]
+    shared = ["model.encoder=timm/vit_tiny_patch16_224", "model.head.batch_norm=false", "train.global_batch_size=7"]
     shared += ["model.predictor.batch_norm=false"] if name in WITH_PREDICTOR else []
     found = [
         ranks(1).run(
@@ -241,7 +239,8 @@ SETS = "augment.views=[{count=3,crop_size=16},{count=2,crop_size=32}]"
 CHUNKED = ["objective.chunks=2"]
 
 
-@pytest.mark.parametrize("name", ["lejepa", pytest.param("decoupled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lejepa", "decoupled"])
 def test_more_views_than_two_on_any_number_of_ranks(tmp_path, small_shards, name):
     one = of_method(tmp_path / "1", small_shards, name, SETS)
     assert method.global_views(one) == slice(3, 5)

@@ -53,7 +53,9 @@ def settings(folder, shards, mode):
     return small_config(folder, shards, f"train.steps={STEPS}", *MODES[mode])
 
 
-@pytest.mark.parametrize("mode", ["bf16", "deterministic", pytest.param("compile", marks=COMPILE)])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("bf16", marks=pytest.mark.slow), "deterministic", pytest.param("compile", marks=COMPILE)]
+)
 def test_a_stop_and_a_resume_change_no_bit(tmp_path, small_shards, curve, mode):
     config = settings(tmp_path, small_shards, mode)
     stopped = ranks(2).run(in_mode, inject.pretrain_with_signal, config, 4, signal.SIGTERM)

@@ -1,7 +1,5 @@
 """The mapping of fragments under each ZeRO stage, and LARS on top of it, against a naive loop."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -13,10 +11,7 @@ from tests.pool import ranks
 from tests.trajectory import small_config
 
 STEPS = 20  # norms of the flat partitions instead of layers are 0.7 to 4% off by then
-CASES = [
-    case if case == (2, 1) else pytest.param(*case, marks=pytest.mark.slow)
-    for case in itertools.product((1, 2, 3), (0, 1, 2, 3))
-]
+CASES = [(2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 0), (2, 2), (2, 3), (3, 1), (3, 3)])]
 
 
 def lars(path, stage):

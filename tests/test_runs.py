@@ -107,6 +107,7 @@ def test_the_page_of_keys_is_current() -> None:
         assert f"| `{key.name}`" in page.split(f"## [{key.section}]\n")[1].split("\n## ")[0]
 
 
+@pytest.mark.slow
 def test_what_a_config_may_name_is_listed() -> None:
     listed = said("list")
     for name in ("resnet50", "vit_s_16", "barlow_twins", "head_information", "mlp", "folder:DIR", "idx:IMAGES"):

@@ -344,6 +344,7 @@ def test_torchvision_sets(tmp_path: Path) -> None:
     assert manifest.num_samples == 60
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "dist_ssl.cli", "shards", *arguments]
@@ -431,6 +432,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist (installed with CI=true)")
+@pytest.mark.slow
 def test_fashion_mnist(tmp_path: Path) -> None:
     spec = f"idx:{FASHION}/t10k-images-idx3-ubyte.gz:{FASHION}/t10k-labels-idx1-ubyte.gz"
     (manifest,) = write_shards(open_source(spec), str(tmp_path), LOCAL, shard_mb=8, num_workers=0)

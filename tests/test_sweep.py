@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dist_ssl.data.sources import open_source
 from tests.terminal import ROOT, run
 
 
-def command(folder: Path, *options: str, steps: int = 2) -> list[str]:
+def command(folder: Path, *options: str, steps: int) -> list[str]:
     settings = (
         f"run.dir={json.dumps(str(folder / 'runs'))}", f"data.shards={json.dumps(str(folder / 'data'))}",
         f"train.steps={steps}", "train.global_batch_size=16", "data.num_workers=0",
@@ -34,38 +35,28 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_grid_is_run_once_and_a_run_that_fails_is_named(shapes: Path) -> None:
-    grid = ("--sweep", "run.seed=0,1", "--sweep", "data.cache_dir=a")
-    done = run(command(shapes, *grid))
-    assert done.returncode == 0, done.stderr
-    head, _, *rows = done.stdout.splitlines()
-    assert [cell.strip() for cell in head.split("|")[1:5]] == ["run", "state", "step", "loss"]
-    assert [[cell.strip() for cell in row.split("|")[1:4]] for row in rows] == [
-        ["seed=0_cache_dir=a", "complete", "2"],
-        ["seed=1_cache_dir=a", "complete", "2"],
-    ]
-    (shapes / "runs" / "seed=1_cache_dir=a" / "metrics.jsonl").unlink()  # now it has lost something: it is refused
-    for path in (shapes / "runs" / "seed=1_cache_dir=a" / "checkpoints").glob("*/manifest.json"):
-        path.unlink()
-    (shapes / "runs" / "seed=1_cache_dir=a" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    done = run(command(shapes, *grid))
-    assert done.returncode == 1
-    assert "seed=0_cache_dir=a, which is complete" in done.stderr
-    assert "pretrain ended with code 2" in done.stderr
-
-
-@pytest.mark.slow
-def test_told_to_stop_it_commits_and_goes_on(shapes: Path) -> None:
-    grid = ("--sweep", "run.seed=7")
-    started = command(shapes, *grid, steps=4000)
-    metrics = shapes / "runs" / "seed=7" / "metrics.jsonl"
+def test_a_grid_is_stopped_goes_on_and_names_the_run_that_fails(shapes: Path) -> None:
+    started = command(shapes, "--sweep", "run.seed=0,1", steps=60)
+    first, second = (shapes / "runs" / f"seed={seed}" for seed in (0, 1))
     process = subprocess.Popen(started, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+    while process.poll() is None and not ((first / "metrics.jsonl").exists() and (first / "metrics.jsonl").read_text()):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "committed; run the same command again" in said
+    assert not second.exists()
+    shutil.copytree(first, second, ignore=shutil.ignore_patterns("checkpoints"))  # a run that has lost its checkpoints
+    done = run(started)
+    assert done.returncode == 1
+    assert f"{second}: pretrain ended with code 2" in done.stderr
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in done.stdout.splitlines()]
+    assert head == ["run", "state", "step", "loss"]
+    assert [row[0] for row in rows] == ["seed=0", "seed=1"]
+    assert rows[0][1:3] == ["complete", "60"]
+    done = run(command(shapes, "--sweep", "run.seed=0", steps=60))
+    assert done.returncode == 0, done.stderr
+    assert f"run 1 of 1: {first}, which is complete" in done.stderr
 
 
 def test_a_combination_that_no_config_takes_runs_nothing(tmp_path: Path) -> None:
@@ -74,7 +65,7 @@ def test_a_combination_that_no_config_takes_runs_nothing(tmp_path: Path) -> None
         (("--sweep", "train.steps=1,none"), "train.steps"),
         (("--sweep", "objective.chunks=1,64"), "16 is less than the 1 ranks x 64 chunks"),
     ):
-        done = run(command(tmp_path, *grid))
+        done = run(command(tmp_path, *grid, steps=2))
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert expected in line

@@ -28,7 +28,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES, ids="{0[0]} ranks, {0[1]}".format)
+SLOW = [case for case in CASES if case != (64, "fused")]
+EACH = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+
+
+@pytest.fixture(scope="module", params=EACH, ids="{0[0]} ranks, {0[1]}".format)
 def traced(request):
     """(step, bare, views of a rank), 64 images a rank."""
     size, kernels = request.param
@@ -64,7 +68,7 @@ def test_the_host_does_not_wait(traced):
     assert not step.syncs
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", ["moco_v3", "byol", "vicreg", "barlow_twins", "lejepa"])
 def test_the_host_does_not_wait_with_other_methods(name, size):
     """resnet_tiny; and in backward nothing is sent but batch norm's, the teacher's statistics forward only."""
@@ -93,7 +97,7 @@ def test_two_collectives_a_batch_norm(traced):
     assert step.parts["backward"].collectives == layers
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 def test_a_stage_sends_what_plan_says(stage):
     config = config_module.load(CONFIG, [f"engine.zero_stage={stage}"])
     expected = estimate.wire(config, estimate.Sizes.of(config, 64, measure=False))[0].value

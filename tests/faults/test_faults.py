@@ -173,7 +173,7 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
         return small_config(tmp_path / "run", small_shards, "train.steps=4", *overrides)
 
     goes_on(config())
-    refused = Launch(config("objective.temperature=0.3", "run.seed=1"), 2)
+    refused = ForkedLaunch(config("objective.temperature=0.3", "run.seed=1"), 2)
     assert refused.wait() == 2
     lines = [line for line in refused.said().splitlines() if line]
     assert len(lines) == 1, refused.said()
@@ -193,4 +193,4 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
 
 
 def test_a_short_chaos_run(tmp_path):
-    assert chaos.main(["--kills", "3", "--steps", "30", "--seed", "3", "--folder", str(tmp_path)]) == 0
+    assert chaos.main(["--kills", "2", "--steps", "20", "--seed", "3", "--folder", str(tmp_path)]) == 0
