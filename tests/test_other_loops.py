@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import warnings
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.pool import ranks
-from tests.terminal import ROOT
+from tests.terminal import ROOT, blocks
 
 ALLOWED = {"dist_ssl"}  # beyond torch and what it imports
 COUNT = """
@@ -34,15 +33,10 @@ def test_the_losses_import_torch_and_nothing_else() -> None:
     assert float(seconds) < 0.05
 
 
-def page() -> dict[str, str]:
-    """Heading -> its Python."""
-    text = (ROOT / "docs" / "other_loops.md").read_text()
-    return dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-
-
 def given(heading: str) -> dict[str, Any]:
+    """What the page's code under a heading defines."""
     names: dict[str, Any] = {}
-    exec(page()[heading], names)
+    exec(blocks("other_loops.md", "python", heading)[0], names)
     return names
 
 
