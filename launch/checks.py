@@ -13,6 +13,15 @@ from dist_ssl.planning.before_start import check_config, check_extras
 from launch import queue
 
 
+def with_data(config: Config, data: str | None) -> Config:
+    """With the parts of `--data`; images that nobody has indexed are indexed here, once, before the job."""
+    if data is None:
+        return config
+    from dist_ssl.data.given import training_overrides
+
+    return configuration.with_overrides(config, training_overrides(data, config.storage))
+
+
 def absolute(config: Config) -> Config:
     """Local paths made absolute: the job starts in another directory, and so may the next submission."""
     keys = {

@@ -21,6 +21,7 @@ from rich.table import Table
 from dist_ssl import cli
 from dist_ssl import config as configuration
 from dist_ssl.config import Config
+from dist_ssl.data.commands import DataFolder
 from launch import checks, queue, snapshot, supervisor, sweep
 from launch import profile as profiles
 from launch.profile import Profile
@@ -57,11 +58,14 @@ def pretrain(
     max_parallel: Annotated[int, typer.Option(min=1, help="Runs of a sweep at the same time.")] = 8,
     extend: Annotated[bool, typer.Option("--extend", help="Allow the run to become longer than it was.")] = False,
     dry_run: DryRun = False,
+    data: DataFolder = None,
     overrides: Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE")] = [],  # noqa: B006
 ) -> None:
     """Submit a pretraining; preempted or out of time it is requeued and goes on.
 
     Example: python -m launch.slurm pretrain configs/simclr_resnet50_imagenet.toml --nodes 4 --profile gpu --evaluate
+
+    Example: python -m launch.slurm pretrain configs/simclr_resnet50_imagenet.toml --data /shared/photos
 
     Example: python -m launch.slurm pretrain CONFIG --sweep objective.temperature=0.05,0.1 --sweep run.seed=0,1,2
     """
@@ -70,7 +74,7 @@ def pretrain(
     queue.check_nodes(name, nodes)
     gpus = queue.gpus_of_a_node(name) if gpus_per_node is None else gpus_per_node
     tasks = tasks_per_node or max(1, gpus)
-    base = checks.absolute(configuration.load(config, overrides))
+    base = checks.absolute(checks.with_data(configuration.load(config, overrides), data))
     runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, sweep_keys)]
     for run in runs:
         checks.check_run(run, nodes * tasks, same_environment=chosen.python is None)

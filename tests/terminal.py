@@ -1,8 +1,9 @@
-"""Commands run as a user runs them."""
+"""Commands run as a user runs them, and the code of the pages that tell of them."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,11 @@ def run(command: list[str], timeout: float = 300, **environment: Any) -> subproc
         stdin=subprocess.DEVNULL,
         check=False,
     )
+
+
+def blocks(page: str, language: str, heading: str = "") -> list[str]:
+    """The blocks of one language on a page of docs/, those under a heading ("## heading") where one is named."""
+    text = (ROOT / "docs" / page).read_text()
+    if heading:
+        text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -83,7 +83,7 @@ def test_a_newcomers_photos(tmp_path: Path) -> None:
     done = run([*command, *options, "--ranks", "1"])
     assert done.returncode == 0, done.stderr
     first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
-    assert first.endswith("starting 1 ranks, which takes some seconds")
+    assert first.endswith("starting 1 rank, which takes some seconds")
     assert last.endswith(f"next: dist-ssl evaluate {run_dir}")
     done = run([sys.executable, "-m", "dist_ssl.cli", "evaluate", str(run_dir), "--probes", "knn"])
     assert done.returncode == 0, done.stderr

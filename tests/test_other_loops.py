@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.pool import ranks
-from tests.terminal import ROOT
+from tests.terminal import ROOT, blocks
 
 ALLOWED = {"dist_ssl"}  # beyond torch and what it imports
 COUNT = """
@@ -32,15 +33,10 @@ def test_the_losses_import_torch_and_nothing_else() -> None:
     assert float(seconds) < 0.05
 
 
-def page() -> dict[str, str]:
-    """Heading -> its Python."""
-    text = (ROOT / "docs" / "other_loops.md").read_text()
-    return dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-
-
 def given(heading: str) -> dict[str, Any]:
+    """What the page's code under a heading defines."""
     names: dict[str, Any] = {}
-    exec(page()[heading], names)
+    exec(blocks("other_loops.md", "python", heading)[0], names)
     return names
 
 
@@ -62,10 +58,38 @@ def trained(rank: int, size: int, steps: int = 3) -> list[Tensor]:
     return [weight.detach() for weight in model.parameters()]
 
 
-def trained_here() -> list[Tensor]:
+def trained_by_lightning(rank: int, size: int, steps: int = 3) -> tuple[list[Tensor], list[float]]:
+    """The weights after the page's module, on this rank's slice of each batch, and the losses that it logged."""
+    import pytorch_lightning as lightning
+    from lightning_fabric.plugins.environments import TorchElasticEnvironment
+
+    model, rows, logged = backbone(), slice(8 * rank // size, 8 * (rank + 1) // size), []
+
+    class Logged(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            logged.append(float(trainer.callback_metrics["loss"]))
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=size,
+        strategy="ddp" if size > 1 else "auto",
+        plugins=[TorchElasticEnvironment()] if size > 1 else [],  # the ranks are there already
+        callbacks=[Logged()],
+        max_epochs=1,
+        use_distributed_sampler=False,
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+    )
+    loader = torch.utils.data.DataLoader([(a[rows], b[rows]) for a, b in batches(steps)], batch_size=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would rather have workers
+        trainer.fit(given("PyTorch Lightning")["Pretraining"](model), loader)
+    return [weight.detach() for weight in model.parameters()], logged
+
+
+def trained_here(how: Callable[[int, int], Any]) -> Any:
     from dist_ssl import distributed
 
-    return trained(distributed.rank(), distributed.world_size())
+    return how(distributed.rank(), distributed.world_size())
 
 
 def of_lightlys(whose: str) -> list[Tensor]:
@@ -97,9 +121,19 @@ def error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def test_plain_ddp_on_two_ranks_is_the_global_batch_on_one() -> None:
-    (alone,) = ranks(1).run(trained_here)
-    for found in ranks(2).run(trained_here):
+    (alone,) = ranks(1).run(trained_here, trained)
+    for found in ranks(2).run(trained_here, trained):
         assert error(found, alone) < 1e-12
+
+
+def test_lightning_on_two_ranks_is_the_global_batch_on_one() -> None:
+    pytest.importorskip("pytorch_lightning")
+    (wanted,) = ranks(1).run(trained_here, trained)  # by the page's plain loop
+    (alone,) = ranks(1).run(trained_here, trained_by_lightning)
+    found = ranks(2).run(trained_here, trained_by_lightning)
+    for weights, losses in (alone, *found):
+        assert error(weights, wanted) < 1e-12
+        assert losses == pytest.approx(alone[1], abs=1e-6)  # logged in fp32
 
 
 def test_lightlys_example_with_our_loss() -> None:

@@ -13,6 +13,7 @@ import pytest
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError, environment
 from launch import profile, queue, snapshot, supervisor, sweep
+from tests.test_shards import photo_folder
 
 
 def test_ports_stay_below_the_ephemeral_range_and_differ_between_restarts():
@@ -97,6 +98,27 @@ def test_what_ends_for_good_is_not_requeued(tmp_path, code, ends, requeued):
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, calls.exists()) == (ends, requeued), done.stderr
+
+
+def test_data_of_a_submission(tmp_path):
+    """`--data`, relative and of images, is in the job's config as absolute parts; Slurm is programs that answer."""
+    photos = photo_folder(tmp_path / "photos", 2, each=10)
+    answers = {"%P": "main*", "%G": "(null)", "%l": "1:00:00", "%D": "3"}
+    told = " ".join(f"*{key}*) echo '{value}';;" for key, value in answers.items())
+    for name, body in {"sinfo": f'case "$*" in {told} esac', "sbatch": "echo Submitted batch job 7"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.slurm", "pretrain", str(root / "configs/debug_cpu.toml"), "--data", "photos",
+         "--set", "run.dir=run", "--set", "train.global_batch_size=16"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(root)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = configuration.load(tmp_path / "run" / "slurm" / "1" / "config-0.toml")
+    assert config.data.shards == config.evaluation.train_shards == f"folder:{photos}/train"
+    assert config.evaluation.test_shards == f"folder:{photos}/test"
 
 
 def test_history_counts_the_starts_of_its_own_job(tmp_path):

@@ -20,6 +20,7 @@ from dist_ssl.models.weights import start_from
 from dist_ssl.report.timm_folder import export_for_timm
 from tests import engines, trajectory
 from tests.pool import ranks
+from tests.terminal import blocks
 from tests.trajectory import small_config
 
 HERE = StorageConfig()
@@ -97,15 +98,22 @@ def test_weights_that_do_not_match_leave_no_run_directory(tmp_path, small_shards
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resnet_of_torchvision_becomes_timms_folder(tmp_path):
-    settings = small_config(tmp_path / "run", "/data/private", "model.encoder=resnet18")
+@pytest.fixture(scope="module")
+def resnet18_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    settings = small_config(run, "/data/private", "model.encoder=resnet18")
     ranks(2).run(engines.save_after, settings, 1)
-    (tmp_path / "run" / "config.toml").write_text(configuration.dumps(settings))
-    command = ["export", str(tmp_path / "run"), str(tmp_path / "folder"), "--format", "timm"]
+    (run / "config.toml").write_text(configuration.dumps(settings))
+    return run
+
+
+def test_a_resnet_of_torchvision_becomes_timms_folder(resnet18_run, tmp_path):
+    settings = configuration.load(resnet18_run / "config.toml")
+    command = ["export", str(resnet18_run), str(tmp_path / "folder"), "--format", "timm"]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     theirs = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(theirs(x), checkpoint.load_run(tmp_path / "run")[2].encoder(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs(x), checkpoint.load_run(resnet18_run)[2].encoder(x), rtol=1e-4, atol=1e-5)
     assert timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True, num_classes=10)(x).shape == (2, 10)
     data = timm.data.resolve_model_data_config(theirs)
     assert (tuple(data["input_size"]), tuple(data["mean"]), data["crop_pct"]) == (
@@ -120,6 +128,35 @@ def test_a_resnet_of_torchvision_becomes_timms_folder(tmp_path):
     assert "private" not in "".join(path.read_text() for path in (tmp_path / "folder").glob("*.[mt]*"))
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "Not evaluated" in card
+
+
+def test_detectors_start_from_an_export(resnet18_run, tmp_path, monkeypatch):
+    """The code of docs/detection.md: one step of torchvision's Faster R-CNN; detectron2's names."""
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["export", str(resnet18_run), "encoder.safetensors"]).exit_code == 0
+    wanted = checkpoint.load_run(resnet18_run)[2].encoder.state_dict()
+    rcnn, to_torch, to_detectron2 = blocks("detection.md", "python")
+    names = {}
+    exec(rcnn, names)
+    model = names["faster_rcnn"]("encoder.safetensors", 3, min_size=64, max_size=64)
+    assert equal(model.backbone.body.state_dict(), wanted)
+    assert model.transform.image_mean == [0.485, 0.456, 0.406]
+    boxes = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    losses = model([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], [boxes, boxes])
+    sum(losses.values()).backward()
+    torch.optim.SGD(model.parameters(), 1e-3).step()
+    parameters = dict(model.backbone.body.named_parameters())
+    assert len(parameters) == 60
+    assert all(parameter.grad.abs().max() > 0 for parameter in parameters.values())
+    assert not torch.equal(parameters["conv1.weight"], wanted["conv1.weight"])
+    exec(to_torch, {})
+    assert equal(torch.load("encoder.pth", weights_only=True), wanted)
+    exec(to_detectron2, names := {})
+    renamed = names["detectron2_names"](load_file("encoder.safetensors"))
+    assert len(renamed) == len(wanted)
+    stem = {"stem.conv1.weight", "stem.conv1.norm.weight", "stem.conv1.norm.running_var"}
+    assert stem | {"res3.0.shortcut.weight", "res3.0.shortcut.norm.bias", "res5.1.conv2.norm.bias"} <= set(renamed)
+    assert not [name for name in renamed if "bn" in name or "layer" in name or "downsample" in name]
 
 
 def test_an_encoder_that_timm_has_not_is_said(tmp_path):
