@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dist_ssl import config as config_module
 from dist_ssl import checkpoint, distributed, objective
+from dist_ssl import config as config_module
 from dist_ssl.config import METHODS, WITH_PREDICTOR, WITH_TEACHER
 from dist_ssl.models import build_model, build_teacher
 from dist_ssl.planning import method_costs
