@@ -52,7 +52,7 @@ def _prepare_data(config: Config) -> None:
     folder, described = data_folder(config), lab.source
     if described.startswith("shapes:") and described.count(":") == 1:
         described = f"{described}:{lab.source_image_size}"
-    source = open_source(described, config.run.seed)
+    source = open_source(described, config.run.seed, config.storage)
     if (folder / "test" / "manifest.json").exists():
         details = load_manifest(str(folder / "test"), config.storage).details
         if (details.get("source"), details.get("files")) != (source.name, source.fingerprint):

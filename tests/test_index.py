@@ -20,7 +20,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.indexing import index_shards, verify_shards
-from dist_ssl.data.manifest import MemberIndex, expand, load_manifest, read_member_index
+from dist_ssl.data.manifest import MemberIndex, load_manifest, read_member_index
+from dist_ssl.data.patterns import expand
 from dist_ssl.data.tar import _members, index_tar
 
 LOCAL = StorageConfig()

@@ -17,7 +17,10 @@ app = typer.Typer(no_args_is_help=True, help="Write, index and verify WebDataset
 @app.command("write")
 def write(
     source: Annotated[
-        str, typer.Argument(help="shapes:COUNT[:SIZE], folder:DIR, torchvision:NAME:ROOT or idx:IMAGES[:LABELS].")
+        str,
+        typer.Argument(
+            help="folder:DIR, parquet:PATTERN[:COLUMN], shapes:COUNT[:SIZE] or others: see `dist-ssl list`."
+        ),
     ],
     destination: Annotated[str, typer.Argument(help="Directory or URL.")],
     test_fraction: Annotated[float, typer.Option(help="Hold out this part: DEST/train and DEST/test.")] = 0.0,
@@ -41,6 +44,8 @@ def write(
 
     Example: dist-ssl shards write shapes:10000 data/shapes --test-fraction 0.2
 
+    Example: dist-ssl shards write 'parquet:hf://datasets/org/name/data/train-*.parquet' data/train
+
     Example: dist-ssl shards write idx:train-images-idx3-ubyte.gz:train-labels-idx1-ubyte.gz data/fashion
     """
     from dist_ssl.config import Config, with_overrides
@@ -49,7 +54,7 @@ def write(
 
     config = with_overrides(Config(), overrides)
     manifests = write_shards(
-        open_source(source, seed), destination, config.storage, seed=seed, test_fraction=test_fraction,
+        open_source(source, seed, config.storage), destination, config.storage, seed=seed, test_fraction=test_fraction,
         shard_mb=shard_mb, resize=resize, decode_images=decode, data=config.data, num_workers=workers, progress=True,
     )  # fmt: skip
     for manifest in manifests:

@@ -11,6 +11,7 @@ integers and floats) have no known white, and are refused.
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 
 import numpy as np
@@ -42,6 +43,11 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 def check_header(data: bytes, max_pixels: int) -> None:
     """Raise BadSample where the header shows that `decode` would: in a hundredth of its time, and damage may follow."""
     _read(data, max_pixels, header_only=True)
+
+
+def ending_of(data: bytes) -> str:
+    """How files of an image's format are called, by its content. Raises BadSample."""
+    return FORMATS[str(_read(data, sys.maxsize, header_only=True).format)][0]
 
 
 def _read(data: bytes, max_pixels: int, header_only: bool) -> Image.Image:

@@ -29,13 +29,12 @@ from dist_ssl.data.manifest import (
     Manifest,
     MemberIndex,
     Shard,
-    absolute,
     common_directory,
-    expand,
     load_manifest,
     read_member_index,
 )
 from dist_ssl.data.parallel import in_processes, in_threads
+from dist_ssl.data.patterns import absolute, matching
 from dist_ssl.data.progress import track
 from dist_ssl.data.tar import index_tar
 from dist_ssl.storage.large_reads import read_file, writer
@@ -91,7 +90,7 @@ def index_shards(
     """
     if storage.check_url(output or location) in storage.READ_ONLY:
         raise UserError(f"{location}: can only be read; name a folder or bucket for its index by --output FOLDER")
-    urls = _shard_urls(location, config)
+    urls = matching(location, ".tar", config, f" (images: folder:{location})")
     folder = absolute(output).rstrip("/") if output else common_directory(urls)
     names = [url.rsplit("/", 1)[-1] for url in urls]
     if len(set(names)) < len(names):  # of several directories: number them
@@ -138,22 +137,6 @@ def verify_shards(
             found = in_processes(partial(_verify_decoding, config, max_pixels), jobs, num_workers)
         with closing(found):
             return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
-
-
-def _shard_urls(location: str, config: StorageConfig) -> list[str]:
-    storage.check_url(location)
-    if set(location) & set("{*?") or location.endswith(".tar"):
-        patterns = expand(location)
-        found = [storage.glob(one, config) if set(one) & set("*?") else [one] for one in patterns]
-        urls = list(dict.fromkeys(absolute(url) for of_one in found for url in of_one))
-        if not urls:
-            raise UserError(f"{location}: nothing there is called so")
-        return urls
-    urls = [absolute(url) for url in storage.list_files(location, config) if url.endswith(".tar")]
-    if not urls:
-        hint = f" (images: folder:{location})" if storage.is_local(location) else ""
-        raise UserError(f"{location}: no .tar there; expected a directory of shards, or a pattern of braces or *{hint}")
-    return urls
 
 
 def _index_one(

@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,11 +21,11 @@ from numpy.typing import NDArray
 
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.data.patterns import absolute, expand
 
 MANIFEST = "manifest.json"
 IN_PLACE = ".dist_ssl"  # the folder of a manifest inside a folder of images, and the ending of one beside an IDX file
 FORMAT = "dist_ssl manifest 1"
-MAX_URLS = 10_000_000
 
 Kind = Literal["tar", "folder", "idx"]
 
@@ -161,31 +159,6 @@ class Manifest:
         return f'{head},\n "shards": [\n{lines}\n ]\n}}\n'
 
 
-def expand(pattern: str) -> list[str]:
-    """The URLs of a brace pattern: `{0000..1023}` (leading zeros kept) and `{a,b}`, any number of them."""
-    parts: list[list[str]] = []
-    total = 1
-    for piece in re.split(r"(\{[^{}]*\})", pattern):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
-        if numbers:
-            first, last = int(numbers[1]), int(numbers[2])
-            total *= max(last - first + 1, 1)
-            if last < first or total > MAX_URLS:
-                raise UserError(f"{storage.redact(pattern)}: expected up to {MAX_URLS} shards in rising order")
-            width = len(numbers[1]) if numbers[1].startswith("0") else 0
-            parts.append([str(number).zfill(width) for number in range(first, last + 1)])
-        elif piece.startswith("{") and piece.endswith("}") and "," in piece:
-            parts.append(piece[1:-1].split(","))
-            total *= len(parts[-1])
-        elif "{" in piece or "}" in piece:
-            raise UserError(f"{storage.redact(pattern)}: expected braces of the form {{0000..1023}} or {{a,b}}")
-        else:
-            parts.append([piece])
-    if total > MAX_URLS:
-        raise UserError(f"{storage.redact(pattern)}: expected up to {MAX_URLS} shards, got {total}")
-    return ["".join(combination) for combination in product(*parts)]
-
-
 def load_manifest(location: str, config: StorageConfig) -> Manifest:
     """The manifest of a directory that `shards write` filled, of a manifest file, of a brace pattern, or of images
     that stay where they are (`folder:DIR`, `idx:IMAGES`).
@@ -258,11 +231,6 @@ def common_directory(urls: Sequence[str]) -> str:
         while other[:depth] != first[:depth]:
             depth -= 1
     return "/".join(first[:depth])
-
-
-def absolute(url: str) -> str:
-    """Local paths in one spelling, so that they compare; other URLs as they are."""
-    return storage.local_path(url) or url
 
 
 def _read_manifest(url: str, config: StorageConfig) -> Manifest:

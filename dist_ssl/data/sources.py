@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from dist_ssl.config import UserError
+from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data import idx, shapes
-from dist_ssl.data.decode import ENDINGS
+from dist_ssl.data.decode import ENDINGS, BadSample, ending_of
+from dist_ssl.data.parquet import ParquetImages
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ SOURCES = {
     "folder:DIR": "images under a folder, one class a subfolder",
     "torchvision:NAME:ROOT": "a classification set of torchvision that lies under ROOT",
     "idx:IMAGES[:LABELS]": "the files of MNIST and its kin",
+    "parquet:PATTERN[:COLUMN]": "Parquet files with images, as on the Hugging Face Hub; any store's URL",
 }
 
 
@@ -65,8 +67,8 @@ class Source(Protocol):
         ...
 
 
-def open_source(spec: str, seed: int = 0) -> Source:
-    """The source that `spec` names. Raises UserError."""
+def open_source(spec: str, seed: int = 0, config: StorageConfig | None = None) -> Source:
+    """The source that `spec` names, stores reached by `config`. Raises UserError."""
     kind, _, rest = spec.partition(":")
     match kind:
         case "shapes":
@@ -77,6 +79,8 @@ def open_source(spec: str, seed: int = 0) -> Source:
             return TorchvisionSource(*rest.split(":", 1))
         case "idx" if rest:
             return IdxSource(spec, *rest.split(":", 1))
+        case "parquet" if rest:
+            return ParquetSource(spec, rest, config or StorageConfig())
     raise UserError(f"{spec}: expected {', '.join(SOURCES)}")
 
 
@@ -266,6 +270,38 @@ class IdxSource:
     def digests(self, indices: Sequence[int]) -> list[bytes]:
         pixels = idx.read(self.images, 3)
         return [hashlib.sha256(pixels[index].data).digest() for index in indices]
+
+
+class ParquetSource:
+    """Images in Parquet files, their labels and the names of those where the schema tells them."""
+
+    def __init__(self, spec: str, rest: str, config: StorageConfig):
+        pattern, _, column = rest.rpartition(":")
+        if not pattern or "/" in column:  # a URL's colon
+            pattern, column = rest, ""
+        self.name = spec
+        self._images = ParquetImages(spec, pattern, column or None, config)
+        self.fingerprint, self.classes = self._images.digest, self._images.classes
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: Sequence[int]) -> list[SourceSample]:
+        return [
+            SourceSample(f"{index:08d}", image, _ending(image), label, path=place)
+            for index, (image, label, place) in zip(indices, self._images.read(indices), strict=True)
+        ]
+
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        return [hashlib.sha256(image).digest() for image, _, _ in self._images.read(indices)]
+
+
+def _ending(image: bytes) -> str:
+    """Of what is no image, one that is as good as any: it is left out when it is looked at."""
+    try:
+        return ending_of(image)
+    except BadSample:
+        return ENDINGS[0]
 
 
 def _open_torchvision(name: str, root: str) -> Any:

@@ -38,16 +38,17 @@ def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
 
 
 def _opened(scheme: str, config: StorageConfig) -> Any:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in PACKAGES:
         require(PACKAGES[scheme], f"{scheme}://")
     match scheme:
         case "s3":
             return _s3(config)
         case "gs":
-            options = {"token": "anon"} if config.anonymous else {}
+            options |= {"token": "anon"} if config.anonymous else {}
         case "az":
-            options = {"anon": True} if config.anonymous else {}
+            options |= {"connection_timeout": config.timeout_seconds, "read_timeout": config.timeout_seconds}
+            options |= {"anon": True} if config.anonymous else {}
         case "https":
             from dist_ssl.storage.web import WebFileSystem
 
