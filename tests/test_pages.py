@@ -92,11 +92,15 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """DIST_SSL_WRITE_NOTEBOOK=1 keeps what it shows in docs/."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     notebook = nbformat.read(NOTEBOOK, 4)
-    NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    options = {"kernel_name": "python3", "record_timing": False, "resources": {"metadata": {"path": tmp_path}}}
+    NotebookClient(notebook, timeout=200, **options).execute()
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/jpeg" in output.get("data", {}) for output in shown) == 3
     assert sum("text/html" in output.get("data", {}) for output in shown) == 4
-    (results,) = (tmp_path / "runs" / "notebook" / "run" / "evaluation").glob("step-20/results.json")
+    (results,) = (tmp_path / "runs" / "notebook" / "run" / "evaluation").glob("step-12/results.json")
     assert set(json.loads(results.read_text())["probes"]) == {"linear", "knn"}
     if "DIST_SSL_WRITE_NOTEBOOK" in os.environ:
+        for cell in notebook.cells:
+            if cell.cell_type == "code":  # warnings of packages name this machine's paths
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         nbformat.write(notebook, NOTEBOOK)
