@@ -67,7 +67,7 @@ def _prepare_data(config: Config) -> None:
 
 
 def _run_cell(cell: Cell, config: Config, ranks: int) -> None:
-    file, output = cell.folder.with_suffix(".toml"), cell.folder.with_suffix(".log")
+    file, output = cell.beside(".toml"), cell.beside(".log")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(configuration.dumps(config))
     pretrain = ["dist_ssl.cli", "pretrain", str(file)]

@@ -1,6 +1,7 @@
-"""scikit-learn's handwritten digits as PNGs, a folder a class: `python -m tests.digits FOLDER [--pages]`.
+"""scikit-learn's handwritten digits as PNGs, a folder a class: `python -m tests.digits FOLDER [--pages | --centred]`.
 
-1797 real scans of 8x8 pixels, enlarged; with --pages each stands somewhere on a larger page.
+1797 real scans of 8x8 pixels, enlarged; with --pages each stands somewhere on a larger page, with --centred in the
+middle of one.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ def write_digits(folder: Path, size: int = 32) -> Path:
     return folder
 
 
-def write_pages(folder: Path) -> Path:
-    """The same at random places of pages of 48 pixels, which leave an untrained encoder far more to learn."""
-    places = np.random.default_rng(0)
+def write_pages(folder: Path, centred: bool = False) -> Path:
+    """The same at random places of pages of 48 pixels, which leave an untrained encoder far more to learn.
+
+    centred: all in the middle, so that two crops of a page share its digit and nothing else. Otherwise they share its
+        place too, which is easier to predict: losses without negatives learn that.
+    """
+    places, middle = np.random.default_rng(0), (PAGE - DIGIT) // 2
     for path, scan in _scans(folder, DIGIT):
         page = Image.new("L", (PAGE, PAGE))
-        page.paste(scan, tuple(places.integers(0, PAGE - DIGIT + 1, 2)))
+        page.paste(scan, (middle, middle) if centred else tuple(places.integers(0, PAGE - DIGIT + 1, 2)))
         page.save(path)
     return folder
 
@@ -42,4 +47,10 @@ def _scans(folder: Path, size: int):
 
 
 if __name__ == "__main__":
-    (write_pages if "--pages" in sys.argv[2:] else write_digits)(Path(sys.argv[1]))
+    match sys.argv[1:]:
+        case [folder]:
+            write_digits(Path(folder))
+        case [folder, ("--pages" | "--centred") as which]:
+            write_pages(Path(folder), centred=which == "--centred")
+        case _:
+            sys.exit(__doc__)

@@ -62,6 +62,7 @@ def test_objectives_are_an_axis_beside_heads(tmp_path):
     grid = lab.cells(config)
     assert [cell.name for cell in grid[:2]] == ["byol-none-seed0", "byol-mlp2-d8-bn-seed0"]
     assert grid[5].name == "byol-teacher_decay=0.9-mlp2-d8-bn-seed0"
+    assert grid[5].beside(".log") == grid[5].folder.parent / "byol-teacher_decay=0.9-mlp2-d8-bn-seed0.log"
     made = [lab.cell_config(config, cell).objective for cell in grid]
     assert [one.name for one in made[::2]] == ["byol", "vicreg", "byol"]
     assert (made[0].teacher_decay, made[4].teacher_decay) == (0.996, 0.9)
@@ -134,7 +135,7 @@ def test_a_real_grid_goes_on_where_it_stopped_and_is_summed_up(tmp_path):
     from launch.command import app
 
     done = CliRunner().invoke(app, ["lab", str(file)])
-    assert done.exit_code == 0, done.output + second.folder.with_suffix(".log").read_text()
+    assert done.exit_code == 0, done.output + second.beside(".log").read_text()
     assert (first.folder / "config.toml").stat().st_mtime_ns == stamp
     summary = json.loads((tmp_path / "lab" / "lab.json").read_text())
     assert (summary["done"], summary["cells"]) == (2, 2)

@@ -40,6 +40,10 @@ class Cell:
         changed = self.objective.model_dump(exclude_defaults=True)
         return " ".join([self.objective.name, *(f"{key}={value}" for key, value in changed.items() if key != "name")])
 
+    def beside(self, ending: str) -> Path:
+        """A file of this cell's next to its folder, whose name has dots where an objective's key has a fraction."""
+        return self.folder.with_name(self.name + ending)
+
     def results(self) -> dict[str, Any] | None:
         """The newest evaluation's results, None where the cell is not done."""
         own = [one.values for one in stored(self.folder) if one.name == ""]
