@@ -126,6 +126,7 @@ def test_plain_ddp_on_two_ranks_is_the_global_batch_on_one() -> None:
         assert error(found, alone) < 1e-12
 
 
+@pytest.mark.slow
 def test_lightning_on_two_ranks_is_the_global_batch_on_one() -> None:
     pytest.importorskip("pytorch_lightning")
     (wanted,) = ranks(1).run(trained_here, trained)  # by the page's plain loop

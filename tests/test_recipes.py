@@ -129,8 +129,6 @@ def test_my_own_loop(folder: Path) -> None:
 
 def test_the_hubs_recipe_is_that_of_the_page_on_data() -> None:
     """Its commands are run against a local server elsewhere; here it is only held that the two pages say the same."""
-    if not (ROOT / "docs" / "data.md").exists():
-        pytest.skip("no docs/data.md")
     said = [
         " ".join(shlex.split(line, comments=True))
         for line in blocks("recipes.md", "bash", "ImageNet from the Hub")[0].splitlines()

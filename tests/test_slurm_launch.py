@@ -100,6 +100,7 @@ def test_what_ends_for_good_is_not_requeued(tmp_path, code, ends, requeued):
     assert (done.returncode, calls.exists()) == (ends, requeued), done.stderr
 
 
+@pytest.mark.slow
 def test_data_of_a_submission(tmp_path):
     """`--data`, relative and of images, is in the job's config as absolute parts; Slurm is programs that answer."""
     photos = photo_folder(tmp_path / "photos", 2, each=10)

@@ -107,6 +107,7 @@ def resnet18_run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_resnet_of_torchvision_becomes_timms_folder(resnet18_run, tmp_path):
     settings = configuration.load(resnet18_run / "config.toml")
     command = ["export", str(resnet18_run), str(tmp_path / "folder"), "--format", "timm"]
@@ -130,6 +131,7 @@ def test_a_resnet_of_torchvision_becomes_timms_folder(resnet18_run, tmp_path):
     assert "Not evaluated" in card
 
 
+@pytest.mark.slow
 def test_detectors_start_from_an_export(resnet18_run, tmp_path, monkeypatch):
     """The code of docs/detection.md: one step of torchvision's Faster R-CNN; detectron2's names."""
     monkeypatch.chdir(tmp_path)
