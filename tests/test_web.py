@@ -188,7 +188,7 @@ def test_an_interrupted_index_goes_on(server: WebServer, tmp_path: Path) -> None
         ("hf://datasets/org/none/train/000000.tar", r"no such shard: hf://datasets/org/none.*repository not found"),
         ("hf://datasets/org/none/train", "repository not found"),
         ("hf://datasets/org/shapes/train/000009.tar", "no such shard: hf://datasets/org/shapes/train/000009.tar"),
-        ("hf://datasets/org/shapes/none", "no .tar there; expected a directory of shards"),
+        ("hf://datasets/org/shapes/none", "no .tar there; expected a directory of them"),
         ("hf://datasets/org/shapes/train/x*.tar", "nothing there is called so"),
         (
             "hf://datasets/gated/shapes/train",
