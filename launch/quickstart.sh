@@ -18,7 +18,14 @@ else
 fi
 make_environment ""
 
-$python -m dist_ssl.cli shards write "$source" "$data" --test-fraction 0.2 --seed 0
+write() { $python -m dist_ssl.cli shards write "$@" --seed 0; }
+if [ -n "$images" ] && [ -d "$images/train" ]; then
+    test=test; [ -d "$images/test" ] || test=val
+    write "folder:$images/train" "$data/train"
+    write "folder:$images/$test" "$data/test"
+else
+    write "$source" "$data" --test-fraction 0.2
+fi
 $python -m launch.local pretrain configs/quickstart.toml \
     --set "run.dir=\"$run\"" --set "data.shards=\"$data/train\"" \
     --set "evaluation.train_shards=\"$data/train\"" --set "evaluation.test_shards=\"$data/test\""

@@ -28,6 +28,7 @@ def test_shards_are_their_two_folders(tmp_path: Path) -> None:
     write_shards(open_source("shapes:40:16"), str(tmp_path), LOCAL, test_fraction=0.25, num_workers=0)
     assert train_and_test(str(tmp_path), LOCAL) == (f"{tmp_path}/train", f"{tmp_path}/test")
     assert counts(f"{tmp_path}/") == [30, 10]
+    assert train_and_test(f"{tmp_path}/train", LOCAL) == (f"{tmp_path}/train", None)
     assert train_and_test("s3://bucket/photos", LOCAL) == ("s3://bucket/photos/train", "s3://bucket/photos/test")
 
 
@@ -37,6 +38,8 @@ def test_folders_of_that_name_are_the_parts(tmp_path: Path, test: str) -> None:
     photo_folder(tmp_path / test, 2, each=5)
     assert train_and_test(str(tmp_path), LOCAL) == (f"folder:{tmp_path}/train", f"folder:{tmp_path}/{test}")
     assert counts(str(tmp_path)) == [40, 10]
+    with pytest.raises(UserError, match=r" are parts, not classes; give folder:.* one by one"):
+        open_source(f"folder:{tmp_path}")
 
 
 def test_of_class_folders_a_tenth_is_held_out_once(tmp_path: Path) -> None:

@@ -31,8 +31,18 @@ def a_run(folder: Path, step: int, loss: float = 3.25, **train: int) -> Path:
     (folder / "config.toml").write_text(configuration.dumps(config))
     if step:
         with Observer(config, 20, 0) as observer:
-            observer.log(step, {"epoch": step / 10, "samples_seen": 16 * step, "loss": loss}, 0.0)
+            observer.log(step, {"epoch": step / 10, "samples_seen": 16 * step, "loss": loss}, 0.0, time.monotonic())
     return folder
+
+
+def test_images_a_second_are_by_when_steps_were_queued(tmp_path: Path) -> None:
+    """Lines are written a step late, or at once before a save: the clock at writing had given 11,000 for 150."""
+    folder = a_run(tmp_path / "run", 0)
+    with Observer(configuration.load(folder / "config.toml", []), 20, 0) as observer:
+        for step, at in ((1, 100.0), (2, 100.5), (4, 102.0)):
+            observer.log(step, {"loss": 1.0}, 0.0, at)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images_per_second"] for line in lines[1:]] == [32.0, pytest.approx(32 / 1.5)]
 
 
 def said(*arguments: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_ssl.checkpoint.export import write_export
 from dist_ssl.checkpoint.file import HostBuffer
 from dist_ssl.checkpoint.read import FORMAT, PROBE, TEACHER, RunState, open_checkpoint
-from dist_ssl.config import CheckpointConfig
+from dist_ssl.config import CheckpointConfig, UserError
 from dist_ssl.distributed import rank, world_size
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import (
@@ -34,7 +34,7 @@ from dist_ssl.storage.layout import (
 )
 
 
-class NotFiniteCheckpoint(RuntimeError):
+class NotFiniteCheckpoint(UserError):
     """The state that was to be saved holds a NaN or an infinity: it was not committed. The same on all ranks."""
 
 

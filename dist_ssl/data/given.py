@@ -35,15 +35,18 @@ def train_and_test(data: str, config: StorageConfig) -> tuple[str, str | None]:
 def _found(data: str, config: StorageConfig) -> tuple[str, str | None]:
     """The locations of the two parts of `data`; None where there is no test part.
 
-    Shards: DATA/train and DATA/test, as `shards write --test-fraction` makes them. Images: the folders `train` and
-    `test` (or `val`) where there are such, else a tenth is held out of class folders, and nothing of images without
-    labels. Images that are not indexed yet are indexed here, where they are. Raises UserError.
+    Shards: DATA/train and DATA/test, as `shards write --test-fraction` makes them, or DATA alone. Images: the folders
+    `train` and `test` (or `val`) where there are such, else a tenth is held out of class folders, and nothing of
+    images without labels. Images that are not indexed yet are indexed here, where they are. Raises UserError.
     """
     folder = data.removeprefix("folder:").rstrip("/")
     if data.startswith("idx:"):
         raise UserError(f"{data}: --data takes a folder; give IDX files by --set data.shards={data}")
     if not storage.is_local(folder) or _holds_shards(data):
         return f"{folder}/train", f"{folder}/test"
+    if os.path.exists(f"{data}/{MANIFEST}"):
+        log.info("%s: shards without a test part, so all are trained on and none is held out", data)
+        return data, None
     if not os.path.isdir(folder):
         raise UserError(f"--data {data}: no such folder; expected one of images, or one that `shards write` filled")
     parts = [f"{folder}/{name}" for name in ("train", "test", "val") if os.path.isdir(f"{folder}/{name}")]

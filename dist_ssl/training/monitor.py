@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dist_ssl.config import Config
+from dist_ssl.config import Config, UserError
 from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import Verdict, rank
 from dist_ssl.training import diagnostics, method, verdict
@@ -20,8 +20,8 @@ from dist_ssl.training.verdict import Asked, Outcome
 log = logging.getLogger(__name__)
 
 
-class NotFinite(RuntimeError):
-    """Too many steps in a row whose loss or gradient was NaN or infinite."""
+class NotFinite(UserError):
+    """Too many steps in a row whose loss or gradient was NaN or infinite: another start would end in the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Taken:
     result: StepResult
     learning_rate: float
     waited_seconds: float  # for batches, since the start
+    at: float  # by time.monotonic, when it was queued
     verdict: Verdict
 
 
@@ -122,7 +123,8 @@ class Monitor:
         return NotFinite(
             f"{self._last_skip} "
             f"(train.max_skipped_steps = {self._config.train.max_skipped_steps}); the last good "
-            f"checkpoint, of step {saved_step}, is intact: try a lower learning rate, or fp32"
+            f"checkpoint, of step {saved_step}, is intact; try a lower optimizer.base_learning_rate, which a run that "
+            "goes on can't take: start anew by --restart"
         )
 
     def _is_due(self, step: int, every: int = 1) -> bool:
@@ -157,7 +159,7 @@ class Monitor:
                 for alarm in diagnostics.alarms(at_step) + method.alarms(at_step):
                     log.warning("step %d: %s", step, alarm)
             values |= self._probe.metrics() if self._probe is not None else {}
-        self._observer.log(step, values, taken.waited_seconds)
+        self._observer.log(step, values, taken.waited_seconds, taken.at)
 
 
 def _what_was_wrong(outcome: Outcome) -> str:

@@ -83,19 +83,19 @@ class Observer:
         if self._ledger is not None:
             self._ledger.write(line)
 
-    def log(self, step: int, values: dict[str, float], waited_seconds: float) -> None:
+    def log(self, step: int, values: dict[str, float], waited_seconds: float, at: float) -> None:
         """One line of metrics; adds images a second and the data wait since the last. Rank 0 writes.
 
-        `waited_seconds` are those in which this rank had no batch, since the start.
+        `waited_seconds` are those in which this rank had no batch, since the start; `at` is when the step was queued,
+        by time.monotonic: a line is written a step later, or at once where a checkpoint follows.
         """
-        now = time.monotonic()
-        elapsed = max(now - self._mark, 1e-9)
+        elapsed = max(at - self._mark, 1e-9)
         rate = (step - self._mark_step) * self._batch / elapsed
         values = values | {
             "images_per_second": rate,
             "data_wait_fraction": min(1.0, (waited_seconds - self._waited) / elapsed),
         }
-        self._mark, self._mark_step, self._waited = now, step, waited_seconds
+        self._mark, self._mark_step, self._waited = at, step, waited_seconds
         if self._metrics is None:
             return
         # JSON knows no NaN: a loss that is not finite is null.

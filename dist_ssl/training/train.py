@@ -10,6 +10,7 @@ says the host hears one step later, so that a device never waits for the host, n
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 from dist_ssl import checkpoint, distributed, engine
@@ -136,6 +137,7 @@ class Run:
                 result=result,
                 learning_rate=rate,
                 waited_seconds=feed.waited_seconds,
+                at=time.monotonic(),
                 verdict=verdict,
             )
             heard = monitor.record(taken)

@@ -168,6 +168,15 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, small_shards):
     assert all(torch.isfinite(tensor.double()).all() for tensor in state.values())
 
 
+def test_a_run_that_diverges_ends_in_one_line(tmp_path, small_shards):
+    """A launcher starts nothing again after exit code 2."""
+    diverging = ("optimizer.base_learning_rate=1e30", "train.max_skipped_steps=2", "checkpoint.every_steps=1000")
+    launch = ForkedLaunch(settings(tmp_path, small_shards, *diverging), 2)
+    assert launch.wait() == 2
+    (said,) = [line for line in launch.said().splitlines() if "error" in line.lower()]
+    assert re.search(r"error: .*in step 3 of a row .*of step 0, is intact; .*start anew by --restart", said)
+
+
 def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp_path, small_shards):
     def config(*overrides):
         return small_config(tmp_path / "run", small_shards, "train.steps=4", *overrides)
