@@ -41,9 +41,14 @@ def launched(tmp_path):
     return launch
 
 
-def one_line(done, expected):
+STARTING = "starting 2 ranks, which takes some seconds"
+
+
+def one_line(done, expected, before=()):
+    """The mistake, and nothing else but what was said `before`."""
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (line,) = done.stderr.splitlines()
+    *said, line = done.stderr.splitlines()
+    assert said == list(before)
     assert line.startswith("error: ")
     assert expected in line
 
@@ -61,7 +66,7 @@ def test_what_the_config_tells_starts_no_rank(launched):
 @pytest.mark.slow
 def test_what_the_ranks_find_starts_them_once(launched):
     done, starts = launched("launch.local")
-    one_line(done, "no manifest.json there")
+    one_line(done, "no manifest.json there", [STARTING])
     assert starts == 2
 
 
@@ -75,8 +80,8 @@ def test_a_package_that_is_not_there_is_found_without_a_launcher_too(launched):
 @pytest.mark.slow
 def test_raw_keys_and_a_cache_that_is_too_small_leave_no_run_directory(launched, small_shards):
     done, starts = launched("dist_ssl.cli", "engine.deepspeed={fp16={enabled=true}}", shards=small_shards)
-    one_line(done, "engine.deepspeed.fp16: derived from the rest of the config")
-    assert starts == 1
+    assert (done.returncode, starts) == (2, 1)
+    assert "error: engine.deepspeed.fp16: derived from the rest of the config" in done.stderr.splitlines()[-1]
     with s3_server(small_shards.parent) as server:
         place = ["--set", f"storage.endpoint_url={json.dumps(server.endpoint_url)}"]
         bucket = {"shards": f"s3://{small_shards.name}", **server.environment}

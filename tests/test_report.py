@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +265,37 @@ def test_charts_side_by_side_share_an_axis():
 
     assert place(first) != place(second)
     assert place(first, beside=(second,)) == place(second, beside=(first,))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not chromium.installed(), reason="Debian's chromium is not installed")
+def test_a_page_that_is_watched_follows_the_run_and_comes_to_rest(tmp_path):
+    run, page = a_run(tmp_path / "mine"), tmp_path / "mine" / "report.html"
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:300]))
+    command = [sys.executable, "-m", "dist_ssl.cli", "report", str(run), "--watch", "--every-seconds", "1"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    browser = chromium.Browser()
+    try:
+        seen = until(lambda: page.exists() and "reloads itself every 1 s" in page.read_text())
+        assert seen
+        browser.open(page, 1280, 800)
+        assert "300 of 600" in browser.evaluate("document.querySelector('.summary').innerText")
+        (run / "metrics.jsonl").write_text("".join(lines[:600]))
+        assert until(lambda: "600 of 600" in (browser.evaluate("document.querySelector('.summary')?.innerText") or ""))
+        assert watching.communicate(timeout=20)[0].strip() == str(page)
+        assert "reloads" not in page.read_text()
+        assert browser.errors == []
+    finally:
+        watching.kill()
+        browser.close()
+
+
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
 
 
 @pytest.mark.browser

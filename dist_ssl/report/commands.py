@@ -14,16 +14,24 @@ app = typer.Typer()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
     output: Annotated[Path | None, typer.Option(help="RUN/report.html by default, ./report.html for several.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again while the runs go on; it reloads itself.")
+    ] = False,
+    every_seconds: Annotated[float, typer.Option(min=1.0, help="How often --watch does.")] = 15.0,
 ) -> None:
     """Write one self-contained HTML page of a run, or of several side by side.
 
+    With --watch until all of them are complete, or Ctrl-C; no server is needed, the browser opens the file.
+
     Example: dist-ssl report runs/quickstart
+
+    Example: dist-ssl report runs/quickstart --watch
 
     Example: dist-ssl report runs/none runs/linear runs/mlp --output heads.html
     """
-    from dist_ssl.report.page import build
+    from dist_ssl.report import page
 
-    typer.echo(build(runs, output))
+    typer.echo(page.watch(runs, output, every_seconds) if watch else page.build(runs, output))
 
 
 @app.command()
