@@ -6,8 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from dist_ssl import cli
+from tests import template
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,6 +20,22 @@ ROOT = Path(__file__).parent.parent
 def dist_ssl(*arguments: str, timeout: float = 300, **environment: Any) -> subprocess.CompletedProcess[str]:
     """`dist-ssl ARGUMENTS` in the project's root."""
     return run([sys.executable, "-m", "dist_ssl.cli", *arguments], timeout, **environment)
+
+
+def forked(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As `dist_ssl`, by a process that has all imports behind it: for what comes after the start. Sees no GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder, name) for name in ("stdout", "stderr")]
+        code = template.fork(_main, arguments, environment, places).wait(300)
+        return subprocess.CompletedProcess(arguments, code, *(place.read_text() for place in places))
+
+
+def _main(connection: Connection, arguments: tuple[str, ...], environment: dict[str, str], places: list[Path]) -> None:
+    os.environ |= environment
+    for number, place in enumerate(places, 1):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["dist-ssl", *arguments]
+    cli.main()
 
 
 def run(command: list[str], timeout: float = 300, **environment: Any) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from dist_ssl import config as config_module
 from tests import trajectory
 from tests.digits import write_pages
 from tests.pool import ranks
-from tests.terminal import dist_ssl
+from tests.terminal import dist_ssl, forked
 
 SETTINGS = {
     "augment": {
@@ -42,7 +42,7 @@ SETTINGS = {
 @pytest.mark.slow
 def test_digits_are_learned(tmp_path):
     write_pages(tmp_path / "png")
-    written = dist_ssl("shards", "write", f"folder:{tmp_path}/png", f"{tmp_path}/shards", "--test-fraction", "0.25")
+    written = forked("shards", "write", f"folder:{tmp_path}/png", f"{tmp_path}/shards", "--test-fraction", "0.25")
     assert written.returncode == 0, written.stderr
     values = SETTINGS | {
         "run": {"dir": str(tmp_path / "run")},
@@ -52,11 +52,11 @@ def test_digits_are_learned(tmp_path):
     assert ranks(2).run(trajectory.pretrain, config_module.validate(values, "test"), timeout=500) == [0, 0]
     (tmp_path / "without").mkdir()  # an evaluation never needs DeepSpeed
     (tmp_path / "without" / "deepspeed.py").write_text("raise ImportError('not installed here')")
-    evaluated = dist_ssl("evaluate", f"{tmp_path}/run", "--probes", "linear,knn", PYTHONPATH=f"{tmp_path}/without")
+    evaluated = dist_ssl("evaluate", f"{tmp_path}/run", "--probes", "knn", PYTHONPATH=f"{tmp_path}/without")
     assert evaluated.returncode == 0, evaluated.stderr
     (path,) = (tmp_path / "run" / "evaluation").glob("step-*/results.json")
     results = json.loads(path.read_text())
     assert results["encoder_digest"]["before"] == results["encoder_digest"]["after"]
     knn = {layer: results["probes"]["knn"][layer]["top1"] for layer in ("h", "z", "h_untrained")}
-    print(knn, {layer: one["top1"] for layer, one in results["probes"]["linear"].items()})
+    print(knn)
     assert knn["h"] > knn["h_untrained"] + 0.10

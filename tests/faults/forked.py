@@ -30,19 +30,20 @@ _context = multiprocessing.get_context("fork")
 class ForkedLaunch(Launch):
     """As `Launch`, without the imports, and without restarts."""
 
-    def __init__(self, config: Config, size: int):
+    def __init__(self, config: Config, size: int, **environment: str):
         path = write_config(config)
         self.run_dir = Path(config.run.dir)
         self.output = path.parent / f"launch-{time.monotonic_ns()}.log"
-        self.process = template.fork(_launch, path, size, self.output)
+        self.process = template.fork(_launch, path, size, self.output, environment)
 
     def ranks(self) -> list[psutil.Process]:
         return sorted(children(self.process.pid), key=lambda process: process.pid)
 
 
-def _launch(connection: Connection, path: Path, size: int, output: Path) -> None:
+def _launch(connection: Connection, path: Path, size: int, output: Path, environment: dict[str, str]) -> None:
     """Run the ranks; take the others down with one that fails; exit as the first of them did."""
     os.setsid()
+    os.environ |= environment
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

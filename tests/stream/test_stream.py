@@ -27,7 +27,7 @@ from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
 from dist_ssl.data.stream import evaluation_batches, training_batches
 from dist_ssl.storage import StorageError
-from tests.faults.harness import Launch
+from tests.faults.forked import ForkedLaunch
 from tests.proxy import faulty_proxy
 from tests.s3 import S3Server
 from tests.stream.consumed import BATCH, SAMPLES, Ledger, cached, config_of, consume, part
@@ -137,7 +137,7 @@ def test_a_store_that_is_gone_ends_every_rank(server: S3Server, tmp_path: Path) 
     )  # fmt: skip
     server.stop()
     try:
-        launch = Launch(config, 2)
+        launch = ForkedLaunch(config, 2, **server.environment)
         assert launch.wait(120) not in (0, 75)
     finally:
         server.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,15 +34,12 @@ def test_the_stream_is_that_of_the_files(
 
 
 @pytest.mark.slow
-def test_a_pretraining_from_the_hub_is_that_from_the_files(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pretraining_from_the_hub_is_that_from_the_files(shapes: Path, tmp_path: Path) -> None:
     """By the commands: the same samples in the same order, the same losses."""
     with web_server(shapes) as server:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.port}")
-        command = [sys.executable, "-m", "dist_ssl.cli"]
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.port}"}
         place = ["hf://datasets/bucket/shapes/*.tar", "--output", str(tmp_path / "index")]
-        done = terminal.run([*command, "shards", "index", *place])
+        done = terminal.forked("shards", "index", *place, **hub)
         assert done.returncode == 0, done.stderr
         runs = []
         for shards in (tmp_path / "index", shapes / "bucket" / "shapes"):
@@ -53,7 +49,7 @@ def test_a_pretraining_from_the_hub_is_that_from_the_files(
                 f"data.cache_dir={json.dumps(str(tmp_path / 'cache'))}", "data.num_workers=1", "data.ledger=true",
             ]  # fmt: skip
             options = [part for setting in settings for part in ("--set", setting)]
-            done = terminal.run([*command, "pretrain", "configs/debug_cpu.toml", *options], timeout=300)
+            done = terminal.forked("pretrain", "configs/debug_cpu.toml", *options, **hub)
             assert done.returncode == 0, done.stderr
             steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             losses = [line["loss"] for line in steps if "loss" in line]
