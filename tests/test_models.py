@@ -1,7 +1,5 @@
 """Encoders and the projection head: shapes, names, and what an unknown name says."""
 
-import shutil
-
 import pytest
 import torch
 import torchvision
@@ -61,22 +59,6 @@ def test_every_layer_of_the_head_can_be_read(kind, num_layers, names, width, bat
 def test_batch_norm_is_torchs_in_any_memory_format(rows, memory_format):
     x = torch.randn(rows, 8, 6, 5).contiguous(memory_format=memory_format)
     assert torch.allclose(GlobalBatchNorm(8)(x), torch.nn.BatchNorm2d(8)(x), atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-def test_compiled_blocks_are_recomputed_and_their_batch_counted_once(tmp_path):
-    x, found = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last), []
-    for compiled in (False, True):
-        model = build_model(small_config(tmp_path, "", "model.activation_checkpointing=true"))
-        if compiled:
-            model.compile()
-        z = model(x)[1]
-        (z * torch.linspace(-1, 1, z.shape[1])).sum().backward()
-        found.append((torch.cat([p.grad.flatten() for p in model.parameters()]), dict(model.named_buffers())))
-    (plain, counted), (gradient, buffers) = found
-    assert (gradient - plain).norm() <= 1e-4 * plain.norm()
-    assert all(torch.allclose(buffers[name].double(), b.double(), atol=1e-5) for name, b in counted.items())
 
 
 def test_weights_are_a_function_of_the_seed_alone(tmp_path):

@@ -3,10 +3,12 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+from dist_ssl import checkpoint
 from tests import trajectory
 from tests.faults import inject
 from tests.pool import ranks
@@ -17,10 +19,8 @@ MODES = {
     "fp32": [],
     "bf16": ["engine.precision=bf16", "engine.zero_stage=3"],
     "deterministic": ["engine.deterministic=true", "engine.zero_stage=2"],
-    "compile": ["engine.compile=true"],
+    "compile": ["engine.compile=true", "model.activation_checkpointing=true"],
 }
-needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-COMPILE = (pytest.mark.slow, needs_a_compiler)  # 40 s of a core for each rank, on a fresh machine
 
 
 def in_mode(function, *arguments):
@@ -53,22 +53,35 @@ def settings(folder, shards, mode):
     return small_config(folder, shards, f"train.steps={STEPS}", *MODES[mode])
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param("bf16", marks=pytest.mark.slow), "deterministic", pytest.param("compile", marks=COMPILE)]
-)
-def test_a_stop_and_a_resume_change_no_bit(tmp_path, small_shards, curve, mode):
-    config = settings(tmp_path, small_shards, mode)
+def stopped_and_resumed(config):
+    """The losses of a run that is stopped before its fourth step and started again."""
     stopped = ranks(2).run(in_mode, inject.pretrain_with_signal, config, 4, signal.SIGTERM)
     assert [code for code, _ in stopped] == [75, 75]
-    assert 3 <= len(trajectory.losses(tmp_path)) < STEPS
+    assert 3 <= len(trajectory.losses(Path(config.run.dir))) < STEPS
     assert [code for code, _ in ranks(2).run(in_mode, trajectory.pretrain, config)] == [0, 0]
-    assert trajectory.losses(tmp_path) == curve(mode)
-    assert len(curve(mode)) == STEPS
+    found = trajectory.losses(Path(config.run.dir))
+    assert len(found) == STEPS
+    return found
 
 
-@pytest.mark.parametrize(
-    ("mode", "rounding"), [("bf16", 2e-2), ("deterministic", 1e-5), pytest.param("compile", 1e-4, marks=COMPILE)]
-)
+@pytest.mark.parametrize("mode", [pytest.param("bf16", marks=pytest.mark.slow), "deterministic"])
+def test_a_stop_and_a_resume_change_no_bit(tmp_path, small_shards, curve, mode):
+    assert stopped_and_resumed(settings(tmp_path, small_shards, mode)) == curve(mode)
+
+
+@pytest.mark.parametrize(("mode", "rounding"), [("bf16", 2e-2), ("deterministic", 1e-5)])
 def test_losses_are_those_of_plain_fp32_to_rounding(curve, mode, rounding):
     assert curve(mode) == pytest.approx(curve("fp32"), rel=rounding, abs=0)
     assert mode == "deterministic" or curve(mode) != curve("fp32")  # they do compute otherwise
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_run_is_stopped_and_resumed_and_counts_recomputed_blocks_once(tmp_path, small_shards, curve):
+    """40 s of a core for each rank, on a fresh machine."""
+    config = settings(tmp_path, small_shards, "compile")
+    found = stopped_and_resumed(config)
+    assert found == pytest.approx(curve("fp32"), rel=1e-4, abs=0)
+    assert found != curve("fp32")
+    state = checkpoint.load_run(tmp_path)[2].state_dict()
+    assert {int(count) for name, count in state.items() if "num_batches" in name} == {STEPS}

@@ -205,4 +205,4 @@ def test_another_config_is_refused_with_a_diff_and_a_longer_run_wants_extend(tmp
 
 
 def test_a_short_chaos_run(tmp_path):
-    assert chaos.main(["--kills", "2", "--steps", "20", "--seed", "3", "--folder", str(tmp_path)]) == 0
+    assert chaos.main(["--kills", "1", "--steps", "15", "--seed", "3", "--folder", str(tmp_path)]) == 0
