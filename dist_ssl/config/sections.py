@@ -236,6 +236,10 @@ class LogConfig(Section):
     wandb_project: str | None = Field(
         None, description="also log to this project of Weights & Biases, by the extra wandb"
     )
+    mlflow_experiment: str | None = Field(
+        None,
+        description="also log to this experiment of the MLflow that MLFLOW_TRACKING_URI names, by the extra mlflow",
+    )
 
 
 class DiagnosticsConfig(Section):

@@ -33,6 +33,8 @@ def check_extras(config: Config) -> None:
         require("timm", f"model.encoder = {config.model.encoder}")
     if config.log.wandb_project:
         require("wandb", f"log.wandb_project = {config.log.wandb_project}", ", or leave the key out")
+    if config.log.mlflow_experiment:
+        require("mlflow", f"log.mlflow_experiment = {config.log.mlflow_experiment}", ", or leave the key out")
 
 
 def check_before_start(config: Config) -> None:

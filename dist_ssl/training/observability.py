@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl (the source of truth), TensorBoard, W&B, the ledger, one progress line.
+"""What a run tells while it runs: metrics.jsonl (the source of truth), TensorBoard, W&B, MLflow, the ledger, one line.
 
 JSONL files are opened by replacing them with their lines up to the resumed step: so they read as one run, and an older
 incarnation that still lives goes on writing to a file that is no longer there.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
 from typing import IO, Any
 
-from dist_ssl.config import Config
+from dist_ssl.config import Config, UserError, dumps
 from dist_ssl.data.progress import Progress
 from dist_ssl.distributed import rank
 
@@ -62,9 +63,9 @@ class Observer:
 
     def __init__(self, config: Config, total_steps: int, step: int):
         run_dir = Path(config.run.dir)
+        self._boards = _boards(config) if rank() == 0 else []
         self._ledger = Journal(run_dir / f"ledger-rank{rank()}.jsonl") if config.data.ledger else None
         self._metrics = Journal(run_dir / "metrics.jsonl") if rank() == 0 else None
-        self._boards = _boards(config) if rank() == 0 else []
         self._progress = Progress("pretrain", total_steps, shown=rank() == 0, done=step, stays=True)
         self.total_steps, self._batch = total_steps, config.train.global_batch_size
         self._mark, self._mark_step, self._waited = time.monotonic(), step, 0.0
@@ -144,6 +145,55 @@ class _WeightsAndBiases:
         self._run.finish()
 
 
+class _MLflow:
+    """The run's id is kept in RUN_DIR/mlflow-run-id: a run that goes on goes on there too.
+
+    Metrics leave by a thread of MLflow's, so that no step waits for a server; what a server refuses is told at the end.
+    """
+
+    def __init__(self, config: Config):
+        from mlflow import MlflowClient  # `planning.before_start` has looked for it
+        from mlflow.exceptions import MlflowException
+
+        file = Path(config.run.dir) / "mlflow-run-id"
+        self._last: Any = None
+        try:
+            self._client = MlflowClient()
+            if file.exists():
+                self._id = file.read_text()
+                self._client.update_run(self._id, status="RUNNING")
+                return
+            named = str(config.log.mlflow_experiment)
+            experiment = self._client.get_experiment_by_name(named)
+            place = experiment.experiment_id if experiment else self._client.create_experiment(named)
+            self._id = self._client.create_run(place, run_name=Path(config.run.dir).name).info.run_id
+            self._client.log_text(self._id, dumps(config), "config.toml")
+        except MlflowException as error:
+            raise UserError(
+                f"log.mlflow_experiment = {config.log.mlflow_experiment}: MLflow, at what MLFLOW_TRACKING_URI names, "
+                f"said: {error}; set the variable right, or leave the key out"
+            ) from error
+        file.write_text(self._id)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        metrics = [Metric(name, float(value), now, step) for name, value in values.items() if math.isfinite(value)]
+        self._last = self._client.log_batch(self._id, metrics, synchronous=False)
+
+    def close(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self._last is not None:
+                self._last.wait()
+            self._client.set_terminated(self._id)
+        except MlflowException as error:
+            log.warning("MLflow did not take all metrics, which are in metrics.jsonl: %s", error)
+
+
 def _boards(config: Config) -> list[Any]:
     boards: list[Any] = [_TensorBoard(Path(config.run.dir))] if config.log.tensorboard else []
-    return boards + ([_WeightsAndBiases(config)] if config.log.wandb_project else [])
+    boards += [_WeightsAndBiases(config)] if config.log.wandb_project else []
+    return boards + ([_MLflow(config)] if config.log.mlflow_experiment else [])
