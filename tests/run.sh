@@ -12,8 +12,8 @@ if [ "$system" = true ]; then bash tests/system.sh; fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# Three tests at a time, since they wait for each other's ranks; 6 GB each. Not where a few are chosen, or their output is wanted.
-workers=(-n 3 --dist loadgroup)
+# Two tests at a time, 6 GB each. Not where a few are chosen, or their output is wanted.
+workers=(-n 2 --dist loadgroup)
 for argument in "$@"; do
     case "$argument" in tests/* | -s | -k) workers=() ;; esac
 done
