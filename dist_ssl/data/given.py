@@ -12,6 +12,7 @@ from dist_ssl import distributed, storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.in_place_index import index_in_place
 from dist_ssl.data.manifest import MANIFEST, manifest_folder
+from dist_ssl.data.sources import PARTS
 
 TEST_FRACTION = 0.1  # of images that are in no `train` and `test` folder
 
@@ -49,7 +50,7 @@ def _found(data: str, config: StorageConfig) -> tuple[str, str | None]:
         return data, None
     if not os.path.isdir(folder):
         raise UserError(f"--data {data}: no such folder; expected one of images, or one that `shards write` filled")
-    parts = [f"{folder}/{name}" for name in ("train", "test", "val") if os.path.isdir(f"{folder}/{name}")]
+    parts = [f"{folder}/{name}" for name in PARTS if os.path.isdir(f"{folder}/{name}")]
     if len(parts) > 1 and parts[0] == f"{folder}/train":
         train, test = (f"folder:{part}" for part in parts[:2])
         for part in (train, test):

@@ -24,7 +24,7 @@ from dist_ssl.data import idx, shapes
 from dist_ssl.data.decode import ENDINGS, BadSample, ending_of
 from dist_ssl.data.parquet import ParquetImages
 
-PARTS = frozenset({"train", "test", "val"})  # names of folders that hold class folders, and are none
+PARTS = ("train", "test", "val")  # names of folders that hold class folders, and are none
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class FolderSource:
         if not root.is_dir():
             raise UserError(f"folder:{directory}: no such directory")
         folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if "train" in folders and PARTS.issuperset(folders) and len(folders) > 1:
+        if "train" in folders and set(folders).issubset(PARTS) and len(folders) > 1:
             each = " and ".join(f"folder:{directory}/{name}" for name in folders)
             raise UserError(
                 f"folder:{directory}: {' and '.join(folders)} are parts, not classes; give {each} one by one"
