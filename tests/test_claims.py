@@ -72,7 +72,10 @@ def test_a_verdict_is_what_its_pairs_support():
     assert found.outcome == "supported"
     assert found.effect.mean == pytest.approx(0.25)  # of both heads, seed by seed
     assert found.compared == "linear h under mlp2, mlp3 less linear h under none"
-    assert "(Chen et al. 2020): supported, +25.0 points [+24.8, +25.2], 3 seeds, p = " in found.sentence()
+    assert (
+        "Chen et al. 2020: a nonlinear head is better than none: supported, +25.0 points [+24.8, +25.2], 3 seeds, p = "
+        in found.sentence()
+    )
     assert said([none, good, better], "h is better than z").effect.mean == pytest.approx(0.15)
     worse = row("mlp2", [0.300, 0.311, 0.319], [0.4, 0.41, 0.42])
     assert said([none, worse], "a nonlinear head is better than none").outcome == "contradicted"
@@ -81,7 +84,7 @@ def test_a_verdict_is_what_its_pairs_support():
     single = [row("none", [0.5], [0.5]), row("mlp2", [0.9], [0.1])]
     text = paragraph(single, verdicts(single, TASKS), 6, 2)
     assert text.startswith(
-        "2 of 6 cells are done. A nonlinear head is better than none (Chen et al. 2020): not supported"
+        "2 of 6 cells are done. Chen et al. 2020: a nonlinear head is better than none: not supported"
     )
     assert "no interval, 1 of at least 3 seeds" in text
     assert ": supported" not in text
@@ -113,7 +116,7 @@ def test_only_cells_that_differ_in_nothing_else_are_compared():
     byol = [row("mlp2", [0.6, 0.63, 0.61], [0.5] * 3, method="byol")]
     against = said(byol, "training is better than none", "byol")
     assert against.effect.mean == pytest.approx(0.613333 - 0.11, abs=1e-5)
-    assert "under byol: supported" in against.sentence()
+    assert "encoder, byol: training is better than none: supported" in against.sentence()
     assert untrained(byol, "knn").mean == pytest.approx(0.11)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dist_ssl import checkpoint
 from dist_ssl import config as configuration
 from dist_ssl.config import HEADS, HeadConfig, UserError
 from dist_ssl.models import ProjectionHead, build_model
@@ -146,3 +147,19 @@ def test_a_sparse_head_has_one_gradient_on_any_ranks(tmp_path, small_shards, alo
     for other_loss, other_gradient in ranks(size).run(trajectory.loss_and_gradient, many):
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert relative_error(other_gradient, gradient) < 1e-5
+
+
+@pytest.mark.slow
+def test_heads_train_and_are_read_back(tmp_path, small_shards):
+    """One with a table of its own, one that hands h on, one that rounds: in bf16, under ZeRO 1 and 3, by two losses."""
+    for number, (keys, names, _) in enumerate(LAYERS[5:8]):
+        head = [f"model.head.{key}={value}" for key, value in keys.items()]
+        engine = [f"engine.zero_stage={(1, 3)[number % 2]}", "engine.precision=bf16"]
+        loss = f"objective.name={('nt_xent', 'vicreg')[number % 2]}"
+        folder = tmp_path / keys["kind"]
+        config = small_config(folder, small_shards, *head, *engine, loss, "train.steps=2", "model.head.top_k=3")
+        assert ranks(2).run(trajectory.pretrain, config) == [0, 0], keys
+        assert np.isfinite(trajectory.losses(folder)).all(), keys
+        _, step, model = checkpoint.load_run(folder)
+        assert step == 2
+        assert [name for name, _ in model.head.layers(torch.randn(4, 128))] == names

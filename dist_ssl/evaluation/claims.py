@@ -75,6 +75,10 @@ CLAIMS = (
         SIMCLR, ("mlp", "mlp"), ("bits z", "bits z"), "zoom", ("without_crop", ""),
     ),
     Claim(
+        "z keeps the horizontal position where no flip changes it",
+        SIMCLR, ("mlp", "mlp"), ("bits z", "bits z"), "position_x", ("without_flip", ""),
+    ),
+    Claim(
         "h holds more than z of colour that training destroyed",
         XUE, ("mlp", "mlp"), ("bits h", "bits z"), "colour or grey", ("always_grey", "always_grey"),
     ),
@@ -124,11 +128,8 @@ class Verdict:
         asked = f"{seeds} seeds, p = {self.p:.2g} after Holm over {self.comparisons}" if self.p is not None else (
             f"{seeds} of at least {MIN_SEEDS} seeds"
         )  # fmt: skip
-        under = f" under {self.method}" if self.method else ""
-        return (
-            f"{self.claim.says[0].upper()}{self.claim.says[1:]} ({self.claim.paper}){under}: {self.outcome}, {effect} "
-            f"{interval}, {asked} ({self.compared})."
-        )
+        who = f"{self.claim.paper}, {self.method}" if self.method else self.claim.paper
+        return f"{who}: {self.claim.says}: {self.outcome}, {effect} {interval}, {asked} ({self.compared})."
 
     def json(self) -> dict[str, Any]:
         return {
@@ -163,11 +164,7 @@ def _pairs(claim: Claim, rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
         [row for row in rows if row.control == control and head in ("any", kind_of(row.head))]
         for head, control in zip(claim.heads, claim.controls, strict=True)
     )
-    one_head = claim.heads[0] == claim.heads[1]
-    for a in first:
-        for b in second:
-            if _alike(a, b) and (a.head == b.head if one_head else True):
-                yield a, b
+    yield from ((a, b) for a in first for b in second if _alike(a, b))
 
 
 def _alike(a: Row, b: Row) -> bool:

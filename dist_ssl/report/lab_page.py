@@ -15,6 +15,8 @@ from dist_ssl.report.elements import FACTOR_COLOURS, figure, grid, percent, sect
 from dist_ssl.report.page import write_page
 from dist_ssl.report.svg import NUM_COLOURS, Dot, Series, dot_chart, legend, line_chart
 
+FIGURES = 9  # of what heads keep; the others are a click away, so that a phone shows no wall of panels
+
 
 def build(summary: dict[str, Any], title: str, output: Path) -> Path:
     """Writes the page of `lab_summary.summarize_lab`'s answer and returns its path."""
@@ -157,7 +159,10 @@ def _losses(rows: list[Row], summary: dict[str, Any]) -> str:
         "Bits against depth: the share of the entropy that a probe recovers, mean over seeds; 0 is guessing. Whiskers: "
         f"95% over seeds. {escape(summary['losses'])}"
     )
-    return section("What each head keeps", grid(figures) + table(head, cells), lead)
+    shown = grid(figures[:FIGURES])
+    if len(figures) > FIGURES:
+        shown += f"<details><summary>{len(figures) - FIGURES} more heads</summary>{grid(figures[FIGURES:])}</details>"
+    return section("What each head keeps", shown + table(head, cells), lead)
 
 
 def _depth_chart(row: Row, kind: str, tasks: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
