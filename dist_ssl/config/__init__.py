@@ -5,6 +5,14 @@ reads a file and lays `--set section.key=value` over it, `dumps` gives the resol
 `resume_diff` says what a resumed run may not change. `environment` is apart: a launcher needs it and little else.
 """
 
+from dist_ssl.config.heads import (
+    AS_WIDE_AS_H,
+    HEADS,
+    OF_AN_MLP,
+    WITHOUT_BATCH_NORM,
+    HeadConfig,
+    PredictorConfig,
+)
 from dist_ssl.config.loading import load, loads, origins, resume_diff, total_steps, validate, with_overrides
 from dist_ssl.config.methods import (
     METHODS,
@@ -32,12 +40,10 @@ from dist_ssl.config.sections import (
     DiagnosticsConfig,
     EngineConfig,
     EvaluationConfig,
-    HeadConfig,
     LabConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
-    PredictorConfig,
     RunConfig,
     StorageConfig,
     TrainConfig,
@@ -47,9 +53,13 @@ from dist_ssl.config.sections import (
 from dist_ssl.config.writing import choices, dumps, dumps_with_origins, explain, explain_page, known_keys
 
 __all__ = [
+    "AS_WIDE_AS_H",
+    "HEADS",
     "MAY_DIFFER_ON_RESUME",
     "METHODS",
+    "OF_AN_MLP",
     "TIMM",
+    "WITHOUT_BATCH_NORM",
     "WITH_PREDICTOR",
     "WITH_TEACHER",
     "AugmentConfig",

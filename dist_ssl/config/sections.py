@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
+from dist_ssl.config.heads import HeadConfig, PredictorConfig
 from dist_ssl.config.methods import OF_TWO_VIEWS, WITH_PREDICTOR, WITH_TEACHER, NTXentConfig, ObjectiveConfig
 from dist_ssl.config.section import Section
 
@@ -131,25 +132,6 @@ class AugmentConfig(ViewPolicy):
             said = ", ".join(f"{count} of {side}" for side, count in self.sizes())
             raise ValueError(f"views: expected views of one size side by side, got {said} pixels; reorder the sets")
         return self
-
-
-class HeadConfig(Section):
-    kind: Literal["none", "linear", "mlp"] = Field("mlp", description="what stands between h and the loss")
-    num_layers: int = Field(2, ge=2, description="linear layers, only of kind mlp")
-    hidden_dim: int = Field(2048, ge=1, description="width of an mlp's hidden layers")
-    output_dim: int = Field(128, ge=1, description="width of z")
-    batch_norm: bool = Field(True, description="after each linear layer of an mlp")
-    last_batch_norm: bool = Field(True, description="false: not after the last linear layer")
-
-
-class PredictorConfig(Section):
-    """What stands between z and the loss of moco_v3, byol and simsiam; its output is as wide as z."""
-
-    kind: Literal["none", "linear", "mlp"] = Field("mlp", description="none: the loss takes z itself")
-    num_layers: int = Field(2, ge=2, description="linear layers, only of kind mlp")
-    hidden_dim: int | None = Field(None, ge=1, description="width of an mlp's hidden layers; unset: as of the head")
-    batch_norm: bool = Field(True, description="after each linear layer of an mlp")
-    last_batch_norm: bool = Field(False, description="true: after the last linear layer too")
 
 
 TIMM = "timm/"  # begins the name of an encoder that timm builds
@@ -288,7 +270,13 @@ class LabConfig(Section):
     )
     source_image_size: int = Field(64, ge=8, description="shorter side of the images written, in pixels")
     test_fraction: float = Field(0.25, gt=0, lt=1, description="of the source that is held out")
-    heads: list[str] = Field(["none", "linear", "mlp2", "mlp3"], description="none, linear, mlpN (N linear layers)")
+    heads: list[str] = Field(
+        ["none", "linear", "mlp2", "mlp3"],
+        description='kinds, mlpN for N linear layers; other keys of the head after it: "mlp2 activation=silu"',
+    )
+    controls: list[str] = Field(
+        [], description="what else each head is trained with: same_class, without_jitter, always_grey, ..."
+    )
     objectives: list[Method] = Field(
         [], description='methods compared: "byol", or { name = "byol", teacher_decay = 0.99 }; none: [objective] alone'
     )

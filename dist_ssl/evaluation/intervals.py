@@ -8,6 +8,8 @@ Legend: S seeds, n test images.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -92,3 +94,34 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     half = t * float(np.std(values, ddof=1)) / len(values) ** 0.5
     mean = float(np.mean(values))
     return mean - half, mean + half
+
+
+def t_test(values: Sequence[float]) -> float:
+    """p of a mean as far from 0 as that of a few independent runs, where it is 0: Student's t, two-sided.
+
+    The distribution's closed form for whole degrees of freedom: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    if len(values) < 2:
+        raise ValueError(f"expected at least 2 runs, got {len(values)}")
+    freedom, mean, std = len(values) - 1, float(np.mean(values)), float(np.std(values, ddof=1))
+    if std == 0:
+        return 0.0 if mean else 1.0
+    angle = math.atan(abs(mean) / std * (len(values) / freedom) ** 0.5)
+    odd, square = freedom % 2, math.cos(angle) ** 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for n in range(2 + odd, freedom - 1, 2):
+        term *= square * (n - 1) / n
+        total += term
+    within = math.sin(angle) * total
+    return max(1 - (2 / math.pi * (angle + within) if odd else within), 0.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrected for their number: rejecting those below 5% rejects a true hypothesis in 5% of all cases (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min((len(p_values) - rank) * p_values[i], 1.0))
+        corrected[i] = largest
+    return corrected

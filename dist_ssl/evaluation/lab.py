@@ -1,32 +1,65 @@
-"""The head laboratory's grid: matched objectives and heads on one set of data, to be pretrained, evaluated, compared.
+"""The head laboratory's grid: matched objectives, heads and controls on one set of data, to be run and compared.
 
-Everything but the objective, the head and the seed is the same in all cells. A cell is a run directory of its own.
+Everything but those and the seed is the same in all cells. A cell is a run directory of its own.
 Cells are ordered by seed, so that an unfinished grid is a balanced one. `launch.lab` runs them, `lab_summary` compares
 them.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dist_ssl import config as configuration
-from dist_ssl.config import WITH_PREDICTOR, Config, LabConfig, ObjectiveConfig, UserError
+from dist_ssl.config import (
+    AS_WIDE_AS_H,
+    HEADS,
+    OF_AN_MLP,
+    WITH_PREDICTOR,
+    WITHOUT_BATCH_NORM,
+    Config,
+    LabConfig,
+    ObjectiveConfig,
+    UserError,
+)
 from dist_ssl.evaluation.results import stored
+
+# Keys of [augment] that a control sets, for every view. `same_class` takes the labels instead: SupCon's loss.
+CONTROLS: dict[str, dict[str, float]] = {
+    "same_class": {},
+    "without_crop": {"min_scale": 1.0, "max_scale": 1.0},
+    "without_flip": {"flip_probability": 0.0},
+    "without_jitter": {"jitter_probability": 0.0},
+    "without_grey": {"grey_probability": 0.0},
+    "without_blur": {"blur_probability": 0.0},
+    "always_grey": {"grey_probability": 1.0},
+    "small_crops": {"min_scale": 0.05, "max_scale": 0.25},
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One pretraining: an objective, a head, its batch norm and width, a seed, and the run directory that holds it."""
+    """One pretraining: an objective, a head with its batch norm and width, a control, a seed, and its run directory."""
 
     objective: ObjectiveConfig | None  # None: the config's own, which all cells have
     head: str
     batch_norm: bool
     output_dim: int
+    control: str  # empty: none
     seed: int
     folder: Path
+
+    @property
+    def row_name(self) -> str:
+        """Without the seed."""
+        kind = kind_of(self.head).split()[0]
+        parts = [self.head] if kind in AS_WIDE_AS_H else [self.head, str(self.output_dim)]
+        parts += [] if self.batch_norm or kind in WITHOUT_BATCH_NORM else ["no batch norm"]
+        name = ", ".join([*parts, self.control] if self.control else parts)
+        return f"{self.method}: {name}" if self.method else name
 
     @property
     def name(self) -> str:
@@ -51,18 +84,24 @@ class Cell:
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid of `config.lab`, seeds outermost; a head of kind none has no width and no batch norm to vary."""
+    """The grid of `config.lab`, seeds outermost; some heads have no width or batch norm to vary, none no control."""
     lab = lab_section(config)
     grid: dict[Path, Cell] = {}
     objectives: list[ObjectiveConfig | None] = [*lab.objectives] or [None]
-    axes = (range(lab.num_seeds), objectives, lab.heads, lab.batch_norm, lab.output_dims)
-    for seed, objective, head, batch_norm, dim in product(*axes):
+    axes = (range(lab.num_seeds), objectives, ["", *lab.controls], lab.heads, lab.batch_norm, lab.output_dims)
+    for seed, objective, control, head, batch_norm, dim in product(*axes):
         _head_keys(head)
-        cell = Cell(objective, head, batch_norm, dim, seed, Path(config.run.dir) / "cells")
-        parts = [cell.method.replace(" ", "-")] if cell.method else []
-        parts += [head] if head == "none" else [head, f"d{dim}", "bn" if batch_norm else "nobn"]
+        if control not in ("", *CONTROLS):
+            raise UserError(f"lab.controls: expected names among {', '.join(CONTROLS)}, got {control!r}")
+        cell = Cell(objective, head, batch_norm, dim, control, seed, Path(config.run.dir) / "cells")
+        kind = kind_of(head).split()[0]
+        parts = [*(cell.method.split() or []), *head.split()]
+        parts += [] if kind in AS_WIDE_AS_H else [f"d{dim}"]
+        parts += [] if kind in WITHOUT_BATCH_NORM else ["bn" if batch_norm else "nobn"]
+        parts += [control] if control else []
         folder = cell.folder / "-".join([*parts, f"seed{seed}"])
-        grid.setdefault(folder, replace(cell, folder=folder))
+        if not (control and head == "none"):  # h is z
+            grid.setdefault(folder, replace(cell, folder=folder))
     return list(grid.values())
 
 
@@ -75,11 +114,28 @@ def cell_config(config: Config, cell: Cell) -> Config:
         if cell.objective.name not in WITH_PREDICTOR:
             values["model"].pop("predictor", None)
     values["run"] |= {"dir": str(cell.folder), "seed": config.run.seed + cell.seed}
+    _control(values, cell.control)
     values["model"]["head"] |= _head_keys(cell.head) | {"batch_norm": cell.batch_norm, "output_dim": cell.output_dim}
     values["data"]["shards"] = values["data"]["shards"] or f"{shards}/train"
     values["evaluation"].setdefault("train_shards", f"{shards}/train")
     values["evaluation"].setdefault("test_shards", f"{shards}/test")
-    return configuration.validate(values, cell.name)
+    changed = [f"model.head.{setting}" for setting in cell.head.split()[1:]]
+    return configuration.with_overrides(configuration.validate(values, cell.name), changed)
+
+
+def _control(values: dict[str, Any], control: str) -> None:
+    """Lay a control over a cell's values."""
+    objective = values["objective"]
+    if control == "same_class":
+        if objective["name"] not in ("nt_xent", "supervised"):
+            raise UserError(
+                f"lab.controls: same_class is NT-Xent with labels, not of {objective['name']}; leave it out"
+            )
+        values["objective"] = objective | {"name": "supervised"}
+    for key, value in CONTROLS.get(control, {}).items():
+        values["augment"][key] = value
+        for views in values["augment"]["views"]:
+            views.pop(key, None)  # of a set of views: what it leaves unset is as [augment] says
 
 
 def checked_cells(config: Config) -> list[Cell]:
@@ -106,12 +162,22 @@ def data_folder(config: Config) -> Path:
     return Path(config.run.dir) / "data"
 
 
+def kind_of(head: str) -> str:
+    """A head of `lab.heads` without the number of its layers and the values of its keys: "mlp l1" of "mlp2 l1=0.1"."""
+    kind, *settings = head.split()
+    return " ".join([kind.rstrip("0123456789"), *(setting.partition("=")[0] for setting in settings)])
+
+
 def _head_keys(head: str) -> dict[str, Any]:
-    if head in ("none", "linear"):
-        return {"kind": head}
-    if head.startswith("mlp") and head[3:].isdigit() and int(head[3:]) >= 2:
-        return {"kind": "mlp", "num_layers": int(head[3:])}
-    raise UserError(f"lab.heads: expected none, linear or mlpN with N >= 2 linear layers, got {head!r}")
+    """What the first word of a head says: its kind, and of an MLP how many layers it has."""
+    found = re.fullmatch(r"([a-z_]+?)(\d*)((?: \w+=\S+)*)", head)
+    kind, layers, _ = found.groups() if found else ("", "", "")
+    if kind in HEADS and (not layers if kind not in OF_AN_MLP else int(layers or (0 if kind == "mlp" else 2)) >= 2):
+        return {"kind": kind} | ({"num_layers": int(layers)} if layers else {})
+    raise UserError(
+        f"lab.heads: expected one of {', '.join(name for name in HEADS if name != 'mlp')} or mlpN with N >= 2 linear "
+        f"layers, and key=value of [model.head] after it, got {head!r}"
+    )
 
 
 def lab_section(config: Config) -> LabConfig:

@@ -68,7 +68,7 @@ def build_model(config: Config) -> ContrastiveModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         encoder = build_encoder(config.model.encoder, config.augment.image_size, config.model.drop_path_rate)
-        head = ProjectionHead(cast(int, encoder.output_dim), config.model.head)
+        head = ProjectionHead(cast(int, encoder.output_dim), config.model.head, config.objective.chunks)
         predictor = _build_predictor(config, head.output_dim)
     sizes = config.augment.sizes()
     for side, _ in sizes:

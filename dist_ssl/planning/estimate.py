@@ -50,6 +50,7 @@ class Sizes:
     activation_bytes: int  # the views of one image
     optimizer_values: int  # k
     ranks: int
+    z_dim: int  # d
     teacher_bytes: int = 0
     teacher_channels: tuple[int, ...] = ()  # of its batch norm
 
@@ -69,6 +70,7 @@ class Sizes:
             activation_bytes(model, config) if measure else 0,
             {"lars": 1, "adamw": 2}[config.optimizer.name],
             ranks,
+            model.widths["z"],
             sum(t.nbytes for part in teacher for t in part.state_dict().values()),
             tuple(m.num_features for part in teacher for m in part.modules() if isinstance(m, GlobalBatchNorm)),
         )
@@ -150,7 +152,7 @@ def gradient_bytes(sizes: Sizes, zero_stage: int, chunks: int = 1) -> Estimate:
 
 def memory(config: Config, sizes: Sizes) -> list[Estimate]:
     """Of one rank's device, at its fullest: the end of the forward, and backward."""
-    stage, width, pixels = config.engine.zero_stage, config.model.head.output_dim, pixel_values(config)
+    stage, width, pixels = config.engine.zero_stage, sizes.z_dim, pixel_values(config)
     images = -(-config.train.global_batch_size // sizes.ranks)
     chunk = -(-images // config.objective.chunks)
     loss = method_costs.held(config, config.augment.num_views, width, sizes.ranks)
@@ -191,7 +193,7 @@ def shared_memory(config: Config, ranks: int, ranks_of_node: int) -> Estimate:
 def wire(config: Config, sizes: Sizes) -> list[Estimate]:
     """Bytes that one rank sends in a step, by ring algorithms: what a ring can't undercut."""
     p, w, stage = sizes.parameters, sizes.ranks, config.engine.zero_stage
-    share, width, chunks = (w - 1) / w, config.model.head.output_dim, config.objective.chunks
+    share, width, chunks = (w - 1) / w, sizes.z_dim, config.objective.chunks
     reduction = {
         0: (2, "all-reduce of gradients: 2 * 4 P (W-1)/W"),
         1: (3, "all-reduce of gradients, all-gather of weights: 3 * 4 P (W-1)/W"),

@@ -13,7 +13,8 @@ from dist_ssl.models.encoders import ENCODERS
 def names() -> Iterator[str]:
     """Lines: encoders, heads, objectives, probes, sources of images."""
     shown = {"encoders, model.encoder": dict.fromkeys((*ENCODERS, f"{TIMM}NAME"), "")}
-    shown |= {key: dict.fromkeys(configuration.choices(key), "") for key in ("model.head.kind", "evaluation.probes")}
+    shown |= {"heads, model.head.kind": configuration.HEADS}
+    shown |= {"evaluation.probes": dict.fromkeys(configuration.choices("evaluation.probes"), "")}
     shown["objectives, objective.name"] = {name: str(method.__doc__) for name, method in configuration.METHODS.items()}
     shown["sources of images, for shards write"] = SOURCES
     for what, of_kind in shown.items():

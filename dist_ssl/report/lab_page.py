@@ -1,4 +1,4 @@
-"""The laboratory's page: one table, one figure like SimCLR's figure 8, what each head loses, and one paragraph."""
+"""The laboratory's page: a verdict on each claim, a figure like SimCLR's figure 8, a table, what each head loses."""
 
 from __future__ import annotations
 
@@ -7,24 +7,50 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from dist_ssl.evaluation.lab_summary import Row, untrained
+from dist_ssl.config import AS_WIDE_AS_H
+from dist_ssl.evaluation.claims import Verdict
+from dist_ssl.evaluation.lab import kind_of
+from dist_ssl.evaluation.lab_rows import Row, untrained
 from dist_ssl.report.elements import FACTOR_COLOURS, figure, grid, percent, section, table
 from dist_ssl.report.page import write_page
-from dist_ssl.report.svg import Dot, Series, dot_chart, legend, line_chart
+from dist_ssl.report.svg import NUM_COLOURS, Dot, Series, dot_chart, legend, line_chart
+
+FIGURES = 9  # of what heads keep; the others are a click away, so that a phone shows no wall of panels
 
 
 def build(summary: dict[str, Any], title: str, output: Path) -> Path:
     """Writes the page of `lab_summary.summarize_lab`'s answer and returns its path."""
     rows: list[Row] = summary["rows"]
-    body = [f'<p class="lead">{escape(summary["paragraph"])}</p>']
+    body = [f'<p class="lead">{escape(summary["progress"])}</p>']
     if rows:
-        body += [_figure(rows, summary["chance"]), _table(rows, summary), _losses(rows, summary["tasks"])]
+        plain = [row for row in rows if not row.control]
+        body += [_claims(summary["verdicts"]), _figure(plain, summary["chance"]), _table(rows, summary)]
+        body.append(_losses(rows, summary))
     return write_page(title, [part for part in body if part], output)
+
+
+def _claims(verdicts: list[Verdict]) -> str:
+    """A row a claim, those with too few seeds too."""
+    if not verdicts:
+        return ""
+    lines = []
+    for verdict in verdicts:
+        under = f" under {verdict.method}" if verdict.method else ""
+        said = f"{escape(verdict.claim.says + under)}<br><span class='soft'>{escape(verdict.compared)}</span>"
+        p = f"{verdict.p:.2g}" if verdict.p is not None else ""
+        seeds = str(len(verdict.effect.values))
+        lines.append([said, escape(verdict.claim.paper), f"<b>{verdict.outcome}</b>", *verdict.numbers(), seeds, p])
+    lead = (
+        "Effect: the mean over pairs of cells that differ in nothing else, seed by seed; 95% interval over pretraining "
+        f"seeds; p after Holm's correction for {verdicts[0].comparisons} claims. Contradicted: the opposite is."
+    )
+    head = ["claim", "paper", "outcome", "effect", "interval", "seeds", "p"]
+    return section("What papers claim, and what these cells say", table(head, lines, numeric=3), lead)
 
 
 def _figure(rows: list[Row], chance: float) -> str:
     heads = list(dict.fromkeys(map(_kind, rows)))
-    dims = sorted({row.output_dim for row in rows if row.head != "none"})
+    dims = sorted({row.output_dim for row in rows if not _flat(row.head)})
     views = [(probe, layer) for probe in ("linear", "knn") for layer in ("h", "z")]
     if len(dims) > 1:
         charts = [_by_dim(rows, view, heads, dims) for view in views]
@@ -38,8 +64,13 @@ def _figure(rows: list[Row], chance: float) -> str:
     figures = [
         figure(" on ".join(view), chart, after=names) for view, (chart, names) in zip(views, charts, strict=True)
     ]
-    lead = "Top-1 by head; whiskers: 95% interval over pretraining seeds. Dashed: chance."
+    lead = "Top-1 by head and width of z; whiskers: 95% interval over pretraining seeds. Dashed: chance."
     return section("Heads compared", grid(figures), lead)
+
+
+def _flat(head: str) -> bool:
+    """Whether its z is as wide as h, whatever width is asked for: a level line in the figure."""
+    return kind_of(head).split()[0] in AS_WIDE_AS_H
 
 
 def _kind(row: Row) -> tuple[str, str, bool]:
@@ -50,7 +81,7 @@ def _dots(rows: list[Row], view: tuple[str, str], heads: list[tuple[str, str, bo
     """A dot a head; beside those of h the untrained encoder's."""
     probe, layer = view
     dots = [
-        Dot(f"{row.method} {row.head}".strip(), e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index(_kind(row)))
+        Dot(f"{row.method} {row.head}".strip(), e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index(_kind(row)) % 7)
         for row in rows
         if (e := row.top1.get(view))
     ]
@@ -68,15 +99,15 @@ def _by_dim(
     series = []
     for colour, (method, head, batch_norm) in enumerate(heads):
         mine = [(row, e) for row, e in found if _kind(row) == (method, head, batch_norm)]
-        if head == "none" and mine:
-            mine = [(mine[0][0], mine[0][1]) for _ in dims]
-        places = list(range(len(dims))) if head == "none" else [dims.index(row.output_dim) for row, _ in mine]
+        if _flat(head) and mine:
+            mine = [mine[0] for _ in dims]
+        places = list(range(len(dims))) if _flat(head) else [dims.index(row.output_dim) for row, _ in mine]
         series.append(
             Series(
-                " ".join([method, head]).strip() + ("" if batch_norm or head == "none" else ", no batch norm"),
+                " ".join([method, head]).strip() + ("" if batch_norm or _flat(head) else ", no batch norm"),
                 places[: len(mine)],
                 [e.mean for _, e in mine],
-                colour,
+                colour % NUM_COLOURS,
                 [max(e.low, 0.0) for _, e in mine],
                 [min(e.high, 1.0) for _, e in mine],
             )
@@ -105,7 +136,8 @@ def _table(rows: list[Row], summary: dict[str, Any]) -> str:
     return section("Table", table(head, cells), lead)
 
 
-def _losses(rows: list[Row], tasks: dict[str, dict[str, Any]]) -> str:
+def _losses(rows: list[Row], summary: dict[str, Any]) -> str:
+    tasks: dict[str, dict[str, Any]] = summary["tasks"]
     heads = [row for row in rows if row.bits]
     if not tasks or not heads:
         return ""
@@ -123,8 +155,14 @@ def _losses(rows: list[Row], tasks: dict[str, dict[str, Any]]) -> str:
         for kind in ("transformation", "factor")
     ]
     head = ["bits, h → z", "entropy", *(escape(row.name) for row in heads)]
-    lead = "Share of the entropy that a probe recovers, mean over seeds; 0 is guessing. Whiskers: 95% over seeds."
-    return section("What each head keeps", grid(figures) + table(head, cells), lead)
+    lead = (
+        "Bits against depth: the share of the entropy that a probe recovers, mean over seeds; 0 is guessing. Whiskers: "
+        f"95% over seeds. {escape(summary['losses'])}"
+    )
+    shown = grid(figures[:FIGURES])
+    if len(figures) > FIGURES:
+        shown += f"<details><summary>{len(figures) - FIGURES} more heads</summary>{grid(figures[FIGURES:])}</details>"
+    return section("What each head keeps", shown + table(head, cells), lead)
 
 
 def _depth_chart(row: Row, kind: str, tasks: dict[str, dict[str, Any]]) -> tuple[str, str, str]:

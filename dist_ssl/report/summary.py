@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from itertools import pairwise
 
+from dist_ssl.config import AS_WIDE_AS_H
 from dist_ssl.data import quarantine
 from dist_ssl.data.progress import duration
 from dist_ssl.evaluation.results import Stored
@@ -28,7 +29,7 @@ def _facts(run: Run) -> dict[str, str]:
     config, progress, found = run.config, run.progress, {"encoder": run.config.model.encoder}
     if progress:
         head = config.model.head
-        found["encoder"] += f", head {head.kind}" + ("" if head.kind == "none" else f" to {head.output_dim}")
+        found["encoder"] += f", head {head.kind}" + ("" if head.kind in AS_WIDE_AS_H else f" to {head.output_dim}")
         found["objective"] = config.objective.name
         found["data"] = str(config.data.shards)
         if progress["epoch"]:
