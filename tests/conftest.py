@@ -1,6 +1,7 @@
 """Fixtures that several test files share, and one thread a process: tests start as many processes as there are cores.
 
-With more, OpenMP's threads wait for each other by spinning, and a test takes three times as long, or thirty.
+With more, OpenMP's threads wait for each other by spinning, and a test takes three times as long, or thirty; so those of
+a run, which takes all cores for one rank, sleep while they wait.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 MANY_TESTS = 100
 
 

@@ -91,7 +91,6 @@ def test_the_configs_that_pages_show_are_configs() -> None:
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DIST_SSL_WRITE_NOTEBOOK=1 keeps what it shows in docs/."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # beside other tests, threads that spin take a minute for a second
     notebook = nbformat.read(NOTEBOOK, 4)
     options = {"kernel_name": "python3", "record_timing": False, "resources": {"metadata": {"path": tmp_path}}}
     NotebookClient(notebook, timeout=400, **options).execute()

@@ -1,7 +1,8 @@
 """lightly's SimCLR as its documentation writes it, with DistributedDataParallel on more than one rank; see `peers`.
 
 Its own: dataset, transform, head, loss, the order of the loop. From us: the encoder, with torch's batch norm in it, and
-optimizer, schedule and temperature, so that accuracies can be compared.
+optimizer, schedule and temperature, so that accuracies can be compared. With `seconds` in the settings instead of
+`epochs` it ends so long after `started`, and the schedule goes by the clock.
 """
 
 from __future__ import annotations
@@ -16,12 +17,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image
 from torch import nn
 
+from dist_ssl.data import idx
 from dist_ssl.models import GlobalBatchNorm, build_encoder
 from dist_ssl.models.resnet import BasicBlock, ResNet
 
 HIDDEN_DIM, OUTPUT_DIM, TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY, MIN_SCALE = 256, 64, 0.2, 0.002, 1e-4, 0.3
+
+
+class Idx(torch.utils.data.Dataset[Any]):
+    """The images of an IDX file, as torchvision's MNIST hands them out; without labels."""
+
+    def __init__(self, path: str):
+        self.images = idx.read(path, 3)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[item]).convert("RGB"), 0
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -43,11 +59,9 @@ def encoder_of(name: str, size: int) -> Any:
     return encoder
 
 
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Our schedule: a linear rise in the first epoch, then half a cosine. As a part of the largest."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def rate(gone: float, warmup: float) -> float:
+    """Our schedule: a linear rise, then half a cosine, of the largest. Arguments are parts of the whole run."""
+    return gone / warmup if gone < warmup else 0.5 * (1 + math.cos(math.pi * (gone - warmup) / max(1e-9, 1 - warmup)))
 
 
 class SimCLR(nn.Module):
@@ -68,14 +82,17 @@ def main() -> None:
     from lightly.transforms import SimCLRTransform
 
     settings = json.loads(Path(sys.argv[1]).read_text())
-    ranks, epochs = settings["ranks"], settings["epochs"]
+    ranks, epochs, seconds = settings["ranks"], settings.get("epochs"), settings.get("seconds")
     model: Any = SimCLR(encoder_of(settings["encoder"], settings["size"]))
     backbone = model.backbone
     if ranks > 1:
         dist.init_process_group("gloo")
         model = nn.parallel.DistributedDataParallel(model)
     transform = SimCLRTransform(input_size=settings["size"], min_scale=MIN_SCALE)
-    dataset = LightlyDataset(settings["images"], transform=transform)
+    if seconds:
+        dataset = LightlyDataset.from_torch_dataset(Idx(settings["images"]), transform=transform)
+    else:
+        dataset = LightlyDataset(settings["images"], transform=transform)
     sampler = torch.utils.data.DistributedSampler(dataset) if ranks > 1 else None
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -88,15 +105,26 @@ def main() -> None:
     )
     criterion = NTXentLoss(temperature=TEMPERATURE, gather_distributed=ranks > 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    warmup, waited, step = len(loader), 0.0, 0
-    for epoch in range(epochs):
+    waited, step, begun, gone = 0.0, 0, time.time(), 0.0
+    for epoch in range(epochs or sys.maxsize):
+        if gone >= 1:
+            break
         if sampler is not None:
             sampler.set_epoch(epoch)
         asked = time.monotonic()
         for views, _, _ in loader:
             waited += time.monotonic() - asked
+            if seconds:
+                gone, warmup = (time.time() - begun) / (settings["started"] + seconds - begun), 0.05
+                if ranks > 1:  # rank 0's clock
+                    dist.broadcast(clock := torch.tensor(gone), 0)
+                    gone = float(clock)
+                if gone >= 1:
+                    break
+            else:
+                gone, warmup = step / (epochs * len(loader)), 1 / epochs
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * rate(step, epochs * warmup, warmup)
+                group["lr"] = LEARNING_RATE * rate(gone, warmup)
             x0, x1 = views
             loss = criterion(model(x0), model(x1))
             loss.backward()
