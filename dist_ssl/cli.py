@@ -180,17 +180,25 @@ def plan(
     gigabits_per_second: Annotated[float | None, typer.Option(min=1e-3, help="Between ranks: for time.")] = None,
     num_images: Annotated[int | None, typer.Option(min=1, help="Then the shards are not read.")] = None,
     gpu_memory_gb: Annotated[float, typer.Option(min=1.0, help="Of one GPU: which ZeRO stages fit.")] = 80.0,
+    mtbf_hours: Annotated[
+        float | None, typer.Option(min=1e-3, help="Between failures of a node: when to save.")
+    ] = None,
+    stall_seconds: Annotated[float | None, typer.Option(min=0.0, help="Of a save, as the log says it.")] = None,
+    restart_minutes: Annotated[float, typer.Option(min=0.0, help="From a failure to the next step.")] = 5.0,
+    replacement_minutes: Annotated[float, typer.Option(min=0.0, help="Until another node is there.")] = 30.0,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Predict memory, traffic, checkpoints, store rate and hours of a run on any number of GPUs, formulas beside them;
-    what each ZeRO stage would cost, and which one to take.
+    what each ZeRO stage would cost, and which one to take; from --mtbf-hours on, what failures cost and when to save.
 
     Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --nodes 64 --num-images 1281167
+
+    Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --nodes 128 --num-images 1281167 --mtbf-hours 5000
     """
     import rich
 
     from dist_ssl.data.manifest import load_manifest
-    from dist_ssl.planning import estimate, stages
+    from dist_ssl.planning import estimate, failures, stages
 
     checked = configuration.load(config, overrides)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
@@ -198,6 +206,17 @@ def plan(
     sizes = estimate.Sizes.of(checked, nodes * gpus_per_node)
     estimates = estimate.of_run(checked, nodes, gpus_per_node, manifest, num_images, *rates, sizes)
     rich.print(estimate.table(f"{config}: {nodes} x {gpus_per_node} GPUs", estimates))
+    if mtbf_hours is not None:
+        known = {found.name: found.value for found in estimates}
+        reliability = failures.Reliability(
+            mtbf_seconds=3600 * mtbf_hours,
+            restart_seconds=60 * restart_minutes,
+            replacement_seconds=60 * replacement_minutes,
+            stall_seconds=stall_seconds,
+        )
+        of_run = (known["a checkpoint"], known.get("a step"), known.get("hours"))
+        told = failures.failures(reliability, nodes, nodes * gpus_per_node, *of_run)
+        rich.print(estimate.table(f"Failures, one in {mtbf_hours:g} h a node", told))
     rich.print(stages.table(stages.stages(checked, sizes), gpu_memory_gb))
 
 

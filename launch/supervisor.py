@@ -3,7 +3,8 @@
 One process on the job's first node, without torch, that outlives a crash of any rank. It replaces submitit's signal
 handlers: Slurm's signals go to the ranks, which commit together and exit with code 75; then this process requeues
 the job. It decides with three rules: a run that was cancelled or is already requeued is left alone; requeues are
-counted and limited; a run that committed nothing between two requeues stops and says so.
+counted and limited; a run that committed nothing between two requeues stops and says so. A node on which the ranks of
+two starts were the first to fail is left out of the next ones: Slurm is asked for another.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import FrameType
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from dist_ssl import config as configuration
-from dist_ssl.config import Config
+from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import (
     EXIT_FENCED,
     EXIT_RUN_ME_AGAIN,
@@ -33,9 +39,17 @@ from dist_ssl.config.environment import (
 )
 from dist_ssl.evaluation import results
 from dist_ssl.storage.layout import checkpoint_store, committed_steps, exported_steps
+from launch import queue
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
+FAILURES_OF_A_NODE = 2  # after so many it is a bad one
+# What srun says of the first task that ended badly, or of a node that is gone; one node is named, no n[1-2].
+FAILED_NODE = re.compile(
+    rb"^srun: error: (?:([\w.-]+): tasks? [\d,-]+: |(?:Node failure on|Task launch for \S+ failed on node) ([\w.-]+))",
+    re.MULTILINE,
+)
+NOT_THE_NODES_FAULT = (0, EXIT_RUN_ME_AGAIN, EXIT_USERS_MISTAKE, EXIT_FENCED)
 # What a shell may carry from another launcher, and Slurm's counts from before the job's size was changed.
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "SLURM_NPROCS")
 
@@ -71,9 +85,10 @@ def supervise(job_file: str) -> None:
     refusal = stop_reason(restart - 1, earlier.get(restart - 2), step, job.max_requeues)
     if refusal:
         _stop(history, refusal)
-    code = _run_ranks(job, config)
+    code, failed_node = _run_ranks(job, config)
     now = newest_commit(config)
-    history.write(event="end", restart=restart, step=now, exit_code=code)
+    blamed = {"failed_node": failed_node} if failed_node and code not in NOT_THE_NODES_FAULT else {}
+    history.write(event="end", restart=restart, step=now, exit_code=code, **blamed)
     # First of all: srun exits with 0 when it loses a node, and Slurm has then requeued the job.
     outside = _ended_from_outside(restart, code)
     if outside:
@@ -144,21 +159,56 @@ class History:
 
     def steps_at_start(self) -> dict[int, int]:
         """Restart number -> newest committed step when that start began, of this job."""
+        return {s["restart"]: s["step"] for s in self._lines() if s["event"] == "start"}
+
+    def bad_nodes(self) -> list[str]:
+        """Those on which ranks of this job were the first to fail in two starts or more; sorted."""
+        failed = Counter(line["failed_node"] for line in self._lines() if "failed_node" in line)
+        return sorted(node for node, times in failed.items() if times >= FAILURES_OF_A_NODE)
+
+    def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
-            return {}
+            return []
         lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return {s["restart"]: s["step"] for s in lines if s["event"] == "start" and s["job"] == self.job_id}
+        return [line for line in lines if line["job"] == self.job_id]
 
 
-def _run_ranks(job: Job, config: Config) -> int:
-    """srun's exit code: the largest of the ranks'. Submits evaluations of what the ranks export meanwhile."""
+class _Told:
+    """Passes srun's stderr on as it comes, and remembers the node that it blamed first."""
+
+    def __init__(self, source: IO[bytes]):
+        self.node: str | None = None
+        self._source, self._rest = source, b""
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _pass_on(self) -> None:
+        while piece := os.read(self._source.fileno(), 65_536):
+            sys.stderr.buffer.write(piece)
+            sys.stderr.buffer.flush()
+            *lines, self._rest = (self._rest + piece).split(b"\n")
+            for line in lines:
+                if self.node is None and (found := FAILED_NODE.match(line)):
+                    self.node = (found[1] or found[2]).decode()
+
+
+def _run_ranks(job: Job, config: Config) -> tuple[int, str | None]:
+    """srun's exit code, the largest of the ranks', and the node whose ranks failed first, where srun named one.
+
+    Submits evaluations of what the ranks export meanwhile.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
     environment["MASTER_PORT"] = str(_free_port())
     num_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     size = [f"--nodes={num_nodes}", f"--ntasks={num_nodes * job.tasks_per_node}"]
     command = ["srun", *size, *job.srun, *job.python, "-m", "dist_ssl.cli", "pretrain", job.config, *job.options]
     log.info("%s", " ".join(command))
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    told = _Told(process.stderr)
 
     def terminated(number: int, frame: FrameType | None) -> None:
         """Slurm signals the ranks itself: here it is enough to live on until they have committed."""
@@ -178,7 +228,8 @@ def _run_ranks(job: Job, config: Config) -> int:
             break
         submitted = _submit_evaluations(job, config, submitted)
     _submit_evaluations(job, config, submitted)
-    return code
+    told.join()
+    return code, told.node
 
 
 def _submit_evaluations(job: Job, config: Config, submitted: set[int]) -> set[int]:
@@ -210,14 +261,19 @@ def _free_port() -> int:
 
 def _ended_from_outside(restart: int, code: int) -> str | None:
     """What Slurm or the user did to this job while the ranks ran, or None where it still is this start's to decide."""
-    command = ["scontrol", "--oneliner", "show", "job", own_job_id()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    fields = dict(field.split("=", 1) for field in shown.stdout.split() if "=" in field)
+    fields = job_fields()
     if int(fields.get("Restarts", restart)) != restart:
         return f"Slurm has requeued this job by itself (exit code {code})"
     if fields.get("JobState", "RUNNING") != "RUNNING" and fields.get("Reason") != "TimeLimit":
         return f"the job was ended from outside (exit code {code})"
     return None
+
+
+def job_fields() -> dict[str, str]:
+    """What Slurm knows of this job; empty where it does not answer."""
+    command = ["scontrol", "--oneliner", "show", "job", own_job_id()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return dict(field.split("=", 1) for field in shown.stdout.split() if "=" in field)
 
 
 def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: int, code: int) -> None:
@@ -226,11 +282,31 @@ def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: i
         _stop(history, refusal)
     log.info("requeueing: exit code %d at step %d", code, now)
     history.write(event="requeue", restart=restart, step=now, exit_code=code)
-    # Slurm ends this process as soon as it has requeued the job.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_RUN_ME_AGAIN))
+    # Slurm ends this process once it has requeued the job: by SIGTERM, then after its KillWait, 30 s, by SIGKILL. Only
+    # a job that waits takes another list of nodes, so that is given in between.
+    bad = history.bad_nodes()
+    if not bad:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_RUN_ME_AGAIN))
     subprocess.run(["scontrol", "requeue", own_job_id()], check=True, timeout=60)
-    time.sleep(20)
+    if bad:
+        _leave_out(bad)
+    else:
+        time.sleep(20)
     raise SystemExit(EXIT_RUN_ME_AGAIN)
+
+
+def _leave_out(bad: list[str]) -> None:
+    """Exclude nodes from this job, which is requeued; not where too few would be left. A failure is logged."""
+    try:
+        excluded = job_fields().get("ExcNodeList", "(null)")
+        asked = bad if excluded == "(null)" else [excluded, *bad]
+        partition = os.environ.get("SLURM_JOB_PARTITION")
+        if partition is not None:
+            queue.check_nodes(partition, int(os.environ["SLURM_JOB_NUM_NODES"]) + len(bad))
+        queue.ask("scontrol", "update", f"JobId={own_job_id()}", f"ExcNodeList={','.join(asked)}")
+        log.warning("left out from now on, where ranks failed %d times: %s", FAILURES_OF_A_NODE, ", ".join(bad))
+    except UserError as error:
+        log.warning("%s failed %d times, but can't be left out: %s", ", ".join(bad), FAILURES_OF_A_NODE, error)
 
 
 def _stop(history: History, reason: str, code: int = 1) -> None:

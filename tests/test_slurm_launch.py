@@ -75,13 +75,22 @@ def test_an_element_of_an_array_means_itself(monkeypatch):
     assert supervisor.own_job_id() == "12_3"
 
 
-@pytest.mark.parametrize(("code", "ends", "requeued"), [(2, 2, False), (76, 1, False), (1, 75, True)])
-def test_what_ends_for_good_is_not_requeued(tmp_path, code, ends, requeued):
+@pytest.mark.parametrize(
+    ("code", "ends", "requeued", "left_out"),
+    [(2, 2, False, None), (76, 1, False, None), (1, 75, True, "n7,n3"), (75, 75, True, None)],
+)
+def test_what_ends_for_good_is_not_requeued_and_a_node_that_failed_twice_is_left_out(
+    tmp_path, code, ends, requeued, left_out
+):
     """The supervisor's own process; srun and scontrol are programs that do what Slurm's would do with such ranks."""
-    calls = tmp_path / "requeued"
+    calls, updated = tmp_path / "requeued", tmp_path / "updated"
+    blamed = "srun: error: n3: task 5: Exited with exit code 1\nsrun: error: n[1-2]: tasks 0-3: Exited with exit code 1"
+    fields = "JobState=RUNNING Restarts=0 ExcNodeList=n7"
     for name, body in {
-        "srun": f"exit {code}",
-        "scontrol": f"[ $1 = requeue ] && touch {calls} && kill -TERM $PPID; echo JobState=RUNNING Restarts=0",
+        "srun": f"echo '{blamed}' >&2; exit {code}",
+        "scontrol": f"case $1 in requeue) touch {calls}; kill -TERM $PPID;; update) echo $3 > {updated};; esac; "
+        f"echo {fields}",
+        "sinfo": "echo 9",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -90,7 +99,9 @@ def test_what_ends_for_good_is_not_requeued(tmp_path, code, ends, requeued):
     values = {"options": [], "python": ["python"], "srun": [], "tasks_per_node": 1, "max_requeues": 3}
     values |= {"config": str(tmp_path / "config.toml"), "folder": str(tmp_path), "evaluation": None}
     (tmp_path / "job.json").write_text(json.dumps(values))
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    history = supervisor.History(tmp_path / "starts.jsonl", "7")
+    history.write(event="end", restart=0, step=0, exit_code=1, failed_node="n3")
+    slurm = {"SLURM_JOB_PARTITION": "main", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
     given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     program = f"from launch.supervisor import supervise; supervise({str(tmp_path / 'job.json')!r})"
     done = subprocess.run(
@@ -98,6 +109,8 @@ def test_what_ends_for_good_is_not_requeued(tmp_path, code, ends, requeued):
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, calls.exists()) == (ends, requeued), done.stderr
+    assert blamed in done.stderr
+    assert (updated.read_text().strip() if updated.exists() else None) == (left_out and f"ExcNodeList={left_out}")
 
 
 @pytest.mark.slow

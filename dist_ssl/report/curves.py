@@ -73,6 +73,12 @@ MORE = (
     Panel("Dead units of h", "Share that is 0 for every image of the sample.", {"": "dead_units_h"}),
     Panel("Images a second", "Of all ranks together.", {"": "images_per_second"}),
     Panel("Waiting for data", "Share of the time.", {"": "data_wait_fraction"}),
+    Panel(
+        "A rank's own seconds a step",
+        "Waiting for its data and making its views: what the others can't be the reason of. Slowest, median, fastest.",
+        {"slowest": "rank_seconds_max", "median": "rank_seconds_median", "fastest": "rank_seconds_min"},
+    ),
+    Panel("Slowest rank", "Which one it was: always the same one is a straggler.", {"": "slowest_rank"}),
 )
 
 

@@ -18,8 +18,8 @@ LAYERS = {
 
 
 def layer_colour(layer: str) -> int:
-    """h is blue, z orange, the untrained encoder grey, wherever they appear."""
-    fixed = {"h": 0, "z": 1, "h_untrained": 7}
+    """h is blue, z orange, the untrained encoder grey, wherever they appear; of ranks the slowest is orange."""
+    fixed = {"h": 0, "z": 1, "h_untrained": 7, "median": 0, "slowest": 1, "fastest": 2}
     if layer in fixed:
         return fixed[layer]
     return 2 + (int(layer[1:]) - 1) % 5 if layer[:1] == "g" and layer[1:].isdigit() else 6

@@ -14,6 +14,7 @@ from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import Verdict, rank
 from dist_ssl.training import diagnostics, method, verdict
 from dist_ssl.training.observability import Observer
+from dist_ssl.training.pace import Pace
 from dist_ssl.training.step import StepResult
 from dist_ssl.training.verdict import Asked, Outcome
 
@@ -50,8 +51,10 @@ class Monitor:
         probe: diagnostics.OnlineProbe | None,
         num_samples: int,
         skipped_steps: int,
+        pace: Pace,
     ):
         self._config, self._observer, self._probe, self._num_samples = config, observer, probe, num_samples
+        self._pace = pace
         self._waiting: Taken | None = None
         self._last_skip, self._exceeded = "", False
         self.skipped_steps, self._in_a_row = skipped_steps, 0
@@ -68,7 +71,7 @@ class Monitor:
         return heard
 
     def settle(self) -> Asked:
-        """Read the verdict of the last step that was taken in, and tell of it."""
+        """Read the verdict of the last step that was taken in, and tell of it. Collective where it is a logged one."""
         taken, self._waiting = self._waiting, None
         if taken is None:
             return Asked()
@@ -159,6 +162,7 @@ class Monitor:
                 for alarm in diagnostics.alarms(at_step) + method.alarms(at_step):
                     log.warning("step %d: %s", step, alarm)
             values |= self._probe.metrics() if self._probe is not None else {}
+        values |= self._pace.compare(step, taken.waited_seconds, taken.at)
         self._observer.log(step, values, taken.waited_seconds, taken.at)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.run_directory import versions
 from dist_ssl.training.teacher import Teacher
 from dist_ssl.training.verdict import Asked
+
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -54,6 +57,7 @@ class Saver:
 
     def save(self, state: RunState) -> None:
         """Start a checkpoint; versions are added. Collective."""
+        started = time.monotonic()
         replicated = kept_buffers(self._model.model)
         if self._probe is not None:
             replicated |= {f"{PROBE}{name}": tensor for name, tensor in self._probe.state_dict().items()}
@@ -63,6 +67,8 @@ class Saver:
             replicated |= {f"{TEACHER}.{name}": buffer for name, buffer in kept_buffers(self._teacher.model).items()}
         self._checkpointer.save(replace(state, versions=versions()), replicated, spread)
         self._saved_step, self._saved_at = state.step, time.monotonic()
+        if rank() == 0:  # `dist-ssl plan --stall-seconds` asks for it
+            log.info("checkpoint of step %d: training waited %.2f s", state.step, self._saved_at - started)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises, on all ranks, what made the last save fail."""

@@ -19,6 +19,7 @@ from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
 from dist_ssl.models import Rows, frozen_running_statistics
 from dist_ssl.training.method import loss_of
+from dist_ssl.training.pace import Pace
 from dist_ssl.training.teacher import Teacher
 
 
@@ -41,6 +42,10 @@ class Step:
         self._rows_per_chunk = rows_per_chunk
         self._num_views = config.augment.num_views
         self._rows_per_rank = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
+        self.pace = Pace(
+            next(model.model.parameters()).device,
+            2 * config.objective.chunks if config.objective.chunks > 1 else 1,
+        )
         self._buffers = BufferSnapshot(nn.ModuleList([model.model, *([teacher.model] if teacher is not None else [])]))
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
@@ -96,8 +101,9 @@ class Step:
         """The views of some images, made here and kept nowhere else: (n V_s, 3, S, S) a size."""
         # In the format and dtype that the first convolution reads; on a GPU they are written so.
         dtype = torch.bfloat16 if self._config.engine.precision == "bf16" else torch.float32
-        views = (augment(*of_size, self._config.augment, dtype) for of_size in batch.of_each_size(images))
-        return [x.flatten(0, 1).contiguous(memory_format=torch.channels_last) for x in views]
+        with self.pace.own():
+            views = (augment(*of_size, self._config.augment, dtype) for of_size in batch.of_each_size(images))
+            return [x.flatten(0, 1).contiguous(memory_format=torch.channels_last) for x in views]
 
     def _student(self, views: list[Tensor], step: int, chunk: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """h (n, V, D), z and p (n, V, d), of a chunk of the step's batch."""

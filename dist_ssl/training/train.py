@@ -101,7 +101,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         Observer(config, total_steps, state.step) as observer,
     ):
         feed = Feed(batches, Quarantine(config.run.dir, config.data, plan.num_samples), world.device)
-        monitor = Monitor(config, observer, probe, plan.num_samples, state.skipped_steps)
+        monitor = Monitor(config, observer, probe, plan.num_samples, state.skipped_steps, run.train_step.pace)
         code = run.loop(feed, monitor, saver, stop, watchdog)
     if code == 0:
         announcement.over()

@@ -71,6 +71,24 @@ def killed_rank(scene: Scene) -> str:
     return _disturbed(scene, "killed_rank", kill)
 
 
+def bad_node(scene: Scene) -> str:
+    """A rank is killed on the same node in two starts: the third is on another one."""
+    cluster, run, nodes = scene.cluster, scene.directory / "bad_node", []
+    assert cluster is not None
+    job = scene.submit(scene.config("bad_node", MANY_STEPS), 1)
+    for step in (15, 45):
+        scene.wait_for_step(run, step, 240)
+        nodes.append(cluster.job(job)["NodeList"])
+        cluster.run("scancel", "--signal=KILL", f"{job}.0")
+        restarts = str(len(nodes))
+        wait_until(lambda restarts=restarts: cluster.job(job)["Restarts"] == restarts, 60, "the requeue")
+    assert scene.wait_for_end(job) == "COMPLETED", scene.log(run)[-6000:]
+    starts = [event["nodes"] for event in scene.starts(run) if event["event"] == "start"]
+    assert starts[0] == starts[1] != starts[2], scene.starts(run)
+    assert_same_run(run, scene.undisturbed(1, MANY_STEPS))
+    return f"starts on {', '.join(starts)}"
+
+
 def _killed_node(scene: Scene, name: str, which: int) -> str:
     cluster = scene.cluster
     assert cluster is not None
@@ -227,7 +245,18 @@ def srun_alone(scene: Scene) -> str:
 
 
 CASES: tuple[Callable[[Scene], str], ...] = (
-    *(requeue, signal, preemption, killed_rank, killed_node, killed_first_node, orphans, time_limit, fewer_nodes),
+    *(
+        requeue,
+        signal,
+        preemption,
+        killed_rank,
+        bad_node,
+        killed_node,
+        killed_first_node,
+        orphans,
+        time_limit,
+        fewer_nodes,
+    ),
     *(sweep_of_four, store_to_evaluation, no_progress, srun_alone),
 )
 
