@@ -1,7 +1,7 @@
 """Fixtures that several test files share, and one thread a process: tests start as many processes as there are cores.
 
-With more, OpenMP's threads wait for each other by spinning, and a test takes three times as long, or thirty; so those of
-a run, which takes all cores for one rank, sleep while they wait.
+With more, OpenMP's threads wait for each other by spinning, and a test takes three times as long, or thirty; so those
+of a run, which takes all cores for one rank, sleep while they wait.
 """
 
 from __future__ import annotations
