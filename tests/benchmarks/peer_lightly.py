@@ -28,16 +28,16 @@ HIDDEN_DIM, OUTPUT_DIM, TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY, MIN_SCALE = 25
 
 
 class Idx(torch.utils.data.Dataset[Any]):
-    """The images of an IDX file, as torchvision's MNIST hands them out; without labels."""
+    """The images of an IDX file, as torchvision's MNIST hands them out; without labels. lightly sets `transform`."""
 
     def __init__(self, path: str):
-        self.images = idx.read(path, 3)
+        self.images, self.transform = idx.read(path, 3), lambda image: image
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[item]).convert("RGB"), 0
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.images[item]).convert("RGB")), 0
 
 
 class BatchNorm(nn.BatchNorm2d):
