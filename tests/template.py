@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import reduction
+from multiprocessing import reduction, spawn
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ class _Template:
 
     def fork(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Child:
         here, there = socket.socketpair()
-        self._connection.send((function, arguments))
+        spec = sys.modules["__main__"].__spec__
+        self._connection.send((function, arguments, spec.name if spec else None))
         reduction.send_handle(self._connection, there.fileno(), self._process.pid)
         there.close()
         return Child(self, next(self._numbers), Connection(here.detach()))
@@ -130,21 +131,29 @@ def _serve(parent: Connection) -> None:
 
 
 def _fork(parent: Connection, children: dict[int, tuple[int, int]], number: int) -> None:
-    function, arguments = parent.recv()
+    function, arguments, main = parent.recv()
     descriptor = reduction.recv_handle(parent)
     pid = os.fork()
     if pid == 0:
-        _run(parent, Connection(descriptor), function, arguments)
+        _run(parent, Connection(descriptor), function, arguments, main)
     os.close(descriptor)
     children[os.pidfd_open(pid)] = (number, pid)
     parent.send(("forked", number, pid))
 
 
-def _run(parent: Connection, connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """In the child: never returns."""
+def _run(
+    parent: Connection,
+    connection: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    main: str | None,
+) -> None:
+    """In the child: never returns. What it is sent later may name functions of the caller's own `-m` module."""
     code: Any = 1
     try:
         parent.close()
+        if main is not None:
+            spawn.prepare({"init_main_from_name": main})
         function(connection, *arguments)
         code = 0
     except SystemExit as stopped:

@@ -1,5 +1,7 @@
 """Gathers and global batch norm on real ranks, against one process that sees everything."""
 
+import os
+import sys
 from unittest import mock
 
 import pytest
@@ -9,6 +11,7 @@ from dist_ssl import distributed
 from dist_ssl.distributed import as_on_gpu
 from dist_ssl.models import GlobalBatchNorm, batch_norm, build_encoder, build_model, frozen_running_statistics
 from tests.pool import RankFailed, ranks
+from tests.terminal import ROOT, run
 from tests.trajectory import small_config
 
 
@@ -211,3 +214,14 @@ def test_raise_together_raises_everywhere():
     with pytest.raises(RankFailed) as failure:
         ranks(2).run(fail_on_rank_one)
     assert all("ValueError" in text and "expected x" in text for text in failure.value.tracebacks)
+
+
+@pytest.mark.slow
+def test_a_program_sends_functions_of_its_own_to_forked_ranks(tmp_path):
+    """As `python -m tests.benchmarks.objective` does, whose functions are those of `__main__`."""
+    (tmp_path / "program.py").write_text(
+        "from tests.pool import Pool\n\n\ndef doubled(x):\n    return 2 * x\n\n\n"
+        "if __name__ == '__main__':\n    pool = Pool(2)\n    print(pool.run(doubled, 4))\n    pool.close()\n"
+    )
+    done = run([sys.executable, "-m", "program"], PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert done.stdout == "[8, 8]\n", done.stderr
