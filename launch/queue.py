@@ -87,8 +87,7 @@ def check_nodes(partition: str, nodes: int) -> None:
 def state(job_id: str) -> tuple[str, int]:
     """(state, restarts) of a job: from the controller, from accounting once it has forgotten it, else UNKNOWN."""
     try:
-        shown = ask("scontrol", "--oneliner", "show", "job", job_id)
-        fields = dict(field.split("=", 1) for field in shown.split() if "=" in field)
+        fields = fields_of(ask("scontrol", "--oneliner", "show", "job", job_id))
         return fields["JobState"], int(fields.get("Restarts", "0"))
     except UserError:
         pass
@@ -99,6 +98,11 @@ def state(job_id: str) -> tuple[str, int]:
         return (listed[0] if listed else "UNKNOWN"), 0
     except UserError:
         return "UNKNOWN", 0
+
+
+def fields_of(shown: str) -> dict[str, str]:
+    """What `scontrol --oneliner show job` says of one."""
+    return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
 
 def is_over(job_state: str) -> bool:

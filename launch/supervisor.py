@@ -46,8 +46,7 @@ POLL_SECONDS = 2.0
 FAILURES_OF_A_NODE = 2  # after so many it is a bad one
 # What srun says of the first task that ended badly, or of a node that is gone; one node is named, no n[1-2].
 FAILED_NODE = re.compile(
-    rb"^srun: error: (?:([\w.-]+): tasks? [\d,-]+: |(?:Node failure on|Task launch for \S+ failed on node) ([\w.-]+))",
-    re.MULTILINE,
+    rb"^srun: error: (?:([\w.-]+): tasks? [\d,-]+: |(?:Node failure on|Task launch for \S+ failed on node) ([\w.-]+))"
 )
 NOT_THE_NODES_FAULT = (0, EXIT_RUN_ME_AGAIN, EXIT_USERS_MISTAKE, EXIT_FENCED)
 # What a shell may carry from another launcher, and Slurm's counts from before the job's size was changed.
@@ -273,7 +272,7 @@ def job_fields() -> dict[str, str]:
     """What Slurm knows of this job; empty where it does not answer."""
     command = ["scontrol", "--oneliner", "show", "job", own_job_id()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return dict(field.split("=", 1) for field in shown.stdout.split() if "=" in field)
+    return queue.fields_of(shown.stdout)
 
 
 def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: int, code: int) -> None:

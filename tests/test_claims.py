@@ -9,7 +9,7 @@ from scipy import stats
 from dist_ssl.config import HEADS
 from dist_ssl.evaluation.claims import CLAIMS, verdicts
 from dist_ssl.evaluation.intervals import holm, t_test
-from dist_ssl.evaluation.lab import CONTROLS, kind_of
+from dist_ssl.evaluation.lab import CONTROLS, variant_of
 from dist_ssl.evaluation.lab_rows import Estimate, Row, paired, untrained
 from dist_ssl.evaluation.lab_summary import paragraph
 from dist_ssl.report import lab_page
@@ -61,7 +61,7 @@ def test_claims_name_what_there_is():
     assert all(f"| {claim.says} | {claim.paper} |" in page for claim in CLAIMS)
     assert all(f"| `{kind}` |" in page for kind in HEADS)
     assert all(f"`{control}`" in page for control in CONTROLS)
-    assert kind_of("mlp12 l1=0.1 activation=silu") == "mlp l1 activation"
+    assert variant_of("mlp12 l1=0.1 activation=silu") == "mlp l1 activation"
 
 
 def test_a_verdict_is_what_its_pairs_support():

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from dist_ssl.config import AS_WIDE_AS_H, WITHOUT_BATCH_NORM
 from dist_ssl.evaluation.intervals import holm, t_test
-from dist_ssl.evaluation.lab import kind_of
+from dist_ssl.evaluation.lab import kind_of, variant_of
 from dist_ssl.evaluation.lab_rows import Estimate, Row, paired
 
 MIN_SEEDS = 3  # two differences that happen to be equal would have an interval of no width
@@ -161,14 +161,14 @@ def verdicts(rows: Sequence[Row], tasks: dict[str, Any]) -> list[Verdict]:
 def _pairs(claim: Claim, rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
     """Rows of the claim's two sides that differ in nothing but what it compares."""
     first, second = (
-        [row for row in rows if row.control == control and head in ("any", kind_of(row.head))]
+        [row for row in rows if row.control == control and head in ("any", variant_of(row.head))]
         for head, control in zip(claim.heads, claim.controls, strict=True)
     )
     yield from ((a, b) for a in first for b in second if _alike(a, b))
 
 
 def _alike(a: Row, b: Row) -> bool:
-    kinds = [kind_of(row.head).split()[0] for row in (a, b)]
+    kinds = [kind_of(row.head) for row in (a, b)]
     if kinds[0] == kinds[1] and a.head.split()[0] != b.head.split()[0]:
         return False  # mlp3 with l1 is compared with mlp3
     width = any(kind in AS_WIDE_AS_H for kind in kinds) or a.output_dim == b.output_dim

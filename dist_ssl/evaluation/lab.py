@@ -55,7 +55,7 @@ class Cell:
     @property
     def row_name(self) -> str:
         """Without the seed."""
-        kind = kind_of(self.head).split()[0]
+        kind = kind_of(self.head)
         parts = [self.head] if kind in AS_WIDE_AS_H else [self.head, str(self.output_dim)]
         parts += [] if self.batch_norm or kind in WITHOUT_BATCH_NORM else ["no batch norm"]
         name = ", ".join([*parts, self.control] if self.control else parts)
@@ -94,7 +94,7 @@ def cells(config: Config) -> list[Cell]:
         if control not in ("", *CONTROLS):
             raise UserError(f"lab.controls: expected names among {', '.join(CONTROLS)}, got {control!r}")
         cell = Cell(objective, head, batch_norm, dim, control, seed, Path(config.run.dir) / "cells")
-        kind = kind_of(head).split()[0]
+        kind = kind_of(head)
         parts = [*(cell.method.split() or []), *head.split()]
         parts += [] if kind in AS_WIDE_AS_H else [f"d{dim}"]
         parts += [] if kind in WITHOUT_BATCH_NORM else ["bn" if batch_norm else "nobn"]
@@ -163,9 +163,13 @@ def data_folder(config: Config) -> Path:
 
 
 def kind_of(head: str) -> str:
-    """A head of `lab.heads` without the number of its layers and the values of its keys: "mlp l1" of "mlp2 l1=0.1"."""
-    kind, *settings = head.split()
-    return " ".join([kind.rstrip("0123456789"), *(setting.partition("=")[0] for setting in settings)])
+    """The kind of a head of `lab.heads`: "mlp" of "mlp2 l1=0.1"."""
+    return head.split()[0].rstrip("0123456789")
+
+
+def variant_of(head: str) -> str:
+    """Its kind and the names of the keys that it changes: "mlp l1" of "mlp2 l1=0.1"."""
+    return " ".join([kind_of(head), *(setting.partition("=")[0] for setting in head.split()[1:])])
 
 
 def _head_keys(head: str) -> dict[str, Any]:

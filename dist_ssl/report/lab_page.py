@@ -70,7 +70,7 @@ def _figure(rows: list[Row], chance: float) -> str:
 
 def _flat(head: str) -> bool:
     """Whether its z is as wide as h, whatever width is asked for: a level line in the figure."""
-    return kind_of(head).split()[0] in AS_WIDE_AS_H
+    return kind_of(head) in AS_WIDE_AS_H
 
 
 def _kind(row: Row) -> tuple[str, str, bool]:

@@ -59,9 +59,11 @@ def encoder_of(name: str, size: int) -> Any:
     return encoder
 
 
-def rate(gone: float, warmup: float) -> float:
+def rate(gone: float, warmup: float, step: float = 0.0) -> float:
     """Our schedule: a linear rise, then half a cosine, of the largest. Arguments are parts of the whole run."""
-    return gone / warmup if gone < warmup else 0.5 * (1 + math.cos(math.pi * (gone - warmup) / max(1e-9, 1 - warmup)))
+    if gone < warmup:
+        return (gone + step) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (gone - warmup) / max(1e-9, 1 - warmup)))
 
 
 class SimCLR(nn.Module):
@@ -106,6 +108,7 @@ def main() -> None:
     criterion = NTXentLoss(temperature=TEMPERATURE, gather_distributed=ranks > 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     waited, step, begun, gone = 0.0, 0, time.time(), 0.0
+    warmup, of_a_step = (0.05, 0.0) if seconds else (1 / epochs, 1 / (epochs * len(loader)))
     for epoch in range(epochs or sys.maxsize):
         if gone >= 1:
             break
@@ -115,16 +118,16 @@ def main() -> None:
         for views, _, _ in loader:
             waited += time.monotonic() - asked
             if seconds:
-                gone, warmup = (time.time() - begun) / (settings["started"] + seconds - begun), 0.05
+                gone = (time.time() - begun) / (settings["started"] + seconds - begun)
                 if ranks > 1:  # rank 0's clock
                     dist.broadcast(clock := torch.tensor(gone), 0)
                     gone = float(clock)
                 if gone >= 1:
                     break
             else:
-                gone, warmup = step / (epochs * len(loader)), 1 / epochs
+                gone = step * of_a_step
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * rate(gone, warmup)
+                group["lr"] = LEARNING_RATE * rate(gone, warmup, of_a_step)
             x0, x1 = views
             loss = criterion(model(x0), model(x1))
             loss.backward()

@@ -176,16 +176,23 @@ def theirs(program: str, interpreter: str, task: Task, epochs: int, out: Path) -
     return Spent(spent.wall, spent.cpu, float((out / "waited.txt").read_text()), spent.peak_mb)
 
 
-def judge(task: Task, weights: Path) -> dict[str, float]:
-    """Top-1 in percent of the linear and the kNN probe on h."""
-    shards = ["--train-shards", str(task.folder / "shards/train"), "--test-shards", str(task.folder / "shards/test")]
-    settings = ["--set", f"augment.crop_size={task.size}", "--set", "evaluation.num_seeds=1"]
-    of = ["--weights", str(weights), "--encoder", task.encoder, "--output", str(weights.parent / "evaluation")]
-    command = [sys.executable, "-m", "dist_ssl.cli", "evaluate", *of, *shards, *settings]
-    subprocess.run(command, check=True, capture_output=True)
+def judge(
+    weights: Path, encoder: str, data: tuple[str, str], settings: list[str], probes: tuple[str, ...]
+) -> dict[str, float]:
+    """Top-1 in percent, by probe, on h of anybody's weights; data: training and test shards."""
+    shards = ["--train-shards", data[0], "--test-shards", data[1]]
+    of = ["--weights", str(weights), "--encoder", encoder, "--output", str(weights.parent / "evaluation")]
+    said = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "dist_ssl.cli", "evaluate", *of, *shards, *said]
+    run(command, weights.parent / "evaluation.log")
     (results,) = (weights.parent / "evaluation").rglob("results.json")
-    probes = json.loads(results.read_text())["probes"]
-    return {name: 100 * probes[name]["h"]["top1"] for name in ("linear", "knn")}
+    found = json.loads(results.read_text())["probes"]
+    return {name: 100 * found[name]["h"]["top1"] for name in probes}
+
+
+def weights_in(out: Path) -> Path:
+    """The weights that a contestant left."""
+    return next(path for path in out.glob("weights.*") if path.suffix != ".json")
 
 
 def compare(task: Task, epochs: int, rounds: int, judged: bool, peers: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +210,9 @@ def compare(task: Task, epochs: int, rounds: int, judged: bool, peers: dict[str,
             row["peak_mb"] = max(row.get("peak_mb", 0.0), long.peak_mb)
             row["seconds"] = long.wall
             if judged and turn == 0:
-                row |= judge(task, next(path for path in (place / "long").glob("weights.*") if path.suffix != ".json"))
+                data = (str(task.folder / "shards/train"), str(task.folder / "shards/test"))
+                settings = [f"augment.crop_size={task.size}", "evaluation.num_seeds=1"]
+                row |= judge(weights_in(place / "long"), task.encoder, data, settings, ("linear", "knn"))
             print(".", end="", flush=True)
     return rows
 

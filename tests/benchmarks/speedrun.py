@@ -16,7 +16,6 @@ import argparse
 import gzip
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from dist_ssl import config as configuration
-from tests.benchmarks.peers import FASHION
+from tests.benchmarks.peers import FASHION, judge, run, weights_in
 
 CONFIG = "configs/speedrun.toml"
 RANKS, NUM_VALIDATION = 2, 10_000
-PROBES = ["--set", 'evaluation.probes=["knn","few_labels"]', "--set", "evaluation.few_label_fractions=[0.01]"]
+JUDGED = ['evaluation.probes=["knn","few_labels"]', "evaluation.few_label_fractions=[0.01]", "augment.crop_size=28"]
+JUDGED += ["evaluation.keep_features=false"]
 GOALS = {"knn": 88.0, "few_labels_0.01": 82.0}
 
 
@@ -50,15 +50,20 @@ def source(files: Path, part: str, labels: bool) -> str:
     return f"{images}:{files}/{part}-labels-idx1-ubyte.gz" if labels else images
 
 
+def listed(images: str, out: Path) -> float:
+    """Index images where they are; seconds."""
+    command = [sys.executable, "-m", "dist_ssl.cli", "shards", "index", images, "--rebuild"]
+    return run(command, out / "index.log").wall
+
+
 def ours(files: Path, out: Path) -> float:
-    """Seconds from the first command, which lists the images, to the exit of the second."""
+    """Seconds of both commands, of which the first lists the images."""
     images = source(files, "train", labels=False)
     settings = ["--set", f"run.dir={out}/run", "--set", f"data.shards={images}"]
-    started = time.monotonic()
-    logged(out, [sys.executable, "-m", "dist_ssl.cli", "shards", "index", images, "--rebuild"])
-    logged(out, [sys.executable, "-m", "launch.local", "pretrain", CONFIG, "--ranks", str(RANKS), *settings])
-    seconds = time.monotonic() - started
-    logged(out, [sys.executable, "-m", "dist_ssl.cli", "export", f"{out}/run", f"{out}/weights.safetensors"])
+    train = [sys.executable, "-m", "launch.local", "pretrain", CONFIG, "--ranks", str(RANKS), *settings]
+    seconds = listed(images, out) + run(train, out / "pretrain.log").wall
+    export = ["export", f"{out}/run", f"{out}/weights.safetensors"]
+    run([sys.executable, "-m", "dist_ssl.cli", *export], out / "export.log")
     return seconds
 
 
@@ -72,34 +77,13 @@ def lightly(files: Path, out: Path, seconds: float, config: configuration.Config
         "ranks": RANKS,
         "workers": 1,
         "seconds": seconds,
+        "started": time.time(),
         "out": str(out),
     }
-    (out / "settings.json").write_text(json.dumps(settings | {"started": (started := time.time())}))
+    (out / "settings.json").write_text(json.dumps(settings))
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-    logged(out, [sys.executable, *torchrun, "-m", "tests.benchmarks.peer_lightly", str(out / "settings.json")])
-    return time.time() - started
-
-
-def judge(files: Path, out: Path, weights: Path, encoder: str) -> dict[str, float]:
-    """Top-1 in percent, by probe."""
-    data = []
-    for option, part in (("--train-shards", "train"), ("--test-shards", "t10k")):
-        images = source(files, part, labels=True)
-        logged(out, [sys.executable, "-m", "dist_ssl.cli", "shards", "index", images, "--rebuild"])
-        data += [option, images]
-    of = ["--weights", str(weights), "--encoder", encoder, "--output", f"{out}/evaluation"]
-    size = ["--set", "augment.crop_size=28", "--set", "evaluation.keep_features=false"]
-    logged(out, [sys.executable, "-m", "dist_ssl.cli", "evaluate", *of, *data, *PROBES, *size])
-    (results,) = (out / "evaluation").rglob("results.json")
-    probes = json.loads(results.read_text())["probes"]
-    return {name: 100 * probes[name]["h"]["top1"] for name in GOALS}
-
-
-def logged(out: Path, command: list[str]) -> None:
-    with (out / "log").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log).returncode
-    if code:
-        raise SystemExit(f"{' '.join(command)}: exit code {code}\n{(out / 'log').read_text()[-3000:]}")
+    command = [sys.executable, *torchrun, "-m", "tests.benchmarks.peer_lightly", str(out / "settings.json")]
+    return run(command, out / "pretrain.log").wall
 
 
 def main() -> None:
@@ -120,14 +104,16 @@ def main() -> None:
         else:
             for path in FASHION.iterdir():
                 (files / path.name).symlink_to(path)
+        data = (source(files, "train", labels=True), source(files, "t10k", labels=True))
         for turn in range(options.rounds):
             seconds = 0.0
             for name in ("dist_ssl",) if options.only_ours else ("dist_ssl", "lightly"):
                 out = Path(folder) / f"{name}-{turn}"
                 out.mkdir()
                 seconds = ours(files, out) if name == "dist_ssl" else lightly(files, out, seconds, config)
-                weights = next(path for path in out.glob("weights.*") if path.suffix != ".json")
-                row = {"seconds": seconds} | judge(files, out, weights, config.model.encoder)
+                for images in data:
+                    listed(images, out)
+                row = {"seconds": seconds, **judge(weights_in(out), config.model.encoder, data, JUDGED, tuple(GOALS))}
                 found.setdefault(name, []).append(row)
                 print(f"{name:9s} {seconds:7.0f}  {row['knn']:5.1f}  {row['few_labels_0.01']:10.1f}", flush=True)
                 if options.json:
