@@ -2,6 +2,9 @@
 
 Ranks are started again, all of them, when one dies, up to `--max-restarts` times; not after a user's mistake (exit code
 2) and not when they have committed on a signal (75). A signal to the launcher reaches the ranks, which commit.
+
+On several machines without Slurm the same command runs on each, with `--nodes`, `--node-rank` and `--master-addr`. It
+then exits with its ranks' code at the first failure: whatever started it (docker/jobset.yaml) starts all of it again.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import signal
 import sys
 import tempfile
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -26,9 +30,31 @@ from dist_ssl.config.environment import EXIT_CODE_FILE, EXIT_FENCED, EXIT_RUN_ME
 from dist_ssl.data.commands import DataFolder
 from dist_ssl.planning import before_start
 
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 FINAL_EXIT_CODES = (EXIT_USERS_MISTAKE, EXIT_RUN_ME_AGAIN, EXIT_FENCED)  # another start would end as this one did
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+RESTARTS_ON_ONE_MACHINE = 3
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """This machine's place among those that run the same command, and where the first of them is found."""
+
+    count: int = 1
+    rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    timeout_minutes: float = 10.0
+
+    def checked(self) -> Nodes:
+        if not 0 <= self.rank < self.count:
+            raise UserError(f"--node-rank {self.rank}: expected one of 0 to {self.count - 1}, for --nodes {self.count}")
+        if self.count > 1 and self.master_addr == Nodes.master_addr and self.rank > 0:
+            raise UserError(f"--nodes {self.count}: expected --master-addr, the host where --node-rank 0 is started")
+        return self
 
 
 @app.command(context_settings=PASSED_ON)
@@ -36,7 +62,13 @@ def pretrain(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A TOML file; see configs/.")],
     ranks: Annotated[int | None, typer.Option(help="One a GPU by default; 2 without GPUs.", min=1)] = None,
-    max_restarts: Annotated[int, typer.Option(help="How often to start the ranks again when one dies.", min=0)] = 3,
+    max_restarts: Annotated[
+        int | None, typer.Option(help="How often to start the ranks again when one dies; 3 on one machine.", min=0)
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Machines that run this command, each with as many ranks.", min=1)] = 1,
+    node_rank: Annotated[int, typer.Option(help="Which of them this one is, from 0.", min=0)] = 0,
+    master_addr: Annotated[str, typer.Option(help="The host of node 0.")] = Nodes.master_addr,
+    master_port: Annotated[int, typer.Option(help="A free port of it.", min=1, max=65535)] = Nodes.master_port,
     data: DataFolder = None,
     overrides: Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE")] = [],  # noqa: B006
 ) -> None:
@@ -45,18 +77,29 @@ def pretrain(
     Example: python -m launch.local pretrain configs/quickstart.toml --data photos --set run.dir=runs/photos
 
     Example: python -m launch.local pretrain configs/quickstart.toml --ranks 2
+
+    Example: python -m launch.local pretrain CONFIG --ranks 8 --nodes 2 --node-rank 1 --master-addr n0  (and 0 on n0)
     """
+    place = Nodes(nodes, node_rank, master_addr, master_port).checked()
+    if max_restarts and nodes > 1:
+        raise UserError(
+            f"--max-restarts {max_restarts}: expected 0 with --nodes {nodes}: what starts the nodes starts all again"
+        )
+    restarts = RESTARTS_ON_ONE_MACHINE if max_restarts is None and nodes == 1 else max_restarts or 0
     checked = configuration.load(config, overrides)
     if data is not None:
+        if nodes > 1:
+            raise UserError("--data: expected one machine; make the list once by `dist-ssl shards index folder:DIR`")
         from dist_ssl.data.given import training_overrides
 
         overrides = [*overrides, *training_overrides(data, checked.storage)]  # indexed once, before any rank starts
         checked = configuration.load(config, overrides)
     size = ranks or _default_ranks()
-    before_start.check_config(checked, size)  # most mistakes are found before any rank starts
+    before_start.check_config(checked, size * nodes)  # most mistakes are found before any rank starts
     before_start.check_extras(checked)
     settings = [part for override in overrides for part in ("--set", override)]
-    run_ranks(["pretrain", str(config), *settings, *context.args], size, max_restarts, checked.engine.grace_seconds)
+    arguments = ["pretrain", str(config), *settings, *context.args]
+    run_ranks(arguments, size, restarts, checked.engine.grace_seconds, place)
 
 
 @app.command(context_settings=PASSED_ON)
@@ -77,34 +120,24 @@ def _default_ranks() -> int:
     return torch.cuda.device_count() or 2
 
 
-def run_ranks(arguments: list[str], size: int, max_restarts: int, grace_seconds: float) -> NoReturn:
-    """Run `dist-ssl ARGUMENTS` on `size` local ranks and exit as they did."""
-    print(f"starting {size} rank{'s' * (size > 1)}, which takes some seconds", file=sys.stderr, flush=True)
+def run_ranks(
+    arguments: list[str], size: int, max_restarts: int, grace_seconds: float, nodes: Nodes | None = None
+) -> NoReturn:
+    """Run `dist-ssl ARGUMENTS` on `size` local ranks, of one node of several where told, and exit as they did."""
+    nodes = nodes or Nodes()
+    which = f" of node {nodes.rank} of {nodes.count}" * (nodes.count > 1)
+    print(f"starting {size} rank{'s' * (size > 1)}{which}, which takes some seconds", file=sys.stderr, flush=True)
     import torch
+    from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     if 0 < torch.cuda.device_count() < size:
         raise UserError(f"--ranks {size}: expected at most one a GPU, this machine shows {torch.cuda.device_count()}")
     logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # we say it in one line
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # dist_ssl sets its own number; torch warns otherwise
-    launch = elastic_launch(
-        LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=size,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,  # we restart, since not every exit code wants it
-            monitor_interval=0.2,
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-            shutdown_timeout=int(grace_seconds) + 5,
-        ),
-        sys.executable,
-    )
+    launch = elastic_launch(_launch_config(size, grace_seconds, nodes), sys.executable)
     exit_code = Path(tempfile.mkdtemp(prefix="dist_ssl-")) / "exit_code"
     os.environ[EXIT_CODE_FILE] = str(exit_code)
     atexit.register(shutil.rmtree, exit_code.parent, ignore_errors=True)
@@ -118,6 +151,11 @@ def run_ranks(arguments: list[str], size: int, max_restarts: int, grace_seconds:
             said = "committed" if code == EXIT_RUN_ME_AGAIN else f"exit code {code}"
             print(f"stopped by {stopped.sigval.name}, {said}; run the same command again to go on", file=sys.stderr)
             sys.exit(code)
+        except (DistNetworkError, DistStoreError) as unreachable:
+            raise UserError(
+                f"node {nodes.rank} of {nodes.count}: not all met at {nodes.master_addr}:{nodes.master_port} within "
+                f"{nodes.timeout_minutes:g} minutes (expected the same command on each, one with --node-rank 0 there)"
+            ) from unreachable
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
             code = failure.exitcode
@@ -125,10 +163,30 @@ def run_ranks(arguments: list[str], size: int, max_restarts: int, grace_seconds:
                 sys.exit(code)
             cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             again = f"starting all {size} again" if attempt < max_restarts else "giving up"
-            print(
-                f"rank {rank} of {size} {cause}; {again} ({attempt} of {max_restarts} restarts used)", file=sys.stderr
-            )
+            used = f" ({attempt} of {max_restarts} restarts used)" * (nodes.count == 1)
+            print(f"rank {rank} of {size * nodes.count} {cause}; {again}{used}", file=sys.stderr)
     sys.exit(code if code > 0 else 128 - code)
+
+
+def _launch_config(size: int, grace_seconds: float, nodes: Nodes) -> LaunchConfig:
+    """`size` ranks here, no restarts (not every exit code wants one); among several nodes ranks go by the node's."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    alone = nodes.count == 1
+    return LaunchConfig(
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=size,
+        run_id=uuid.uuid4().hex if alone else "dist_ssl",  # the nodes' own
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint="127.0.0.1:0" if alone else f"{nodes.master_addr}:{nodes.master_port}",
+        rdzv_configs={} if alone else {"rank": nodes.rank, "timeout": int(nodes.timeout_minutes * 60)},
+        local_addr="127.0.0.1" if alone else None,
+        max_restarts=0,
+        monitor_interval=0.2,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+        shutdown_timeout=int(grace_seconds) + 5,
+    )
 
 
 if __name__ == "__main__":

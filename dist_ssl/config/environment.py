@@ -18,7 +18,7 @@ EXIT_HANGING = 70
 EXIT_RUN_ME_AGAIN = 75  # BSD's EX_TEMPFAIL: told to stop and committed, start the same command again
 EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
 
-# The local launcher's, for rank 0: a launcher that was signalled does not see its ranks' exit codes.
+# The local launcher's, for the first of its ranks: a launcher that was signalled does not see its ranks' exit codes.
 EXIT_CODE_FILE = "DIST_SSL_EXIT_CODE_FILE"
 
 
@@ -61,8 +61,8 @@ def rank_in_environment() -> int:
 
 
 def exit_code_file() -> str | None:
-    """Where this rank writes the code that it exits with: of rank 0 under `launch.local` only."""
-    return os.environ.get(EXIT_CODE_FILE) if rank_in_environment() == 0 else None
+    """Where this rank writes the code that it exits with: of a node's first rank under `launch.local` only."""
+    return os.environ.get(EXIT_CODE_FILE) if os.environ.get("LOCAL_RANK", "0") == "0" else None
 
 
 def started_by_local_launcher() -> bool:

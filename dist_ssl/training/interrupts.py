@@ -124,7 +124,7 @@ def end_with_the_launcher() -> None:
 
 
 def tell_the_launcher(code: int) -> None:
-    """A launcher that was signalled does not see its ranks' exit codes: rank 0 writes its own."""
+    """A launcher that was signalled does not see its ranks' exit codes: the first of them writes its own."""
     path = exit_code_file()
     if path is not None:
         Path(path).write_text(str(code))
