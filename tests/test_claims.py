@@ -10,7 +10,7 @@ from dist_ssl.config import HEADS
 from dist_ssl.evaluation.claims import CLAIMS, verdicts
 from dist_ssl.evaluation.intervals import holm, t_test
 from dist_ssl.evaluation.lab import CONTROLS, variant_of
-from dist_ssl.evaluation.lab_rows import Estimate, Row, paired, untrained
+from dist_ssl.evaluation.lab_rows import Estimate, Row, baseline, paired
 from dist_ssl.evaluation.lab_summary import paragraph
 from dist_ssl.report import lab_page
 
@@ -117,7 +117,7 @@ def test_only_cells_that_differ_in_nothing_else_are_compared():
     against = said(byol, "training is better than none", "byol")
     assert against.effect.mean == pytest.approx(0.613333 - 0.11, abs=1e-5)
     assert "encoder, byol: training is better than none: supported" in against.sentence()
-    assert untrained(byol, "knn").mean == pytest.approx(0.11)
+    assert baseline(byol, "knn", "h_untrained").mean == pytest.approx(0.11)
 
 
 def test_information_and_controls_are_compared_in_bits():

@@ -83,7 +83,7 @@ def test_evaluate_writes_results_that_name_layers_digests_and_intervals(labelled
     config = config_of(labelled)
     found = evaluate.evaluate(subject_of(config, tmp_path), CPU).values
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found))
-    assert found["layers"] == ["h", "g1", "z", "h_untrained"]
+    assert found["layers"] == ["h", "g1", "z", "h_untrained", "pixels"]
     assert found["encoder_digest"]["before"] == found["encoder_digest"]["after"]
     assert (found["data"]["train_images"], found["data"]["test_images"]) == (150, 50)
     for probe in ("linear", "knn"):
@@ -91,7 +91,7 @@ def test_evaluate_writes_results_that_name_layers_digests_and_intervals(labelled
             value = found["probes"][probe][layer]
             assert value["interval"][0] <= value["top1"] <= value["interval"][1]
             assert value["top1"] == pytest.approx(np.mean(value["seeds"]))
-            assert len(value.get("fits", ())) == (2 if probe == "linear" else 0)
+            assert len(value.get("fits", ())) == ((1 if layer == "pixels" else 2) if probe == "linear" else 0)
     tasks = found["head_information"]["tasks"]
     assert {"quarter turn", "colour or grey", "class", "hue", "rotation"} <= set(tasks)
     assert tasks["quarter turn"]["kind"] == "transformation"
@@ -294,7 +294,7 @@ def test_the_command_evaluates_anybodys_weights(labelled, tmp_path):
     from dist_ssl.cli import app
 
     _, found = command_evaluates(tmp_path / "theirs.safetensors", "--data", str(labelled), "--probes", "knn")
-    assert found["layers"] == ["h", "h_untrained"]
+    assert found["layers"] == ["h", "h_untrained", "pixels"]
     assert found["step"] is None
     assert "theirs.safetensors names the class" in build([tmp_path / "theirs-evaluation"]).read_text()
     for wrong in (["--weights", "x.pth"], ["runs/x", "--name", "../x"]):
@@ -319,7 +319,8 @@ def test_several_data_sets_in_one_call_end_in_one_table(labelled, tmp_path):
     top1 = {}
     for name, images in (("first", "50"), ("half", "150")):
         found = json.loads((folder / name / "results.json").read_text())
-        top1[name] = [f"{100 * found['probes'][probe]['h']['top1']:.1f}%" for probe in ("knn", "few_labels_0.5")]
+        few = (found["probes"][probe]["h"]["top1"] for probe in ("knn", "few_labels_0.5"))
+        top1[name] = [f"{100 * value:.1f}".replace("100.0", "100") for value in few]
         (row,) = [line for line in done.output.splitlines() if name in line and "results.json" not in line]
         cells = [cell.strip() for cell in row.split("│")[1:-1]]
         assert cells[:3] == [name, str(found["data"]["num_classes"]), images]

@@ -167,7 +167,7 @@ def test_student_and_teacher_are_probed_apart(tmp_path, run):
     assert (student.values["teacher"], taught.values["teacher"]) == (False, True)
     assert student.values["encoder_digest"] != taught.values["encoder_digest"]
     assert student.data != taught.data
-    assert list(taught.values["layers"]) == ["h", "g1", "z", "h_untrained"]
+    assert list(taught.values["layers"]) == ["h", "g1", "z", "h_untrained", "pixels"]
     page = build([Path(folder)], tmp_path / "report.html").read_text()
     assert "On its own data, by the teacher" in page
     assert "--teacher" in page

@@ -242,6 +242,9 @@ class EvaluationConfig(Section):
     knn_k: int = Field(20, ge=1, description="neighbours that vote")
     knn_temperature: float = Field(0.07, gt=0, description="of their votes' weights")
     probes: list[Probe] = Field(["linear", "knn", "head_information"], description="what is measured")
+    raw_pixels_up_to: int = Field(
+        12288, ge=0, description="numbers an image (3 x side x side) up to which pixels are probed beside h; 0: never"
+    )
     few_label_fractions: list[float] = Field(
         [0.01, 0.1], description="of the training images, the same number for each class"
     )

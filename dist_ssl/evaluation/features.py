@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from dist_ssl.evaluation.frozen import Readable
 log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 1024
+PIXELS = "pixels"  # the layer that is no layer: the images as they are, of numbers from 0 to 255
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,20 @@ def open_split(name: str, config: Config, device: torch.device) -> Split:
 
 @dataclass(frozen=True)
 class Features:
-    """Memory-mapped layers {name: (n, D) float32}, labels (n,) and sample_ids (n,) of a split."""
+    """Memory-mapped layers {name: (n, D) float32; pixels: uint8}, labels (n,) and sample_ids (n,) of a split."""
 
     layers: dict[str, np.ndarray]
     labels: np.ndarray
     sample_ids: np.ndarray
 
 
-def extract(split: Split, readables: list[Readable], digests: list[str], folder: Path) -> Features:
+def extract(
+    split: Split, readables: list[Readable], digests: list[str], folder: Path, pixels: bool = False
+) -> Features:
     """Reads all layers of all `readables` for every image of the split, once, into `folder`.
 
     `digests` names what is read, so that a folder of another encoder's features is not taken for this one's. At most
-    a batch of features is in memory. Collective; an error on one rank is raised on all.
+    a batch of features is in memory. `pixels`: the images too. Collective; an error on one rank is raised on all.
     """
     meta = {
         "digests": digests,
@@ -110,7 +113,7 @@ def extract(split: Split, readables: list[Readable], digests: list[str], folder:
         "resize_ratio": split.config.evaluation.resize_ratio,
         "normalize": [list(split.augment.mean), list(split.augment.std)],
         "block_rows": BLOCK_ROWS,
-        "dims": layer_dims(split, readables),
+        "dims": layer_dims(split, readables) | ({PIXELS: 3 * split.image_size**2} if pixels else {}),
     }
     error = None
     if distributed.rank() == 0:
@@ -143,6 +146,19 @@ def open_features(folder: Path) -> Features:
     )
 
 
+def in_one_channel(*parts: Features) -> list[Features]:
+    """The same with a third of the pixels where every image is grey: three equal channels say nothing more."""
+    channels = [part.layers[PIXELS].reshape(len(part.labels), 3, -1) for part in parts if PIXELS in part.layers]
+    for images in channels:
+        for start in range(0, len(images), BLOCK_ROWS):
+            block = images[start : start + BLOCK_ROWS]
+            if (block[:, 1:] != block[:, :1]).any():
+                return list(parts)
+    return [
+        replace(part, layers=part.layers | {PIXELS: grey[:, 0]}) for part, grey in zip(parts, channels, strict=False)
+    ] or list(parts)
+
+
 @torch.inference_mode()
 def layer_dims(split: Split, readables: list[Readable]) -> dict[str, int]:
     """Width of every layer that the readables give for images of the split."""
@@ -158,7 +174,8 @@ def _prepare(folder: Path, meta: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     rows = meta["rows"]
     for name, dim in meta["dims"].items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(rows, dim))
+        dtype = np.uint8 if name == PIXELS else np.float32
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(rows, dim))
     for name in ("labels", "sample_ids"):
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.int64, shape=(rows,))
     (folder / "done.bin").write_bytes(bytes(-(-rows // BLOCK_ROWS)))
@@ -188,6 +205,8 @@ def _fill(split: Split, readables: list[Readable], folder: Path, start: int, sto
                     pixels = split.pixels(batch.images)
                     outputs = {k: v.float().cpu().numpy() for r in readables for k, v in r.read(pixels).items()}
                 outputs |= {"labels": batch.labels.numpy(), "sample_ids": batch.sample_ids.numpy()}
+                if (folder / f"{PIXELS}.npy").exists():
+                    outputs[PIXELS] = batch.images.flatten(1).numpy()
                 for name, values in outputs.items():
                     if name not in writers:
                         writers[name] = RowWriter(folder / f"{name}.npy")

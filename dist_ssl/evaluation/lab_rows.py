@@ -12,7 +12,8 @@ from typing import Any
 from dist_ssl.evaluation.intervals import mean_interval
 from dist_ssl.evaluation.lab import Cell
 
-LAYERS = ("h", "z", "h_untrained")
+BASELINES = {"h_untrained": "untrained", "pixels": "raw pixels"}  # the same whatever head was trained
+LAYERS = ("h", "z", *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def tasks_of(results: dict[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def untrained(rows: Sequence[Row], probe: str) -> Estimate | None:
-    """Of h before training, a value a seed: it is the same whatever came after."""
-    found = [row.top1[probe, "h_untrained"] for row in rows if (probe, "h_untrained") in row.top1]
+def baseline(rows: Sequence[Row], probe: str, layer: str) -> Estimate | None:
+    """Of a layer of BASELINES, a value a seed."""
+    found = [row.top1[probe, layer] for row in rows if (probe, layer) in row.top1]
     return Estimate.of({seed: value for estimate in found for seed, value in estimate.values.items()})

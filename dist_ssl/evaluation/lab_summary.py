@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_ssl.evaluation.claims import MIN_SEEDS, Verdict, verdicts
 from dist_ssl.evaluation.lab import Cell
-from dist_ssl.evaluation.lab_rows import Row, paired, row_of, tasks_of, untrained
+from dist_ssl.evaluation.lab_rows import BASELINES, Row, baseline, paired, row_of, tasks_of
 
 
 def summarize_lab(grid: list[Cell]) -> dict[str, Any]:
@@ -84,7 +84,9 @@ def show(summary: dict[str, Any], print_: Callable[[Any], None]) -> None:
     for row in summary["rows"]:
         found = [row.top1.get(key) for key in probes]
         table.add_row(row.name, *(e.text() if e else "" for e in found))
-    before = [untrained(summary["rows"], probe) if layer == "h" else None for probe, layer in probes]
-    table.add_row("untrained", *(e.text() if e else "" for e in before))
+    for other, said in BASELINES.items():
+        without = [baseline(summary["rows"], probe, other) if layer == "h" else None for probe, layer in probes]
+        if any(without):
+            table.add_row(said, *(e.text() if e else "" for e in without))
     print_(table)
     print_(summary["paragraph"])

@@ -9,7 +9,7 @@ results.json (format 1):
     checkpoint        the checkpoint's folder, or the file of weights;  step: its step, null for a file of weights
     encoder           name;  head: its config, null for a file of weights;  teacher: whether it is the run's teacher
     encoder_digest    {"before", "after"}: SHA-256 of encoder and head; equal, or there would be no file
-    layers            the layers read, in depth order: "h", "g1", ..., "z", "h_untrained"
+    layers            the layers read, in depth order: "h", "g1", ..., "z"; then "h_untrained", "pixels" of small images
     data              shards, manifest hashes, counts and the number of classes
     ranks             how many evaluated
     probes            {probe: {layer: {"top1", "interval", "seeds", "spread", ...}}}, accuracies in [0, 1]; a probe that
@@ -21,7 +21,8 @@ results.json (format 1):
 
 `interval` is the 95% interval over test images of the mean over seeds, `spread` the standard deviation over seeds;
 `gradient_norm` is that of the fit's end, as a part of that at zero weights.
-h_untrained is the encoder of step 0 with batch-norm statistics taken in one pass over training images.
+h_untrained is the encoder of step 0 with batch-norm statistics taken in one pass over training images; pixels are the
+images as the encoder got them, before they were normalised.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,45 +150,64 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
-    """The table that the command prints: a row a layer, a column a probe, intervals beside the numbers."""
-    from rich.table import Table
+    """The tables that the command prints: a row a layer, a column a probe, intervals beside the numbers.
 
+    As many tables as it takes for each to fit a terminal of 80 columns.
+    """
     data, probes = results["data"], results["probes"]
     if not probes:
         print_(f"{results['checkpoint']}: the images have no labels, so no accuracy")
         return
-    caption = f"top-1 on {data['test_images']} test images, {data['num_classes']} classes "
-    caption += f"(chance {1 / data['num_classes']:.1%}), 95% interval over test images"
-    unfinished = [value for layers in probes.values() for value in layers.values() if not converged(value)]
-    if unfinished:
+    caption = f"top-1 in % on {data['test_images']} test images, {data['num_classes']} classes "
+    caption += f"(chance {100 / data['num_classes']:.1f}), 95% interval over test images"
+    if any(not converged(value) for layers in probes.values() for value in layers.values()):
         caption += "; *: a fit that did not converge"
     encoder = f"{results['encoder']}, the teacher" if results.get("teacher") else results["encoder"]
-    table = Table(title=f"{encoder}, {results['checkpoint']}", caption=caption)
-    table.add_column("layer")
-    for probe in probes:
-        table.add_column(probe, justify="right")
-    for layer in results["layers"]:
-        found = [probes[probe].get(layer) for probe in probes]
-        table.add_row(layer, *(told(value) + mark(value) if value else "" for value in found))
-    print_(table)
+    rows = [[layer.removeprefix("h_"), *_cells(probes, probes, layer)] for layer in results["layers"]]
+    _tables(["layer"], list(probes), rows, 3, f"{encoder}, {results['checkpoint']}", caption, print_)
 
 
 def show_several(results: list[Stored], print_: Callable[[Any], None]) -> None:
-    """The table of a transfer to several data sets: a row a set, a column a probe, all on h. Nothing for one set."""
-    from rich.table import Table
-
+    """The tables of a transfer to several data sets: a row a set, a column a probe, all on h. Nothing for one set."""
     if len(results) < 2:
         return
-    probes = probes_on_h(results)
-    table = Table(title=f"h of {results[0].values['checkpoint']}", caption="top-1, 95% interval over test images")
-    for column in ("data", "classes", "test images", *probes):
-        table.add_column(column, justify="left" if column == "data" else "right")
+    probes, rows = probes_on_h(results), []
     for one in results:
-        data, found = one.values["data"], one.values["probes"]
-        cells = (found.get(probe, {}).get("h") for probe in probes)
-        counts = str(data["num_classes"]), str(data["test_images"])
-        table.add_row(one.name or "its own", *counts, *(told(value) + mark(value) if value else "" for value in cells))
-    print_(table)
+        data = one.values["data"]
+        counts = [str(data["num_classes"]), str(data["test_images"])]
+        rows.append([one.name or "its own", *counts, *_cells(one.values["probes"], probes, "h")])
+    title = f"h of {results[0].values['checkpoint']}"
+    _tables(["data", "classes", "images"], probes, rows, 2, title, "top-1 in %, 95% interval over test images", print_)
+
+
+def _cells(found: dict[str, Any], probes: Iterable[str], layer: str) -> list[str]:
+    values = (found.get(probe, {}).get(layer) for probe in probes)
+    return [told(value) + mark(value) if value else "" for value in values]
+
+
+def _tables(
+    about: list[str],
+    probes: list[str],
+    rows: list[list[str]],
+    at_once: int,
+    title: str,
+    caption: str,
+    print_: Callable[[Any], None],
+) -> None:
+    """Of columns `about` and, `at_once` in a table, `probes`: the title over the first, the caption under the last."""
+    from rich.table import Table
+
+    first = len(about)
+    for start in range(0, len(probes), at_once):
+        last = start + at_once >= len(probes)
+        table = Table(title=title if start == 0 else None, caption=caption if last else None)
+        for number, column in enumerate(about):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for probe in probes[start : start + at_once]:
+            table.add_column(probe_name(probe), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row[:first], *row[first + start : first + start + at_once])
+        print_(table)
 
 
 def probes_on_h(results: list[Stored]) -> list[str]:
@@ -208,6 +228,14 @@ def converged(value: dict[str, Any]) -> bool:
 
 
 def told(value: dict[str, Any]) -> str:
-    """A probe's top-1 and its interval."""
-    low, high = value["interval"]
-    return f"{value['top1']:.1%} [{low:.1%}, {high:.1%}]"
+    """A probe's top-1 and its interval, in percent: at most 17 characters."""
+    top1, low, high = (f"{100 * one:.1f}".replace("100.0", "100") for one in (value["top1"], *value["interval"]))
+    return f"{top1} [{low}, {high}]"
+
+
+def probe_name(probe: str) -> str:
+    """As people read it: few_labels_fine_tuned_0.01 is "fine-tuned, 1%", of the labels."""
+    for few, said in (("few_labels_fine_tuned_", "fine-tuned"), ("few_labels_", "linear")):
+        if probe.startswith(few):
+            return f"{said}, {100 * float(probe.removeprefix(few)):g}%"
+    return {"knn": "kNN", "fine_tuned": "fine-tuned"}.get(probe, probe.replace("_", " "))

@@ -14,23 +14,20 @@ LAYERS = {
     "g": "a hidden layer of the projection head (g1 the first)",
     "z": "what the head gives, which only the loss sees",
     "h_untrained": "h of the same encoder before training",
+    "pixels": "the images themselves, with no encoder",
 }
 
 
 def layer_colour(layer: str) -> int:
     """h is blue, z orange, the untrained encoder grey, wherever they appear; of ranks the slowest is orange."""
-    fixed = {"h": 0, "z": 1, "h_untrained": 7, "median": 0, "slowest": 1, "fastest": 2}
+    fixed = {"h": 0, "z": 1, "h_untrained": 7, "pixels": 6, "median": 0, "slowest": 1, "fastest": 2}
     if layer in fixed:
         return fixed[layer]
     return 2 + (int(layer[1:]) - 1) % 5 if layer[:1] == "g" and layer[1:].isdigit() else 6
 
 
 def layer_name(layer: str) -> str:
-    return "untrained h" if layer == "h_untrained" else layer
-
-
-def probe_name(probe: str) -> str:
-    return "kNN" if probe == "knn" else probe.replace("_", " ")
+    return {"h_untrained": "untrained h", "pixels": "raw pixels"}.get(layer, layer)
 
 
 def percent(value: float) -> str:

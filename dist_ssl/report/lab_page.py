@@ -10,7 +10,7 @@ from typing import Any
 from dist_ssl.config import AS_WIDE_AS_H
 from dist_ssl.evaluation.claims import Verdict
 from dist_ssl.evaluation.lab import kind_of
-from dist_ssl.evaluation.lab_rows import Row, untrained
+from dist_ssl.evaluation.lab_rows import BASELINES, Row, baseline
 from dist_ssl.report.elements import FACTOR_COLOURS, figure, grid, percent, section, table
 from dist_ssl.report.page import write_page
 from dist_ssl.report.svg import NUM_COLOURS, Dot, Series, dot_chart, legend, line_chart
@@ -78,16 +78,17 @@ def _kind(row: Row) -> tuple[str, str, bool]:
 
 
 def _dots(rows: list[Row], view: tuple[str, str], heads: list[tuple[str, str, bool]]) -> list[Dot]:
-    """A dot a head; beside those of h the untrained encoder's."""
+    """A dot a head; beside those of h the untrained encoder's and the raw pixels'."""
     probe, layer = view
     dots = [
         Dot(f"{row.method} {row.head}".strip(), e.mean, max(e.low, 0.0), min(e.high, 1.0), heads.index(_kind(row)) % 7)
         for row in rows
         if (e := row.top1.get(view))
     ]
-    pooled = untrained(rows, probe)
-    if layer == "h" and pooled is not None:
-        dots.append(Dot("untrained", pooled.mean, max(pooled.low, 0.0), min(pooled.high, 1.0), 7))
+    for colour, (other, said) in zip((7, 6), BASELINES.items(), strict=True):
+        pooled = baseline(rows, probe, other)
+        if layer == "h" and pooled is not None:
+            dots.append(Dot(said, pooled.mean, max(pooled.low, 0.0), min(pooled.high, 1.0), colour))
     return dots
 
 
@@ -126,8 +127,10 @@ def _table(rows: list[Row], summary: dict[str, Any]) -> str:
             seeds = " ".join(percent(value) for value in e.values.values()) if e else ""
             line.append(f"{e.text()}<br><span class='soft'>{seeds}</span>" if e else "")
         cells.append(line)
-    before = [untrained(rows, probe) if layer == "h" else None for probe, layer in columns]
-    cells.append(["untrained", "", *(e.text() if e else "" for e in before)])
+    for other, said in BASELINES.items():
+        without = [baseline(rows, probe, other) if layer == "h" else None for probe, layer in columns]
+        if any(without):
+            cells.append([said, "", *(e.text() if e else "" for e in without)])
     head = ["head", "seeds", *(f"{probe}, {layer}" for probe, layer in columns)]
     lead = (
         f"{summary['done']} of {summary['cells']} cells done; {summary['test_images']:,} test images. Mean over "

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_ssl import config as configuration
 from dist_ssl.data import quarantine
-from dist_ssl.evaluation.results import TEACHER, Stored, converged, probes_on_h
+from dist_ssl.evaluation.results import TEACHER, Stored, converged, probe_name, probes_on_h
 from dist_ssl.report import images
 from dist_ssl.report.elements import (
     FACTOR_COLOURS,
@@ -20,7 +20,6 @@ from dist_ssl.report.elements import (
     layer_colour,
     layer_name,
     percent,
-    probe_name,
     section,
     span,
     table,
@@ -67,6 +66,8 @@ def _headline(results: dict[str, Any]) -> str:
         others.append(f"{percent(layers['z']['top1'])} on z, which the loss saw")
     if "h_untrained" in layers:
         others.append(f"{percent(layers['h_untrained']['top1'])} on h of the untrained encoder")
+    if "pixels" in layers:
+        others.append(f"{percent(layers['pixels']['top1'])} on raw pixels")
     return f'<p class="lead">{text}{": against " + " and ".join(others) if others else ""}.</p>'
 
 
@@ -149,7 +150,7 @@ def head_information(results: dict[str, Any]) -> str:
     found = results.get("head_information")
     if not found:
         return ""
-    layers = [layer for layer in results["layers"] if layer != "h_untrained"]
+    layers = list(next(iter(found["tasks"].values()))["layers"])
     figures, rows = [], []
     for kind, title in (("transformation", "Transformations of the image"), ("factor", "Factors of the image")):
         tasks = {name: task for name, task in found["tasks"].items() if task["kind"] == kind}
@@ -231,7 +232,10 @@ def compared(runs: list[Run]) -> list[str]:
 def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
     found = [(position, run, run.on(data)[-1]) for position, run in enumerate(runs) if run.on(data)]
     probes = [p for p in ("linear", "knn") if any(p in one.values["probes"] for _, _, one in found)]
-    columns = [(probe, layer) for probe in probes for layer in ("h", "z", "h_untrained")]
+    layers = ["h", "z", "h_untrained"]
+    if any("pixels" in one.values["layers"] for _, _, one in found):
+        layers.append("pixels")
+    columns = [(probe, layer) for probe in probes for layer in layers]
     rows = []
     for _, run, one in found:
         values = [one.values["probes"].get(probe, {}).get(layer) for probe, layer in columns]
@@ -255,7 +259,7 @@ def _compared_on(runs: list[Run], data: tuple[str, ...], only: bool) -> str:
     title = "What the frozen encoders know"
     if not only:
         title += f", on {_data_name([one for _, _, one in found])}"
-    lead = f"Whiskers: 95% interval over test images. {explained(['h', 'z', 'h_untrained'])}"
+    lead = f"Whiskers: 95% interval over test images. {explained(layers)}"
     return section(title, grid(figures) + table(head, rows) + missing, lead)
 
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 from dist_ssl.config import AS_WIDE_AS_H
 from dist_ssl.data import quarantine
 from dist_ssl.data.progress import duration
-from dist_ssl.evaluation.results import Stored
-from dist_ssl.report.elements import layer_name, percent, probe_name, section, table
+from dist_ssl.evaluation.results import Stored, probe_name
+from dist_ssl.report.elements import layer_name, percent, section, table
 from dist_ssl.report.runs import Run
 
 
@@ -75,7 +75,7 @@ def _best(results: list[Stored]) -> dict[str, str]:
         for one in results
         for probe, layers in one.values["probes"].items()
         for layer, value in layers.items()
-        if layer != "h_untrained"
+        if layer not in ("h_untrained", "pixels")
     ]
     if not found:
         return {}

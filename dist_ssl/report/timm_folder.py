@@ -14,7 +14,7 @@ from typing import Any
 from dist_ssl import config as configuration
 from dist_ssl.checkpoint import export_encoder, read_run_config
 from dist_ssl.config import TIMM, CheckpointConfig, Config, LogConfig, RunConfig, StorageConfig, UserError
-from dist_ssl.evaluation.results import Stored, newest, stored, told
+from dist_ssl.evaluation.results import Stored, newest, probe_name, stored, told
 from dist_ssl.models.from_timm import build_timm
 from dist_ssl.models.weights import read_tensors
 from dist_ssl.storage import write_bytes
@@ -142,12 +142,12 @@ def _table(result: Stored) -> str:
     data, probes = values["data"], values["probes"]
     if not probes:
         return "The images that it was evaluated on have no labels."
-    rows = [["layer", *probes], ["---", *("---:" for _ in probes)]]
+    rows = [["layer", *map(probe_name, probes)], ["---", *("---:" for _ in probes)]]
     for layer in values["layers"]:
         rows.append([layer, *(told(probes[probe][layer]) if layer in probes[probe] else "" for probe in probes)])
     about = (
-        f"Top-1 of the frozen encoder on {result.name or 'its own data'}: {data['test_images']:,} test images, "
+        f"Top-1 in % of the frozen encoder on {result.name or 'its own data'}: {data['test_images']:,} test images, "
         f"{data['num_classes']} classes, with 95% intervals over them. h is what this folder gives, z what the loss "
-        "saw, h_untrained the encoder before the first step."
+        "saw, h_untrained the encoder before the first step, pixels the images without any."
     )
     return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
