@@ -27,6 +27,7 @@ from torch import Tensor
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 GOODBYE_SECONDS = 5.0  # how long a failed rank 0 stays for the others to ask who failed
 
+_peers: dict[int, Peers] = {}  # by their number, for as long as the process group is there
 _store: dist.Store | None = None  # of the process group, for ranks that can't meet in a collective any more
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's builds without CUDA bring none
 _as_on_gpu = False
@@ -41,6 +42,14 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Ranks side by side that share something; `group` is None where they are all ranks, and where `size` is 1."""
+
+    size: int
+    group: dist.ProcessGroup | None = None
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -66,6 +75,20 @@ def in_backward() -> bool:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def everyone() -> Peers:
+    return Peers(world_size())
+
+
+def peers(size: int) -> Peers:
+    """The `size` ranks side by side that this one is of; `size` divides the world size. Collective, once a size."""
+    if size in (1, world_size()):
+        return Peers(size)
+    if size not in _peers:
+        group, _ = dist.new_subgroups(size)
+        _peers[size] = Peers(size, group)
+    return _peers[size]
 
 
 def rank() -> int:
@@ -123,6 +146,7 @@ def shutdown() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        _peers.clear()
 
 
 def fail(exit_code: int, say: Callable[[], None]) -> int:

@@ -119,7 +119,7 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
 
     model._apply = capture  # type: ignore[method-assign]
     rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
-    batch = next(_batches(config, manifest, 1))
+    batch = next(batches(config, manifest, 1))
     teacher = Teacher(config, world.device) if config.objective.name in WITH_TEACHER else None
     result = Step(config, model, rows, teacher)(batch, 0)
     norm = verdict.read(model.step(0.0, verdict.agree(result.loss, verdict.Asked()))).gradient_norm
@@ -135,7 +135,7 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
     return float(loss), gradients
 
 
-def _batches(config: Config, manifest: Any, num_steps: int) -> Any:
+def batches(config: Config, manifest: Any, num_steps: int) -> Any:
     return training_batches(
         config,
         manifest,
@@ -155,7 +155,7 @@ def fp64_losses(config: Config) -> list[float]:
     size = distributed.world_size()
     found = []
     rows = plan_of(config, manifest).rows_per_rank(config.train.global_batch_size, size)[0]
-    for batch in _batches(config, manifest, config.train.steps or 1):
+    for batch in batches(config, manifest, config.train.steps or 1):
         views = [augment(*of_size, config.augment).flatten(0, 1).double() for of_size in batch.of_each_size()]
         z = model(*views)[1].unflatten(0, (len(batch.keys), -1))
         loss = objective.nt_xent_views(z, 0.1, rows_per_rank=rows, sample_ids=batch.sample_ids)

@@ -146,6 +146,9 @@ class ModelConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="compute activations again in backward instead of keeping them"
     )
+    batch_norm_images: int | None = Field(
+        None, ge=2, description="of the global batch, side by side, share batch norm's statistics; unset: all of it"
+    )
     head: HeadConfig = HeadConfig()
     predictor: PredictorConfig | None = Field(None, description="unset: the method's own")
 
@@ -310,6 +313,12 @@ class Config(Section):
         """Side of the images that an evaluation reads, in pixels."""
         return self.evaluation.image_size or self.augment.image_size
 
+    @property
+    def batch_norm_slices(self) -> int:
+        """Into how many the global batch, or each chunk of it, is cut for batch norm's statistics."""
+        images = self.train.global_batch_size // self.objective.chunks
+        return images // self.model.batch_norm_images if self.model.batch_norm_images else 1
+
     @model_validator(mode="before")
     @classmethod
     def nt_xent_where_no_method_is_named(cls, values: Any) -> Any:
@@ -332,6 +341,14 @@ class Config(Section):
             )
         if self.evaluation.teacher and name not in WITH_TEACHER:
             raise ValueError(f"evaluation.teacher: {name} has none, only {', '.join(WITH_TEACHER)} do; leave it out")
+        images, chunks = self.train.global_batch_size, self.objective.chunks
+        if self.model.batch_norm_images and images % (self.model.batch_norm_images * chunks):
+            of = (
+                f"train.global_batch_size / objective.chunks = {images} / {chunks}"
+                if chunks > 1
+                else (f"train.global_batch_size = {images}")
+            )
+            raise ValueError(f"model.batch_norm_images: expected a divisor of {of}, got {self.model.batch_norm_images}")
         if self.model.predictor is not None and name not in WITH_PREDICTOR:
             raise ValueError(
                 f"model.predictor: {name} has none, only {', '.join(WITH_PREDICTOR)} do; leave the section out"

@@ -4,7 +4,7 @@
 alone; ProjectionHead.layers reads g.
 """
 
-from dist_ssl.models.batch_norm import GlobalBatchNorm, frozen_running_statistics
+from dist_ssl.models.batch_norm import GlobalBatchNorm, frozen_running_statistics, slices_of
 from dist_ssl.models.drop_path import Rows
 from dist_ssl.models.encoders import ENCODERS, build_encoder
 from dist_ssl.models.head import ProjectionHead
@@ -21,4 +21,5 @@ __all__ = [
     "build_teacher",
     "frozen_running_statistics",
     "kept_buffers",
+    "slices_of",
 ]

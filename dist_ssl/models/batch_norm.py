@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ssl.distributed import HAS_TRITON, all_gather_single, in_backward, on_gpu, world_size
+from dist_ssl.distributed import HAS_TRITON, Peers, all_gather_single, everyone, in_backward, on_gpu, peers, world_size
 from dist_ssl.models import batch_norm_cuda, fused_batch_norm
 
 MOMENTS_BLOCK = 2**17  # elements
@@ -52,15 +53,38 @@ def counted_at_once(layers: Sequence[GlobalBatchNorm]) -> Iterator[None]:
         _counted = before
 
 
+@dataclass(frozen=True)
+class Slices:
+    """Slices of a batch, each with statistics of its own: `held` whole ones on a rank, or one that `peers` share."""
+
+    held: int
+    peers: Peers
+
+
+def slices_of(count: int) -> Slices | None:
+    """What this rank holds of `count` equal slices of a batch, one of count and world size dividing the other.
+
+    None where all ranks' rows are one slice. Collective, once a number of ranks to a slice.
+    """
+    if count == 1:
+        return None
+    return Slices(max(1, count // world_size()), peers(max(1, world_size() // count)))
+
+
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of all ranks' rows, for (B, C) and (B, C, H, W), on any device.
+    Of slices of them where `slices` is set (Hoffer et al. 2017, ghost batch norm); running statistics then move by the
+    mean over this rank's, and are to be averaged over ranks.
 
     torch's SyncBatchNorm refuses CPU tensors. Statistics are merged as counts, means and centred sums (Chan et al.
     1979), never as E[x^2] - E[x]^2. On a CPU they are taken and merged in fp64: rounded to fp32 they then are the same
     bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a last bit turns
     a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `fused_batch_norm`.
-    Collective in training mode: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C numbers backward.
+    Collective in training mode, among those who share a slice: one all-gather of 2C + 1 numbers forward, one all-reduce
+    of 2C numbers backward.
     """
+
+    slices: Slices | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4):
@@ -69,48 +93,70 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(norm(x) + residual): the addition and the ReLU where they are asked for, on a GPU in the same pass."""
         self._check_input_dim(x)
-        if self.training and _has_kernels(x):
-            running, momentum = self._running()
-            return fused_batch_norm.batch_norm(
-                x, residual, self.weight, self.bias, *running, momentum, self.eps, relu=relu
-            )
-        y = self._normalise(x)
-        if residual is not None:
-            y += residual
-        return y.relu_() if relu else y
+        if not self.training:
+            return _added(super().forward(x), residual, relu)
+        running, momentum = self._running()
+        if self.slices is None or self.slices.held == 1:
+            among = everyone() if self.slices is None else self.slices.peers
+            return self._normalise(x, residual, relu, running, momentum, among)
+        held = self.slices.held
+        moved = [[None if t is None else t.clone() for t in running] for _ in range(held)]
+        residuals = [None] * held if residual is None else residual.chunk(held)
+        parts = zip(x.chunk(held), residuals, moved, strict=True)
+        y = torch.cat([self._normalise(*part[:2], relu, part[2], momentum, self.slices.peers) for part in parts])
+        for buffer, of_slices in zip(running, zip(*moved, strict=True), strict=True):
+            if buffer is not None:
+                buffer.copy_(torch.stack(of_slices).mean(dim=0))
+        return y
 
-    def _running(self) -> tuple[tuple[Tensor | None, Tensor | None], float]:
-        """(running mean and variance, or None where they are not to move, momentum) of this batch, which is counted."""
+    def _running(self) -> tuple[list[Tensor | None], float]:
+        """([running mean, variance], or Nones where they are not to move; momentum) of this batch, which is counted."""
         if not self.track_running_stats or _statistics_frozen or in_backward():
-            return (None, None), 0.0
+            return [None, None], 0.0
         if not _counted:
             cast(Tensor, self.num_batches_tracked).add_(1)
         momentum = self.momentum
         if momentum is None:  # a cumulative average
             momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked))
-        return (self.running_mean, self.running_var), momentum
+        return [self.running_mean, self.running_var], momentum
 
-    def _normalise(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        running, momentum = self._running()
+    def _normalise(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        running: Sequence[Tensor | None],
+        momentum: float,
+        among: Peers,
+    ) -> Tensor:
+        """In training mode, by the statistics of one slice, which `among` hold together; `running` moves."""
+        mean, variance = running
+        of_channels = self.weight, self.bias, mean, variance, momentum, self.eps
+        if _has_kernels(x):
+            return fused_batch_norm.batch_norm(x, residual, *of_channels, relu=relu, among=among)
         with torch.autocast(x.device.type, enabled=False):
             if on_gpu(x):
-                return batch_norm_cuda.batch_norm(x, self.weight, self.bias, *running, momentum, self.eps)
+                return _added(batch_norm_cuda.batch_norm(x, *of_channels, among), residual, relu)
             # Statistics of bf16 activations are taken in fp32.
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-            y, mean, variance, count = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps)
-        if running[0] is not None:
-            self._track(mean, variance, count, momentum)
-        return y.to(x.dtype)
+            y, *moments = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps, among)
+        _track(running, moments, momentum)
+        return _added(y.to(x.dtype), residual, relu)
 
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: Tensor, momentum: float) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+@torch.no_grad()
+def _track(running: Sequence[Tensor | None], moments: Sequence[Tensor], momentum: float) -> None:
+    mean, variance, count = moments
+    unbiased = variance * (count / (count - 1).clamp(min=1))
+    for buffer, value in zip(running, (mean, unbiased), strict=True):
+        if buffer is not None:
+            buffer.lerp_(value.to(buffer.dtype), momentum)
+
+
+def _added(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        y += residual
+    return y.relu_() if relu else y
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -146,14 +192,16 @@ def _merge(means_nc: Tensor, centred_nc: Tensor, counts_n1: Tensor) -> tuple[Ten
 
 class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, among: Peers
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, centred = _moments(x)
         count = mean.new_full((1,), x.numel() / x.shape[1])
-        if world_size() > 1:
+        if among.size > 1:
             sent = torch.cat([mean, centred, count])
-            received = sent.new_empty(world_size() * sent.numel())
-            all_gather_single(received, sent)
-            means_wc, centred_wc, counts_w1 = received.view(world_size(), -1).split([x.shape[1], x.shape[1], 1], dim=1)
+            received = sent.new_empty(among.size * sent.numel())
+            all_gather_single(received, sent, among.group)
+            means_wc, centred_wc, counts_w1 = received.view(among.size, -1).split([x.shape[1], x.shape[1], 1], dim=1)
             count = counts_w1.sum(dim=0)
             mean, centred = _merge(means_wc, centred_wc, counts_w1)
         mean, variance, count = mean.to(x.dtype), (centred / count).to(x.dtype), count.to(x.dtype)
@@ -161,6 +209,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         # In evaluation mode torch's kernel normalises by what it is given: one fused pass over x.
         y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
         ctx.save_for_backward(x, weight, mean, inverse_std, count)
+        ctx.among = among
         ctx.mark_non_differentiable(mean, variance, count)
         return y, mean, variance, count
 
@@ -173,12 +222,12 @@ class _GlobalBatchNorm(torch.autograd.Function):
             dy, x, weight, mean, inverse_std.reciprocal().square(), mean, inverse_std, False, 0.0, [True, True, True]
         )
         sums = torch.cat([dbias, dweight])
-        if world_size() > 1:
-            dist.all_reduce(sums)
+        if ctx.among.size > 1:
+            dist.all_reduce(sums, group=ctx.among.group)
         mean_dy, mean_dy_xhat = (sums / count).chunk(2)
         shape = [1, -1] + [1] * (x.dim() - 2)
         scale = weight * inverse_std
         per_x = -(scale * inverse_std * mean_dy_xhat)
         constant = -(scale * mean_dy) - per_x * mean
         dx = dx.add_(constant.view(shape)).addcmul_(x, per_x.view(shape))
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, None

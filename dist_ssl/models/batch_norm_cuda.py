@@ -5,7 +5,7 @@ backward.
 On a CPU the kernels exist only where a test brings them. They are called directly: as custom operators they would cost
 25 to 75 microseconds more of host time a call (measured). `torch.compile` needs the fake forms below.
 
-Legend: W world size, B rows of a tensor on this rank, C channels.
+Legend: W peers, B rows of a tensor on this rank, C channels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_ssl.distributed import all_gather_single, world_size
+from dist_ssl.distributed import Peers, all_gather_single
 
 
 def batch_norm(
@@ -29,17 +29,18 @@ def batch_norm(
     running_var: Tensor | None,
     momentum: float,
     eps: float,
+    among: Peers,
 ) -> Tensor:
-    """(B, C) or (B, C, H, W), normalised by the statistics of all ranks' rows; updates the running ones if given.
+    """(B, C) or (B, C, H, W), normalised by the statistics of the peers' rows; updates the running ones if given.
 
-    Collective on more than one rank: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C backward.
+    Collective among more than one: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C backward.
     """
-    if world_size() == 1:
+    if among.size == 1:
         if running_mean is None:
             # Without them torch keeps two tensors less, and a recomputation in backward must keep what forward kept.
             running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
-    y: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+    y: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, among)
     return y
 
 
@@ -54,14 +55,15 @@ class _BatchNorm(torch.autograd.Function):
         running_var: Tensor | None,
         momentum: float,
         eps: float,
+        among: Peers,
     ) -> Tensor:
         x = x.contiguous(memory_format=_format(x))
         channels = x.shape[1]
         mean, inverse_std = torch.batch_norm_stats(x, eps)
         sent = torch.cat([mean, inverse_std, _constant(x.numel() // channels, mean.dtype, mean.device)])
-        received = sent.new_empty(world_size() * len(sent))
-        all_gather_single(received, sent)
-        means_wc, inverse_stds_wc, counts_w1 = received.view(world_size(), -1).split([channels, channels, 1], dim=1)
+        received = sent.new_empty(among.size * len(sent))
+        all_gather_single(received, sent, among.group)
+        means_wc, inverse_stds_wc, counts_w1 = received.view(among.size, -1).split([channels, channels, 1], dim=1)
         counts_w = counts_w1.squeeze(1)
         # From its first argument torch takes the dtype of counts where there are no running statistics (a bf16 x would
         # want them in bf16), and whether 32 bits index what it reads: of the means, W x C of them, they do.
@@ -69,6 +71,7 @@ class _BatchNorm(torch.autograd.Function):
             mean, means_wc, inverse_stds_wc, running_mean, running_var, momentum, eps, counts_w
         )
         ctx.save_for_backward(x, weight, mean, inverse_std, counts_w.to(torch.int32))
+        ctx.group = among.group
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
 
     @staticmethod
@@ -79,10 +82,10 @@ class _BatchNorm(torch.autograd.Function):
             dy, x, mean, inverse_std, weight, True, True, True
         )
         sums = torch.cat([sum_dy, sum_dy_centred])
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=ctx.group)
         sum_dy, sum_dy_centred = sums.chunk(2)
         dx = torch.batch_norm_backward_elemt(dy, x, mean, inverse_std, weight, sum_dy, sum_dy_centred, counts_w)
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 def _format(x: Tensor) -> torch.memory_format:

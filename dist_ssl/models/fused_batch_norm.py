@@ -4,7 +4,7 @@ Forward: one kernel reads x for its statistics, which ranks merge, one makes y. 
 which ranks add, and one dx. The kernels are those of `batch_norm_triton`, launched directly: custom operators would
 cost the host more than a launch does.
 
-Legend: W world size, B rows of a tensor on this rank, C channels, P parts.
+Legend: W peers, B rows of a tensor on this rank, C channels, P parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_ssl.distributed import all_gather_single, world_size
+from dist_ssl.distributed import Peers, all_gather_single
 
 
 def batch_norm(
@@ -29,16 +29,17 @@ def batch_norm(
     momentum: float,
     eps: float,
     relu: bool,
+    among: Peers,
 ) -> Tensor:
     """relu(norm(x) + residual), (B, C) or (B, C, H, W) in channels-last format, copied to it where they are not.
 
-    bf16, fp16 or fp32, with statistics in fp32 of all ranks' rows; updates the running ones if given. The gradients of
-    weight and bias are those of this rank's rows. Collective on more than one rank: one all-gather of 2C + 1 fp32
+    bf16, fp16 or fp32, with statistics in fp32 of the peers' rows; updates the running ones if given. The gradients of
+    weight and bias are those of this rank's rows. Collective among more than one: one all-gather of 2C + 1 fp32
     numbers forward, one all-reduce of 2C backward.
     """
     if residual is not None:
         residual = residual.to(x.dtype)
-    y: Tensor = _BatchNorm.apply(x, residual, weight, bias, running_mean, running_var, momentum, eps, relu)
+    y: Tensor = _BatchNorm.apply(x, residual, weight, bias, running_mean, running_var, momentum, eps, relu, among)
     return y
 
 
@@ -55,14 +56,15 @@ class _BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
         relu: bool,
+        among: Peers,
     ) -> Tensor:
         kernels, x = _kernels(), _channels_last(x)
         parts = kernels.moments(x)
-        if world_size() > 1:
+        if among.size > 1:
             sent = kernels.merge(parts)
-            received = sent.new_empty(world_size() * len(sent))
-            all_gather_single(received, sent)
-            parts = received.view(world_size(), -1)
+            received = sent.new_empty(among.size * len(sent))
+            all_gather_single(received, sent, among.group)
+            parts = received.view(among.size, -1)
         mean, inverse_std, count = kernels.statistics(parts, eps, momentum, running_mean, running_var)
         if residual is not None:
             residual = _channels_last(residual)
@@ -70,7 +72,7 @@ class _BatchNorm(torch.autograd.Function):
         # Behind an addition the mask can't be made from x alone; y is the next layer's input and kept for it anyway.
         masked_by = y if relu and residual is not None else None
         ctx.save_for_backward(x, masked_by, weight, bias, mean, inverse_std, count)
-        ctx.relu, ctx.added = relu, residual is not None
+        ctx.relu, ctx.added, ctx.among = relu, residual is not None, among
         return y
 
     @staticmethod
@@ -82,11 +84,11 @@ class _BatchNorm(torch.autograd.Function):
         if y is None:
             g = dy  # and where there is a ReLU, its mask is made again
         dbias, dweight = sums.to(of_channels[0].dtype)
-        if world_size() > 1:
+        if ctx.among.size > 1:
             sums = sums.clone()
-            dist.all_reduce(sums)
+            dist.all_reduce(sums, group=ctx.among.group)
         dx = kernels.gradient(g, x, *of_channels, sums, count, ctx.relu and y is None)
-        return dx, g if ctx.added else None, dweight, dbias, None, None, None, None, None
+        return dx, g if ctx.added else None, dweight, dbias, None, None, None, None, None, None
 
 
 def _channels_last(x: Tensor) -> Tensor:

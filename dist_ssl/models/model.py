@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 
 from dist_ssl.config import WITH_PREDICTOR, Config, HeadConfig, PredictorConfig
-from dist_ssl.models.batch_norm import GlobalBatchNorm, counted_at_once
+from dist_ssl.models.batch_norm import GlobalBatchNorm, Slices, counted_at_once
 from dist_ssl.models.drop_path import DropPath, Rows
 from dist_ssl.models.encoders import build_encoder, check_image_size
 from dist_ssl.models.from_timm import is_timms, recompute
@@ -48,6 +48,11 @@ class ContrastiveModel(nn.Module):
         """Say which images of the global batch the next forward and its backward are of."""
         for path in self._drop_paths:
             path.of(rows)
+
+    def normalise_in(self, slices: Slices | None) -> None:
+        """Let batch norm's statistics be those of slices of the batch from now on, or of all of it."""
+        for layer in self._batch_norms:
+            layer.slices = slices
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A (n V_s, 3, S, S) tensor a size; rows that come out are ordered by image, then view, as in the config."""

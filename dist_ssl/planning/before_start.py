@@ -25,6 +25,14 @@ def check_config(config: Config, num_ranks: int) -> None:
             f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks x "
             f"{config.objective.chunks} chunks; take fewer ranks or a larger batch"
         )
+    slices = config.batch_norm_slices
+    if slices % num_ranks and num_ranks % slices:
+        fitting = [n for n in range(1, num_ranks + slices + 1) if slices % n == 0 or n % slices == 0]
+        near = f"{max(n for n in fitting if n < num_ranks)} or {min(n for n in fitting if n > num_ranks)}"
+        raise UserError(
+            f"model.batch_norm_images: {num_ranks} ranks can't share {slices} slices of "
+            f"{config.model.batch_norm_images} images evenly; take {near} ranks"
+        )
 
 
 def check_extras(config: Config) -> None:

@@ -201,18 +201,22 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
         3: (2, "all-gather of weights, reduce-scatter of gradients: 2 * 4 P (W-1)/W"),
     }[stage]
     channels, layers = sum(sizes.batch_norm_channels), len(sizes.batch_norm_channels)
-    gathered = (2 * channels + layers) * FP64 * (w - 1)
+    peers = max(1, w // config.batch_norm_slices)  # who share a slice of the batch, all ranks where it is not cut
+    gathered = (2 * channels + layers) * FP64 * (peers - 1)
     # GradCache runs the encoder twice forward and once backward for every chunk.
     passes, forwards = config.objective.chunks, 2 if config.objective.chunks > 1 else 1
-    gathered_by_teacher = (2 * sum(sizes.teacher_channels) + len(sizes.teacher_channels)) * FP64 * (w - 1)
-    norms = passes * (forwards * gathered + gathered_by_teacher + 2 * 2 * channels * FP32 * share)
+    gathered_by_teacher = (2 * sum(sizes.teacher_channels) + len(sizes.teacher_channels)) * FP64 * (peers - 1)
+    norms = passes * (forwards * gathered + gathered_by_teacher + 2 * 2 * channels * FP32 * (peers - 1) / peers)
+    if config.batch_norm_slices > 1:
+        norms += 2 * sizes.buffer_bytes * (2 if sizes.teacher_channels else 1) * share
     what, loss_sends, loss_formula = method_costs.sent(config, config.augment.num_views, width, w)
     parts = [
         Estimate("gradients and weights", reduction[0] * FP32 * p * share, "bytes", reduction[1]),
         Estimate(what, loss_sends, "bytes", loss_formula),
         Estimate(
             "batch norm", norms, "bytes",
-            "8 (2C + L) (W-1) forward, 2 * 4 * 2C (W-1)/W backward; C channels of L layers, the teacher's forward too",
+            "8 (2C + L) (G-1) forward, 2 * 4 * 2C (G-1)/G backward; C channels of L layers, the teacher's forward too; "
+            "G ranks to a slice of model.batch_norm_images, else W; of slices, 2 * buffers (W-1)/W as well",
         ),
     ]  # fmt: skip
     return [*parts, Estimate("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from dist_ssl.augment import augment
 from dist_ssl.config import Config
 from dist_ssl.data.stream import Batch
-from dist_ssl.distributed import rank
+from dist_ssl.distributed import rank, sum_over_ranks, world_size
 from dist_ssl.engine import Engine
-from dist_ssl.models import Rows, frozen_running_statistics
+from dist_ssl.models import Rows, frozen_running_statistics, slices_of
 from dist_ssl.training.method import loss_of
 from dist_ssl.training.pace import Pace
 from dist_ssl.training.teacher import Teacher
@@ -46,7 +46,13 @@ class Step:
             next(model.model.parameters()).device,
             2 * config.objective.chunks if config.objective.chunks > 1 else 1,
         )
-        self._buffers = BufferSnapshot(nn.ModuleList([model.model, *([teacher.model] if teacher is not None else [])]))
+        models = [model.model, *([teacher.model] if teacher is not None else [])]
+        self._buffers = BufferSnapshot(nn.ModuleList(models))
+        self._sliced = config.batch_norm_slices > 1
+        if self._sliced:
+            slices = slices_of(config.batch_norm_slices)
+            for each in models:
+                each.normalise_in(slices)
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Forward and backward of one global batch, the run's step after `step` completed ones. Collective."""
@@ -64,7 +70,10 @@ class Step:
         """After the optimizer's step, by a flag on the device: the teacher follows, or all statistics are put back.
 
         progress: the share of the run's steps that were taken before this one.
+        Collective where batch norm's statistics are those of slices: one all-reduce of the running ones.
         """
+        if self._sliced:
+            self._buffers.average()
         self._buffers.put_back_unless(applied)
         if self._teacher is not None:
             self._teacher.follow(self._model.model, applied, progress)
@@ -146,6 +155,12 @@ class BufferSnapshot:
     def take(self) -> None:
         for saved, flat in zip(self._saved, self._buffers, strict=True):
             saved.copy_(flat)
+
+    def average(self) -> None:
+        """Let what moved since `take` be the mean over ranks; what did not move keeps its bits. Collective."""
+        for saved, flat in zip(self._saved, self._buffers, strict=True):
+            if flat.is_floating_point():
+                torch.add(saved, sum_over_ranks(flat - saved), alpha=1 / world_size(), out=flat)
 
     def put_back_unless(self, keep: Tensor) -> None:
         """`keep` is a bool scalar on the device, which the host does not read."""
