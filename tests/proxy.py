@@ -108,7 +108,7 @@ def _read_head(source: socket.socket) -> tuple[bytes, bytes]:
         source.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         head = b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"expect:"))
     if not body:
-        body = source.recv(2**18) if _content_length(head) else b""
+        body = source.recv(2**18) if _content_length(head) or b"\r\ntransfer-encoding:" in head.lower() else b""
     return head + b"\r\n\r\n", body
 
 

@@ -1,9 +1,20 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that some tests need: a real Slurm with accounting, a browser for the report's pages,
-# Fashion-MNIST.
-# As root on Debian or Ubuntu; elsewhere it says so and succeeds, and those tests skip with their reason.
+# Installs what some tests need beside Python's packages. By npm, where it is, into ~/.cache: Azurite, an emulator of
+# Azure's store. Debian's packages: a real Slurm with accounting, a browser for the report's pages, Fashion-MNIST; as
+# root on Debian or Ubuntu. Elsewhere it says so and succeeds, and those tests skip with their reason.
 # Every step has a time limit. No service of these packages is started: the tests start their own, on loopback.
 set -euo pipefail
+cd "$(dirname "$0")/.."
+
+azurite="${XDG_CACHE_HOME:-$HOME/.cache}/dist_ssl-tests/azurite-$(sed -n 's/^AZURITE = "\(.*\)"$/\1/p' tests/clouds.py)"
+if [[ ! -x "$azurite/node_modules/.bin/azurite-blob" ]]; then
+    if command -v npm >/dev/null; then
+        timeout 600 npm install --prefix "$azurite" --no-audit --no-fund --silent "azurite@${azurite##*-}"
+        echo "tests/system.sh: installed Azurite"
+    else
+        echo "tests/system.sh: Azurite not installed (needs npm); the tests that use it will skip" >&2
+    fi
+fi
 
 packages=(slurm-wlm slurmdbd munge mariadb-server chromium dataset-fashion-mnist)
 missing=()

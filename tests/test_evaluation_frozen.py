@@ -100,7 +100,22 @@ def test_evaluate_writes_results_that_name_layers_digests_and_intervals(labelled
         assert set(task["layers"]) == {"h", "g1", "z"}
         assert all(value["bits"] <= task["entropy_bits"] for value in task["layers"].values())
     assert (tmp_path / "pictures.npz").exists()
+    assert_that_tensorboard_shows_embeddings_and_neighbours(tmp_path)
     assert not list(tmp_path.glob("head_*"))
+
+
+def assert_that_tensorboard_shows_embeddings_and_neighbours(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    h = np.load(folder / "features/test/h.npy")
+    (table,) = (folder / "tensorboard").glob("*/h/tensors.tsv")
+    np.testing.assert_allclose(np.loadtxt(table), h, rtol=1e-5, atol=1e-6)
+    (labels,) = (folder / "tensorboard").glob("*/h/metadata.tsv")
+    assert np.loadtxt(labels).tolist() == np.load(folder / "features/test/labels.npy").tolist()
+    images = EventAccumulator(str(folder / "tensorboard")).Reload().Tags()["images"]
+    assert sorted(images) == ["neighbours/h", "neighbours/z", "views"]
+    told = (folder / "tensorboard/projector_config.pbtxt").read_text()
+    assert told.count("tensor_name") == told.count("sprite {") == 2
 
 
 def test_results_are_kept_by_checkpoint_and_data(labelled, tmp_path):

@@ -22,7 +22,7 @@ from dist_ssl.checkpoint import checkpoint_store, load_run, read_run_config, ste
 from dist_ssl.config import Config, EvaluationConfig, UserError
 from dist_ssl.data.progress import Progress
 from dist_ssl.evaluation import features as feature_files
-from dist_ssl.evaluation import pictures, sgd
+from dist_ssl.evaluation import pictures, projector, sgd
 from dist_ssl.evaluation.features import PIXELS, Features, Split
 from dist_ssl.evaluation.few_labels import few_label_probe, sample
 from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batch_statistics
@@ -137,6 +137,8 @@ def evaluate(subject: Subject, device: torch.device) -> Stored:
     results["seconds"] = round(time.monotonic() - started, 1)
     if distributed.rank() == 0:
         pictures.save(folder / "pictures.npz", shown)
+        if config.log.tensorboard:
+            projector.write(folder / "tensorboard", subject.step or 0, test, test_features, shown)
         write_json(folder / FILE, results)
         if not config.evaluation.keep_features:
             shutil.rmtree(cache)

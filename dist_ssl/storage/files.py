@@ -10,6 +10,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +26,13 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 8.0
 QUIET_SECONDS = 10.0  # of an outage, before and between the lines that tell of it
 SLOWEST_BYTES_PER_SECOND = 2**20  # an upload that is slower than this counts as a fault
 
-# What clients raise for a set-up that no second attempt mends: botocore, Google's, the Hub's.
+# What clients raise for a set-up that no second attempt mends: botocore, Google's, the Hub's, Azure's.
 _MISTAKES = (
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError",
-    "DefaultCredentialsError", "OfflineModeIsEnabled",
+    "DefaultCredentialsError", "OfflineModeIsEnabled", "ClientAuthenticationError", "CredentialUnavailableError",
 )  # fmt: skip
 # Whose other errors may pass. By name, so that a run on local files imports no network library.
-_NETWORK = ("aiohttp", "botocore", "aiobotocore", "azure", "gcsfs", "httpx", "httpx2", "huggingface_hub")
+_NETWORK = ("aiohttp", "botocore", "aiobotocore", "azure", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub")
 
 _told = -1e9  # when an outage was last told of
 
@@ -56,10 +57,9 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
         except StorageError:
             raise
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-            raise type(error)(f"{redact(url)}: {redact(str(error))}") from None
+            raise type(error)(f"{redact(url)}: {_line(error)}") from None
         except Exception as error:
-            if type(error).__name__ in _MISTAKES:
-                raise UserError(f"{redact(url)}: {redact(str(error))}") from None
+            _refuse(url, error)
             if not _is_transient(error):
                 raise
             spent = time.monotonic() - started
@@ -67,11 +67,29 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
                 raise StorageError(
                     f"{redact(url)}: gave up after {attempts} attempts in {spent:.0f} s "
                     f"(storage.retry_seconds = {config.retry_seconds:g}); "
-                    f"last cause: {type(error).__name__}: {redact(str(error))}"
+                    f"last cause: {type(error).__name__}: {_line(error)}"
                 ) from None
             _tell_of_an_outage(url, spent, config, error)
         time.sleep(random.uniform(pause / 2, pause))
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _refuse(url: str, error: Exception) -> None:
+    """Raise what no second attempt mends: a set-up that is not one, or what Azure's client says of an answer."""
+    told = f"{redact(url)}: {_line(error)}"
+    status = getattr(error, "status_code", None) if type(error).__module__.startswith("azure.") else None
+    if status == HTTPStatus.NOT_FOUND:
+        raise FileNotFoundError(told) from None
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        raise PermissionError(told) from None
+    mends = status is None or status >= 500 or status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+    if not mends or type(error).__name__ in _MISTAKES:
+        raise UserError(told) from None
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, which tells what; clients append documents."""
+    return redact((str(error).splitlines() or [""])[0])
 
 
 def _tell_of_an_outage(url: str, seconds: float, config: StorageConfig, error: Exception) -> None:
@@ -81,7 +99,7 @@ def _tell_of_an_outage(url: str, seconds: float, config: StorageConfig, error: E
         _told = time.monotonic()
         log.warning(
             "%s: tried again for %.0f s, at most for %g: %s: %s",
-            redact(url), seconds, config.retry_seconds, type(error).__name__, redact(str(error)),
+            redact(url), seconds, config.retry_seconds, type(error).__name__, _line(error),
         )  # fmt: skip
 
 

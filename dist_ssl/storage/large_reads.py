@@ -23,7 +23,7 @@ from dist_ssl.config import StorageConfig
 
 RANGE_BYTES = 8 * 2**20  # one request
 CONCURRENT_RANGES = 4  # of a file
-STREAMED = ("s3", "https", "hf")  # whose bodies are taken in as they come; of others fsspec hands on whole ranges
+STREAMED = ("s3", "gs", "https", "hf")  # whose bodies are taken in as they come; of others fsspec hands on whole ranges
 CHUNK_BYTES = 2**18  # of a body, at most, that is taken in at a time, and twice that is lost where it breaks off
 
 

@@ -5,6 +5,7 @@ The file systems of object stores are not fork-safe: call `filesystem` in the pr
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import Any
@@ -38,17 +39,21 @@ def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
 
 
 def _opened(scheme: str, config: StorageConfig) -> Any:
-    options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in PACKAGES:
         require(PACKAGES[scheme], f"{scheme}://")
+    for library in ("azure", "gcsfs"):  # which tell each request, and what they are
+        logging.getLogger(library).setLevel(logging.WARNING)
     match scheme:
         case "s3":
             return _s3(config)
         case "gs":
-            options |= {"token": "anon"} if config.anonymous else {}
+            from dist_ssl.storage.google import GoogleFileSystem
+
+            return GoogleFileSystem(config.timeout_seconds, config.anonymous, skip_instance_cache=True)
         case "az":
-            options |= {"connection_timeout": config.timeout_seconds, "read_timeout": config.timeout_seconds}
-            options |= {"anon": True} if config.anonymous else {}
+            from dist_ssl.storage.azure import AzureFileSystem
+
+            return AzureFileSystem(config.timeout_seconds, config.anonymous, skip_instance_cache=True)
         case "https":
             from dist_ssl.storage.web import WebFileSystem
 
@@ -57,7 +62,7 @@ def _opened(scheme: str, config: StorageConfig) -> Any:
             from dist_ssl.storage.hub import HubFileSystem
 
             return HubFileSystem(config.timeout_seconds, config.anonymous, skip_instance_cache=True)
-    return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+    return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
 
 
 def _s3(config: StorageConfig) -> Any:
