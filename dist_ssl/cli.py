@@ -186,6 +186,7 @@ def plan(
     stall_seconds: Annotated[float | None, typer.Option(min=0.0, help="Of a save, as the log says it.")] = None,
     restart_minutes: Annotated[float, typer.Option(min=0.0, help="From a failure to the next step.")] = 5.0,
     replacement_minutes: Annotated[float, typer.Option(min=0.0, help="Until another node is there.")] = 30.0,
+    at_ranks: Annotated[str | None, typer.Option(help="What grows with their number, counted: 8,64,1024.")] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Predict memory, traffic, checkpoints, store rate and hours of a run on any number of GPUs, formulas beside them;
@@ -193,17 +194,20 @@ def plan(
 
     Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --nodes 64 --num-images 1281167
 
+    Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --num-images 1281167 --at-ranks 8,64,1024
+
     Example: dist-ssl plan configs/simclr_resnet50_imagenet.toml --nodes 128 --num-images 1281167 --mtbf-hours 5000
     """
     import rich
 
     from dist_ssl.data.manifest import load_manifest
-    from dist_ssl.planning import estimate, failures, stages
+    from dist_ssl.planning import counts, estimate, failures, stages
 
-    checked = configuration.load(config, overrides)
+    checked, columns = configuration.load(config, overrides), _numbers_of_ranks(at_ranks)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
     rates = (images_per_second, gigabits_per_second)
-    sizes = estimate.Sizes.of(checked, nodes * gpus_per_node)
+    classes = len(manifest.classes) if manifest is not None else 0
+    sizes = estimate.Sizes.of(checked, nodes * gpus_per_node, num_classes=classes)
     estimates = estimate.of_run(checked, nodes, gpus_per_node, manifest, num_images, *rates, sizes)
     rich.print(estimate.table(f"{config}: {nodes} x {gpus_per_node} GPUs", estimates))
     if mtbf_hours is not None:
@@ -218,6 +222,15 @@ def plan(
         told = failures.failures(reliability, nodes, nodes * gpus_per_node, *of_run)
         rich.print(estimate.table(f"Failures, one in {mtbf_hours:g} h a node", told))
     rich.print(stages.table(stages.stages(checked, sizes), gpu_memory_gb))
+    if columns:
+        rich.print(counts.table("Counts by number of ranks", checked, sizes, columns))
+
+
+def _numbers_of_ranks(given: str | None) -> list[int]:
+    numbers = given.split(",") if given else []
+    if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+        raise UserError(f"--at-ranks {given}: expected numbers of ranks with commas between them, such as 8,64,1024")
+    return [int(number) for number in numbers]
 
 
 @app.command("list")

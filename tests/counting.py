@@ -27,11 +27,15 @@ class Count(TorchDispatchMode):
         return out
 
     def wire_bytes(self, ranks: int) -> int:
-        """Bytes that one rank sends: ring algorithms, which no backend can undercut."""
-        share = (ranks - 1) / ranks
-        factor = {"allgather": ranks - 1, "allgather_base": ranks - 1, "allreduce": 2 * share}
-        factor |= {"alltoall": share, "scatter": share, "broadcast": share}
-        return round(sum(factor[name] * size for name, size in self.collectives))
+        return wire_bytes(self.collectives, ranks)
+
+
+def wire_bytes(collectives: list[tuple[str, int]], ranks: int) -> int:
+    """Bytes that one rank sends: ring algorithms, which no backend can undercut."""
+    share = (ranks - 1) / ranks
+    factor = {"allgather": ranks - 1, "allgather_base": ranks - 1, "reduce_scatter_base": ranks - 1}
+    factor |= {"allreduce": 2 * share, "alltoall": share, "scatter": share, "broadcast": share}
+    return round(sum(factor[name] * size for name, size in collectives))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

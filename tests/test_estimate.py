@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,9 @@ from dist_ssl.config import Config
 from dist_ssl.data.manifest import Manifest, Shard, load_manifest
 from dist_ssl.data.stream import rank_streams, training_batches
 from dist_ssl.models import build_model
-from dist_ssl.planning import estimate, stages
+from dist_ssl.planning import counts, estimate, stages
 from dist_ssl.training import verdict
-from tests.counting import Count
+from tests.counting import Count, wire_bytes
 from tests.pool import ranks
 
 BATCH = 16
@@ -65,8 +65,8 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(settings: list[str], directory: str) -> tuple[int, int, int]:
-    """(bytes held between steps, bytes sent in a step, bytes of a checkpoint) of this rank and run."""
+def measure(settings: list[str], directory: str) -> tuple[int, int, int, int]:
+    """(bytes held between steps, collectives and bytes sent in a step, bytes of a checkpoint) of this rank and run."""
     before = live_bytes()
     config = config_of(*settings, f"run.dir={json.dumps(directory)}")
     model = engine.initialize(build_model(config), config, distributed.initialize())
@@ -76,10 +76,7 @@ def measure(settings: list[str], directory: str) -> tuple[int, int, int]:
     with Count() as count:
         one_step(model, config)
     world = distributed.world_size()
-    share = (world - 1) / world
-    factors = {"allreduce": 2 * share, "allgather_base": world - 1, "reduce_scatter_base": world - 1, "broadcast": 1}
-    sent = sum(factors[name] * size for name, size in count.collectives)
-    assert set(Counter(name for name, _ in count.collectives)) <= set(factors)
+    sent = wire_bytes(count.collectives, world)
     if distributed.rank() == 0:
         take_incarnation(directory)
     distributed.gather_objects(None)
@@ -88,7 +85,7 @@ def measure(settings: list[str], directory: str) -> tuple[int, int, int]:
     writer.save(RunState(3, 0, configuration.dumps(config), ""), dict(model.model.named_buffers()))
     writer.wait()
     files = Path(store.url(checkpoint.step_name(3))).rglob("*.safetensors")
-    return held, round(sent), sum(file.stat().st_size for file in files)
+    return held, len(count.collectives), sent, sum(file.stat().st_size for file in files)
 
 
 @pytest.mark.slow
@@ -112,10 +109,23 @@ def test_predictions_are_what_two_ranks_measure(stage, settings, tmp_path):
     state = estimate.state_bytes(sizes, stage).value
     wire = estimate.wire(config, sizes)[-1].value
     written = estimate.checkpoint(config, sizes)[0].value
-    for held, sent, file_bytes in ranks(2).run(measure, settings, str(tmp_path)):
+    called = counts.collectives(config, sizes)[-1].value
+    for held, collectives, sent, file_bytes in ranks(2).run(measure, settings, str(tmp_path)):
         assert held == pytest.approx(state, rel=0.05)
+        assert collectives == pytest.approx(called, rel=0.05), (stage, settings)
         assert sent == pytest.approx(wire, rel=0.02)
         assert file_bytes == pytest.approx(written, rel=0.05)  # and its headers
+
+
+def test_counts_at_a_thousand_ranks():
+    config = configuration.load(IMAGENET, ["train.global_batch_size=4096"])
+    sizes = estimate.Sizes.of(config, 8, measure=False, num_classes=21_000)
+    few, many = (
+        {c.name: c.value for c in counts.counts(config, dataclasses.replace(sizes, ranks=w))} for w in (8, 1024)
+    )
+    assert few["collectives of a step"] == many["collectives of a step"]
+    assert few["batch norm: collectives"] == 2 * len(sizes.batch_norm_channels)
+    assert many["files of a checkpoint"] == 1026
 
 
 def test_the_stage_that_is_recommended_fits_and_waits_least():

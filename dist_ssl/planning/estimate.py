@@ -53,10 +53,16 @@ class Sizes:
     z_dim: int  # d
     teacher_bytes: int = 0
     teacher_channels: tuple[int, ...] = ()  # of its batch norm
+    num_tensors: int = 0  # that the parameters are in
+    h_dim: int = 0
+    num_classes: int = 0  # that the online probe learns; 0 without one
 
     @staticmethod
-    def of(config: Config, ranks: int, measure: bool = True) -> Sizes:
-        """Counts the model's parameters, and measures what the forward of an image keeps. Not collective."""
+    def of(config: Config, ranks: int, measure: bool = True, num_classes: int = 0) -> Sizes:
+        """Counts the model's parameters, and measures what the forward of an image keeps. Not collective.
+
+        num_classes: of the data, 0 where it has no labels.
+        """
         model = build_model(config)
         passes = [*(model.encoder for _ in config.augment.sizes()), model.head, model.predictor]
         norms = [m for part in passes if part is not None for m in part.modules() if isinstance(m, GlobalBatchNorm)]
@@ -73,6 +79,9 @@ class Sizes:
             model.widths["z"],
             sum(t.nbytes for part in teacher for t in part.state_dict().values()),
             tuple(m.num_features for part in teacher for m in part.modules() if isinstance(m, GlobalBatchNorm)),
+            len(list(model.parameters())),
+            model.widths["h"],
+            num_classes if config.diagnostics.online_probe else 0,
         )
 
 
@@ -219,7 +228,16 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
             "G ranks to a slice of model.batch_norm_images, else W; of slices, 2 * buffers (W-1)/W as well",
         ),
     ]  # fmt: skip
+    if sizes.num_classes:
+        parts.append(online_probe(sizes))
     return [*parts, Estimate("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]
+
+
+def online_probe(sizes: Sizes) -> Estimate:
+    """Bytes that one rank sends in a step for the probes of h and z."""
+    values = sum((dim + 1) * sizes.num_classes + 2 * dim + 2 for dim in (sizes.h_dim, sizes.z_dim))
+    value = 2 * FP32 * values * (sizes.ranks - 1) / sizes.ranks
+    return Estimate("online probe", value, "bytes", "2 * 4 (C (D + d + 2) + 2 (D + d + 2)) (W-1)/W, C classes, D of h")
 
 
 def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:

@@ -36,6 +36,20 @@ def sent(config: Config, num_views: int, z_dim: int, ranks: int) -> tuple[str, f
             return f"{name}'s loss", 0.0, "each image's own views, nothing"
 
 
+def collectives(config: Config, z_dim: int, ranks: int) -> int:
+    """How many a loss calls in a step."""
+    match config.objective.name:
+        case "nt_xent" | "decoupled" | "supervised" | "barlow_twins":
+            return 2
+        case "vicreg" as name:
+            images = config.train.global_batch_size
+            return 1 if covariance.exchange(name, _rows(images, ranks), z_dim, _dtype(config))[0] else 2
+        case "moco_v3" | "lejepa":
+            return 1
+        case _:
+            return 0
+
+
 def held(config: Config, num_views: int, z_dim: int, ranks: int) -> tuple[float, str]:
     """(bytes, formula) of what a loss holds at its fullest."""
     images, d = config.train.global_batch_size, z_dim

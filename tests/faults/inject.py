@@ -59,7 +59,7 @@ def pretrain_with_poison(config: Config, steps: list[int], send: tuple[int, int]
             batch.parameters[0, :, JITTER] = 1.0
             batch.parameters[0, :, BRIGHTNESS] = float("nan")
 
-    with _at_each_step(lambda step, _: _send(step, send)):
+    with at_each_step(lambda step, _: _send(step, send)):
         return _pretrain(config, poison)
 
 
@@ -71,7 +71,7 @@ def pretrain_with_bad_gradients(config: Config, steps: list[int], send: tuple[in
             z.register_hook(lambda gradient: gradient * float("inf"))
         _send(step, send)
 
-    with _at_each_step(spoil):
+    with at_each_step(spoil):
         return train.pretrain(config)
 
 
@@ -90,7 +90,7 @@ def _send(step: int, what: tuple[int, int] | None) -> None:
 
 
 @contextlib.contextmanager
-def _at_each_step(act: Callable[[int, Tensor], None]) -> Iterator[None]:
+def at_each_step(act: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call `act(step of this start, z)` after each training forward."""
     real = train.build_model
 
