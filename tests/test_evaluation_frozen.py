@@ -60,6 +60,7 @@ def config_of(data, **evaluation):
             "num_workers": 0,
             "num_seeds": 2,
             "head_information_images": 90,
+            "geometry_images": 24,
         }
         | evaluation,
     }

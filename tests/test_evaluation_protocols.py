@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from dist_ssl.config import StorageConfig, UserError
-from dist_ssl.evaluation.features import open_split
+from dist_ssl.evaluation import fine_tuning
+from dist_ssl.evaluation.features import extract, open_split
 from dist_ssl.evaluation.few_labels import few_label_probe, sample
-from dist_ssl.evaluation.frozen import Readable, digest
+from dist_ssl.evaluation.fine_tuning import fine_tune_few_labels
+from dist_ssl.evaluation.frozen import Readable, digest, frozen
 from dist_ssl.evaluation.linear import Rows
-from dist_ssl.evaluation.sgd import read_rows, train_and_score
+from dist_ssl.evaluation.sgd import train_and_score
 from dist_ssl.models import build_model
 from tests.pool import ranks
 from tests.test_evaluation_frozen import config_of
@@ -70,15 +75,33 @@ def colours(tmp_path_factory):
     return folder
 
 
-def _trained(data, layers, epochs, tune, few=False, seed=0):
+def _model(data):
     config = config_of(data)
     train, test = (open_split(name, config, CPU) for name in ("train", "test"))
     model = build_model(config)
-    readable = Readable(model.encoder.eval(), model.head.eval())
+    return train, test, Readable(model.encoder.eval(), model.head.eval())
+
+
+def _trained(data, layers, epochs, tune):
+    train, test, readable = _model(data)
     before = digest(*readable.modules())
-    images = read_rows(train, np.arange(0, 120, 3)) if few else None
-    correct = train_and_score(readable, layers, train, test, 3, epochs=epochs, tune_encoder=tune, seed=seed, few=images)
+    correct = train_and_score(readable, layers, train, test, 3, epochs=epochs, tune_encoder=tune, seed=0)
     return {layer: hits.tolist() for layer, hits in correct.items()}, before == digest(*readable.modules())
+
+
+def _tuned(data, folder, layer, labels=None):
+    """(correct answers, rate) on a third of the labels, or of others in their place; and those of the linear probe."""
+    train, test, readable = _model(data)
+    before = digest(*readable.modules())
+    with frozen([readable]):
+        features = [extract(split, [readable], ["one"], Path(folder) / split.name) for split in (train, test)]
+    if labels is not None:
+        features[0] = replace(features[0], labels=labels)
+    tuned = fine_tune_few_labels(readable, layer, train, test, tuple(features), 3, 0.33, 0)
+    rows = [Rows(part.layers[layer], part.labels) for part in features]
+    probe = few_label_probe(*rows, 3, 0.33, 1).correct_sn[0]
+    assert before == digest(*readable.modules())
+    return tuned.correct.tolist(), tuned.rate, probe.tolist()
 
 
 def test_the_augmented_linear_protocol_learns_and_leaves_the_encoder(colours):
@@ -93,17 +116,31 @@ def test_fine_tuning_works_on_a_copy(colours):
     correct, unchanged = _trained(colours, ["g1"], 60, True)
     assert unchanged
     assert np.mean(correct["g1"]) > 0.9
-    correct, unchanged = _trained(colours, ["h"], 80, True, few=True)
-    assert unchanged
-    assert np.mean(correct["h"]) > 0.8
     with pytest.raises(UserError, match="expected one of h, g1, z; got 'g7'"):
         _trained(colours, ["g7"], 1, True)
 
 
+def test_fine_tuning_on_few_labels_starts_as_the_linear_probe(colours, tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tuning, "_choose", lambda *_: 1e-12)
+    correct, rate, probe = _tuned(colours, tmp_path, "g1")
+    assert rate == 1e-12
+    assert correct == probe
+
+
+def test_labels_that_say_nothing_leave_the_linear_probe(colours, tmp_path):
+    labels = np.random.default_rng(0).permutation(np.arange(126) % 3)
+    correct, rate, probe = _tuned(colours, tmp_path, "h", labels)
+    assert rate == 0
+    assert correct == probe
+
+
 @pytest.mark.slow
-def test_protocols_on_two_ranks_are_those_of_one(colours):
-    for layers, epochs, tune, few in ((["h"], 20, False, False), (["h"], 4, True, True)):
-        alone, _ = _trained(colours, layers, epochs, tune, few)
-        first, second = (correct for correct, _ in ranks(2).run(_trained, str(colours), layers, epochs, tune, few))
-        assert first == second
-        assert np.mean(np.array(first["h"]) == np.array(alone["h"])) > 0.95
+def test_protocols_on_two_ranks_are_those_of_one(colours, tmp_path):
+    alone, _ = _trained(colours, ["h"], 20, False)
+    first, second = (correct for correct, _ in ranks(2).run(_trained, str(colours), ["h"], 20, False))
+    assert first == second
+    assert np.mean(np.array(first["h"]) == np.array(alone["h"])) > 0.95
+    alone, rate, _ = _tuned(colours, tmp_path / "one", "h")
+    for correct, chosen, _ in ranks(2).run(_tuned, str(colours), str(tmp_path / "two"), "h"):
+        assert chosen == rate
+        assert np.mean(np.array(correct) == np.array(alone)) > 0.95

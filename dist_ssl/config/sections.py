@@ -12,7 +12,14 @@ from dist_ssl.config.methods import OF_TWO_VIEWS, WITH_PREDICTOR, WITH_TEACHER, 
 from dist_ssl.config.section import Section
 
 Probe = Literal[
-    "linear", "knn", "head_information", "few_labels", "linear_augmented", "fine_tuned", "few_labels_fine_tuned"
+    "linear",
+    "knn",
+    "head_information",
+    "geometry",
+    "few_labels",
+    "linear_augmented",
+    "fine_tuned",
+    "few_labels_fine_tuned",
 ]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
 
@@ -244,7 +251,7 @@ class EvaluationConfig(Section):
     num_seeds: int = Field(3, ge=1, description="of each probe; results are their mean and spread")
     knn_k: int = Field(20, ge=1, description="neighbours that vote")
     knn_temperature: float = Field(0.07, gt=0, description="of their votes' weights")
-    probes: list[Probe] = Field(["linear", "knn", "head_information"], description="what is measured")
+    probes: list[Probe] = Field(["linear", "knn", "head_information", "geometry"], description="what is measured")
     raw_pixels_up_to: int = Field(
         12288, ge=0, description="numbers an image (3 x side x side) up to which pixels are probed beside h; 0: never"
     )
@@ -252,9 +259,10 @@ class EvaluationConfig(Section):
         [0.01, 0.1], description="of the training images, the same number for each class"
     )
     sgd_epochs: int = Field(90, ge=1, description="of linear_augmented (SimCLR, appendix B.5)")
-    fine_tune_epochs: int = Field(60, ge=1, description="of fine_tuned and few_labels_fine_tuned")
+    fine_tune_epochs: int = Field(60, ge=1, description="of fine_tuned")
     fine_tune_from: str = Field("h", description="h, or a layer of the head such as g1, as SimCLRv2 does")
     head_information_images: int = Field(6000, ge=64, description="two thirds train its probes, one third scores them")
+    geometry_images: int = Field(512, ge=16, description="test images whose views the geometry is measured on")
     keep_features: bool = Field(True, description="false: cached features are removed once results are written")
 
 

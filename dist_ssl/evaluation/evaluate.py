@@ -24,8 +24,10 @@ from dist_ssl.data.progress import Progress
 from dist_ssl.evaluation import features as feature_files
 from dist_ssl.evaluation import pictures, projector, sgd
 from dist_ssl.evaluation.features import PIXELS, Features, Split
-from dist_ssl.evaluation.few_labels import few_label_probe, sample
+from dist_ssl.evaluation.few_labels import few_label_probe
+from dist_ssl.evaluation.fine_tuning import fine_tune_few_labels
 from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batch_statistics
+from dist_ssl.evaluation.geometry import geometry
 from dist_ssl.evaluation.head_information import head_information
 from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
@@ -160,7 +162,8 @@ def _probe(
     probes: dict[str, dict[str, Any]] = {}
     on_features: dict[str, Callable[[Rows, Rows, int, EvaluationConfig], Outcome]] = {"linear": _linear, "knn": _knn}
     on_features |= {f"few_labels_{part:g}": _few_labels(part) for part in settings.few_label_fractions}
-    wanted = settings.probes if num_classes else [name for name in settings.probes if name == "head_information"]
+    without_labels = ("head_information", "geometry")
+    wanted = [name for name in settings.probes if num_classes or name in without_labels]
     chosen = [name for name in on_features if name in wanted or ("few_labels" in wanted and name.startswith("few_"))]
     with Progress("probes", len(chosen) * len(train_features.layers), distributed.rank() == 0) as progress:
         for probe in chosen:
@@ -178,41 +181,44 @@ def _probe(
                 if extra.get("at_edge") and distributed.rank() == 0:
                     log.info("%s on %s: the best weight decay is at the edge of the sweep", probe, layer)
                 progress.advance()
-    on_images = _on_images(trained, train, test, train_features.labels, num_classes) if num_classes else ()
-    for name, layer, hits in on_images:
+    features = (train_features, test_features)
+    on_images = _on_images(trained, train, test, features, num_classes) if num_classes else ()
+    for name, layer, (hits, extra) in on_images:
         correct.setdefault(name, {})[layer] = hits
-        probes.setdefault(name, {})[layer] = summarize(hits)
+        probes.setdefault(name, {})[layer] = summarize(hits) | extra
     found: dict[str, Any] = {"probes": probes, "comparisons": _comparisons(correct)}
     if "head_information" in wanted:
         found["head_information"] = head_information(train, test, trained, folder)
+    if "geometry" in wanted:
+        found["geometry"] = geometry(test, test_features, trained)
     return found
 
 
 def _on_images(
-    trained: Readable, train: Split, test: Split, labels: np.ndarray, num_classes: int
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(probe, layer, correct answers) of the protocols that read augmented images again. Collective."""
+    trained: Readable, train: Split, test: Split, features: tuple[Features, Features], num_classes: int
+) -> Iterator[tuple[str, str, Outcome]]:
+    """(probe, layer, outcome) of the protocols that read augmented images again. Collective."""
     settings = train.config.evaluation
     layer, seeds = settings.fine_tune_from, range(settings.num_seeds)
 
-    def run(layers: list[str], seed: int, epochs: int, tune: bool, few: sgd.Images | None = None) -> Any:
+    def run(layers: list[str], seed: int, epochs: int, tune: bool) -> dict[str, np.ndarray]:
         return sgd.train_and_score(
-            trained, layers, train, test, num_classes, epochs=epochs, tune_encoder=tune, seed=seed, few=few
+            trained, layers, train, test, num_classes, epochs=epochs, tune_encoder=tune, seed=seed
         )
 
     if "linear_augmented" in settings.probes:
         layers = list(feature_files.layer_dims(train, [trained]))
         for name, hits in run(layers, 0, settings.sgd_epochs, False).items():
-            yield "linear_augmented", name, hits[None]
+            yield "linear_augmented", name, (hits[None], {})
     if "fine_tuned" in settings.probes:
-        hits = [run([layer], seed, settings.fine_tune_epochs, True)[layer] for seed in seeds]
-        yield "fine_tuned", layer, np.stack(hits)
+        scored = [run([layer], seed, settings.fine_tune_epochs, True)[layer] for seed in seeds]
+        yield "fine_tuned", layer, (np.stack(scored), {})
     if "few_labels_fine_tuned" in settings.probes:
         for fraction in settings.few_label_fractions:
-            rows = [sample(labels, fraction, seed) for seed in seeds]
-            few = [sgd.read_rows(train, chosen) for chosen in rows]
-            hits = [run([layer], seed, settings.fine_tune_epochs, True, few[seed])[layer] for seed in seeds]
-            yield f"few_labels_fine_tuned_{fraction:g}", layer, np.stack(hits)
+            given = (train, test, features, num_classes, fraction)
+            found = [fine_tune_few_labels(trained, layer, *given, seed) for seed in seeds]
+            hits_sn, rates = np.stack([one.correct for one in found]), [one.rate for one in found]
+            yield f"few_labels_fine_tuned_{fraction:g}", layer, (hits_sn, {"rates": rates})
 
 
 def _linear(train: Rows, test: Rows, num_classes: int, settings: EvaluationConfig) -> Outcome:

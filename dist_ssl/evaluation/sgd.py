@@ -12,47 +12,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import functional as TF
 
 from dist_ssl import augment, distributed
 from dist_ssl import config as configuration
-from dist_ssl.augment.parameters import FLIP
 from dist_ssl.config import AugmentConfig, UserError, ViewsConfig
 from dist_ssl.data import stream
 from dist_ssl.data.progress import track
-from dist_ssl.evaluation.features import Split
+from dist_ssl.evaluation.features import Split, layer_dims
 from dist_ssl.evaluation.frozen import Readable
 
 BATCH, MIN_SCALE = 1024, 0.08
 
-
-@dataclass(frozen=True)
-class Images:
-    """A few training images in memory (uint8 (n, 3, S, S)), for fine-tuning on few labels."""
-
-    images: Tensor
-    labels: Tensor
-    sample_ids: Tensor
-
-
-def read_rows(train: Split, rows: np.ndarray) -> Images:
-    """The images of some rows, in memory on every rank: one pass over the split. ImageNet's 1% takes 1.9 GB."""
-    images, labels, ids, seen = [], [], [], 0
-    for batch in train.batches(0, int(rows.max()) + 1):
-        mine = torch.from_numpy(rows[(rows >= seen) & (rows < seen + len(batch.labels))] - seen)
-        images.append(batch.images[mine])
-        labels.append(batch.labels[mine])
-        ids.append(batch.sample_ids[mine])
-        seen += len(batch.labels)
-    return Images(torch.cat(images), torch.cat(labels), torch.cat(ids))
+Classifiers = Mapping[str, nn.Module]  # of a layer's output each
 
 
 def train_and_score(
@@ -65,7 +43,6 @@ def train_and_score(
     epochs: int,
     tune_encoder: bool,
     seed: int,
-    few: Images | None = None,
 ) -> dict[str, np.ndarray]:
     """Correct answers (n_test,) of a linear classifier on each of `layers`, all trained in one pass over the images.
 
@@ -73,41 +50,65 @@ def train_and_score(
     """
     if tune_encoder and len(layers) != 1:
         raise ValueError(f"expected one layer to fine-tune from, got {layers}")
-    model = Readable(copy.deepcopy(readable.encoder), copy.deepcopy(readable.head), readable.suffix)
+    widths = layer_dims(train, [readable])
+    check_layer(layers[0], widths)
+    model = copy_of(readable)
     for module in model.modules():
         module.requires_grad_(tune_encoder).train(tune_encoder)
-    with torch.no_grad():
-        blank = torch.zeros(2, 3, train.image_size, train.image_size, device=train.device)
-        probe = Readable(readable.encoder, readable.head, readable.suffix).read(blank)
-    if missing := [layer for layer in layers if layer not in probe]:
-        raise UserError(f"evaluation.fine_tune_from: expected one of {', '.join(probe)}; got {missing[0]!r}")
-    classifiers = nn.ModuleDict({layer: nn.Linear(probe[layer].shape[1], num_classes) for layer in layers})
-    for classifier in classifiers.values():
-        for parameter in classifier.parameters():
-            nn.init.zeros_(parameter)  # every rank starts from the same, without a broadcast
-    classifiers.to(train.device)
-    parameters = list(classifiers.parameters())
-    if tune_encoder:
-        parameters += [p for module in model.modules() for p in module.parameters()]
-    total = len(few.labels) if few is not None else train.manifest.num_samples
+    # All zero: every rank starts from the same, without a broadcast.
+    classifiers = {layer: nn.Linear(widths[layer], num_classes).to(train.device) for layer in layers}
+    for parameter in trainable(Readable(nn.Identity()), classifiers):
+        nn.init.zeros_(parameter)
+    total = train.manifest.num_samples
     batch_size = min(BATCH, total)
     steps = max(epochs * total // batch_size, 1)
     peak = (0.05 if tune_encoder else 0.1) * batch_size / 256
-    optimizer = torch.optim.SGD(parameters, lr=peak, momentum=0.9, nesterov=True)
-    batches = _in_memory(train, few, batch_size, steps, seed) if few else _streamed(train, batch_size, steps, seed)
+    optimizer = torch.optim.SGD(trainable(model, classifiers), lr=peak, momentum=0.9, nesterov=True)
+    learn(model, classifiers, optimizer, _streamed(train, batch_size, steps, seed), steps, batch_size)
+    return score(model, classifiers, test)
+
+
+def check_layer(layer: str, widths: Iterable[str]) -> None:
+    if layer not in widths:
+        raise UserError(f"evaluation.fine_tune_from: expected one of {', '.join(widths)}; got {layer!r}")
+
+
+def copy_of(readable: Readable) -> Readable:
+    return Readable(copy.deepcopy(readable.encoder), copy.deepcopy(readable.head), readable.suffix)
+
+
+def trainable(model: Readable, classifiers: Classifiers) -> list[nn.Parameter]:
+    """What `learn` changes: the classifiers, and what of the model requires a gradient."""
+    tuned = [p for module in model.modules() for p in module.parameters() if p.requires_grad]
+    return [p for classifier in classifiers.values() for p in classifier.parameters()] + tuned
+
+
+def learn(
+    model: Readable,
+    classifiers: Classifiers,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    batch_size: int,
+) -> None:
+    """Trains classifiers, and what of the model requires a gradient, in place, on this rank's parts of `batches`.
+
+    From the optimizer's rate down to 0 by a cosine. Batch norm's mode stays as it is, and ends as eval. Collective.
+    """
+    parameters, peak = trainable(model, classifiers), optimizer.defaults["lr"]
+    tuning = any(p.requires_grad for module in model.modules() for p in module.parameters())
     for step, (pixels, labels) in enumerate(track(batches, steps, "training on labels", distributed.rank() == 0)):
         for group in optimizer.param_groups:
             group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.set_grad_enabled(tune_encoder):
+        with torch.set_grad_enabled(tuning):
             outputs = model.layers(pixels)
-        losses = [F.cross_entropy(classifiers[x](outputs[x]), labels, reduction="sum") for x in layers]
+        losses = [F.cross_entropy(one(outputs[layer]), labels, reduction="sum") for layer, one in classifiers.items()]
         optimizer.zero_grad()
         (torch.stack(losses).sum() / batch_size).backward()
         _sum_gradients(parameters)
         optimizer.step()
     for module in model.modules():
         module.eval()
-    return _score(model, classifiers, layers, test)
 
 
 def _streamed(train: Split, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -145,30 +146,6 @@ def _crop_and_flip(train: Split) -> AugmentConfig:
     return train.augment.model_copy(update={"views": [view]})
 
 
-def _in_memory(train: Split, few: Images, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a few images, reshuffled each epoch, cropped and flipped; this rank's part of each."""
-    size = train.image_size
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0x5D]))
-    order = np.empty(0, dtype=np.int64)
-    settings = _crop_and_flip(train)
-    for step in range(steps):
-        while len(order) < batch_size:
-            order = np.concatenate([order, generator.permutation(len(few.labels))])
-        rows, order = order[:batch_size], order[batch_size:]
-        mine = np.array_split(rows, distributed.world_size())[distributed.rank()]
-        ids = few.sample_ids[mine].numpy()
-        # The step stands for the epoch: an image that comes back is cropped anew.
-        drawn, uniforms = stream.draw_views(seed, np.full(len(mine), step), ids, settings)
-        crops = []
-        for position, row in enumerate(mine):
-            side = few.images.shape[-1]
-            top, left, height, width = augment.crop_box(uniforms[position, 0], side, side, MIN_SCALE)
-            crop = TF.resized_crop(few.images[row], top, left, height, width, [size, size], antialias=True)
-            crops.append(crop.flip(2) if drawn[position, 0, FLIP] > 0 else crop)
-        pixels = torch.stack(crops) if crops else few.images[:0]
-        yield train.pixels(pixels), few.labels[mine].to(train.device)
-
-
 def _sum_gradients(parameters: list[nn.Parameter]) -> None:
     if distributed.world_size() > 1:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -179,18 +156,18 @@ def _sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 @torch.inference_mode()
-def _score(model: Readable, classifiers: nn.ModuleDict, layers: list[str], test: Split) -> dict[str, np.ndarray]:
+def score(model: Readable, classifiers: Classifiers, test: Split) -> dict[str, np.ndarray]:
+    """Correct answers (n_test,) of each classifier. Collective: ranks share the images."""
     cuts = np.linspace(0, test.manifest.num_samples, distributed.world_size() + 1).astype(int)
     start, stop = cuts[distributed.rank()], cuts[distributed.rank() + 1]
-    hits: dict[str, list[Tensor]] = {layer: [torch.zeros(0, dtype=torch.int64)] for layer in layers}
+    hits: dict[str, list[Tensor]] = {layer: [torch.zeros(0, dtype=torch.int64)] for layer in classifiers}
     for batch in test.batches(int(start), int(stop)):
         outputs = model.read(test.pixels(batch.images))
-        for layer in layers:
-            predicted = classifiers[layer](outputs[layer]).argmax(1).cpu()
+        for layer, classifier in classifiers.items():
+            predicted = classifier(outputs[layer]).argmax(1).cpu()
             hits[layer].append((predicted == batch.labels).long())
     sizes = np.diff(cuts).tolist()
-    gathered = {}
-    for layer in layers:
-        mine = torch.cat(hits[layer]).to(test.device)
-        gathered[layer] = distributed.gather_rows(mine, sizes).cpu().numpy().astype(bool)
-    return gathered
+    return {
+        layer: distributed.gather_rows(torch.cat(mine).to(test.device), sizes).cpu().numpy().astype(bool)
+        for layer, mine in hits.items()
+    }

@@ -177,7 +177,8 @@ class SparseLinear(nn.Linear):
         self.l1 = l1
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _Shrinking.apply(super().forward(x), self.weight, self.l1))
+        y = super().forward(x)
+        return cast(Tensor, _Shrinking.apply(y, self.weight, self.l1)) if self.weight.requires_grad else y
 
 
 class _Shrinking(torch.autograd.Function):
