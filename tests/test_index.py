@@ -278,7 +278,7 @@ def test_an_interrupted_index_goes_on_and_a_changed_shard_is_read_again(tmp_path
 
 def test_verify_names_each_damaged_member(tmp_path: Path) -> None:
     folder = shards(tmp_path / "set")
-    manifest = index_shards(str(folder), LOCAL, num_workers=0)
+    manifest = index_shards(str(folder), LOCAL, checksums=True, num_workers=0)
     paths = [Path(shard.url) for shard in manifest.shards]
     for shard, member in ((0, 3), (0, 7)):
         data = bytearray(paths[shard].read_bytes())

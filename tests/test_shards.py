@@ -94,7 +94,8 @@ def test_shards_are_the_same_whatever_the_workers_and_what_an_index_of_them_says
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     (other,) = write_shards(open_source("shapes:300:16"), str(tmp_path / "c"), LOCAL, shard_mb=0.1, num_workers=0)
     assert other.hash != one.hash == two.hash
-    assert index_shards(str(tmp_path / "a"), LOCAL, output=str(tmp_path / "i"), num_workers=0).hash == one.hash
+    again = index_shards(str(tmp_path / "a"), LOCAL, output=str(tmp_path / "i"), checksums=True, num_workers=0)
+    assert again.hash == one.hash
     assert verify_shards(str(tmp_path / "a"), LOCAL, num_workers=0) == []
 
 
@@ -159,7 +160,7 @@ def test_every_format_is_taken_and_what_is_left_out_is_told(tmp_path: Path, capl
     assert f"(such as {root}/loose.png); taken are jpg, jpeg, png, webp, tif, tiff, bmp, gif" in told
     (manifest,) = write_shards(source, str(tmp_path / "out"), LOCAL, num_workers=0)
     assert manifest.num_samples == len(ENDINGS) + 1
-    again = index_shards(str(tmp_path / "out"), LOCAL, output=str(tmp_path / "index"), num_workers=0)
+    again = index_shards(str(tmp_path / "out"), LOCAL, output=str(tmp_path / "index"), checksums=True, num_workers=0)
     assert again.hash == manifest.hash, "an index knows the same endings"
     for path in (root / "a" / "deep").iterdir():
         path.rename(path.with_suffix(".psd"))
@@ -308,7 +309,9 @@ def test_straight_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert verify_shards("s3://bucket/shapes", config, num_workers=0) == []
         assert verify_shards("s3://bucket/shapes", config, max_pixels=10**6, num_workers=0) == []
         assert len(verify_shards("s3://bucket/shapes", config, max_pixels=100, num_workers=0)) == 100
-        indexed = index_shards("s3://bucket/shapes", config, output=str(tmp_path / "index"), num_workers=0)
+        indexed = index_shards(
+            "s3://bucket/shapes", config, output=str(tmp_path / "index"), checksums=True, num_workers=0
+        )
         assert indexed.hash == there.hash
         local = load_manifest(str(tmp_path / "index"), config)
         assert local.shards[0].url == "s3://bucket/shapes/000000.tar"

@@ -19,9 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.manifest import Shard
+from dist_ssl.data.tar import index_tar
 from dist_ssl.storage.large_reads import read_file, writer
 
 log = logging.getLogger(__name__)
@@ -86,19 +88,16 @@ class ShardCache:
             if path.exists():
                 return True
             try:
-                with open(partial, "wb") as file:
+                with open(partial, "wb+") as file:
                     if not self._reserve(shard.num_bytes, file.fileno()):
                         return False
                     take = writer(file)
                     crc32 = read_file(shard.url, self._storage, shard.num_bytes, take, stop)
-                if crc32 is None:
-                    return False
-                if crc32 != shard.crc32:
-                    self._refused[path] = (
-                        f"{shard.url}: its bytes are not those that were indexed (crc32 {crc32:08x}, expected "
-                        f"{shard.crc32:08x}); run `dist-ssl shards verify`"
-                    )
-                    raise UserError(self._refused[path])
+                    if crc32 is None:
+                        return False
+                    if (told := _difference(file, shard, crc32)) is not None:
+                        self._refused[path] = f"{shard.url}: {told}; run `dist-ssl shards verify`"
+                        raise UserError(self._refused[path])
                 os.replace(partial, path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
@@ -143,6 +142,20 @@ class ShardCache:
         if message not in self._said:
             self._said.add(message)
             log.warning("%s", message)
+
+
+def _difference(file: BinaryIO, shard: Shard, crc32: int) -> str | None:
+    """How a shard that was fetched differs from what was indexed; None where it does not."""
+    what = "bytes"
+    if shard.headers_only:
+        what = "headers"
+        try:
+            crc32 = index_tar(file, shard.url, shard.num_bytes, None)[0].shard_crc32
+        except UserError as error:
+            return f"its headers are not those that were indexed: {error}"
+    if crc32 == shard.crc32:
+        return None
+    return f"its {what} are not those that were indexed (crc32 {crc32:08x}, expected {shard.crc32:08x})"
 
 
 def _evict(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The commands `dist-ssl shards write`, `index` and `verify`. They import what they need when they are called."""
+"""The commands `dist-ssl shards write`, `index`, `merge`, `verify`. They import what they need when they are called."""
 
 from __future__ import annotations
 
@@ -70,11 +70,20 @@ def index(
     test_fraction: Annotated[float, typer.Option(help="Of a folder: hold out this part, folder:DIR/test.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of a folder's permutation.")] = 0,
     json_label: Annotated[str | None, typer.Option(help="The field of each .json that holds the label.")] = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every byte, for crc32 of images.")] = False,
     rebuild: Annotated[bool, typer.Option(help="Read shards again that have an index.")] = False,
-    workers: Annotated[int | None, typer.Option(min=0, help="Shards at a time; two a core by default.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that index shards.")] = 1,
+    part: Annotated[str, typer.Option(metavar="K/N", help="Only the K-th of N parts of the shards, 1 to N.")] = "1/1",
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Shards at a time, a process; 32, with --checksums two a core.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Index shards that were made elsewhere (WebDataset, img2dataset, GNU tar). Interrupted, the same command goes on.
+
+    Only tar headers and labels are read, by ranges; with --checksums each byte is, so that a changed image is told from
+    the one that was indexed though its name and size are the same. --part splits the work over machines, such as a
+    Slurm array's; then `dist-ssl shards merge` joins the parts.
 
     Or images that stay where they are, a folder's or MNIST's, to train on without a copy; the index goes to
     DIR/.dist_ssl. Where images lie on a network's file system or in a store, `shards write` is the faster way.
@@ -83,15 +92,20 @@ def index(
 
     Example: dist-ssl shards index 'hf://datasets/org/name/train-*.tar' --output index; then data.shards = "index"
 
+    Example: dist-ssl shards index 's3://bucket/*.tar' --output data/index --part 3/64 --jobs 8
+
     Example: dist-ssl shards index folder:photos --test-fraction 0.1; then data.shards = "folder:photos/train"
     """
     from dist_ssl.config import Config, UserError, with_overrides
     from dist_ssl.data.in_place_index import index_in_place
     from dist_ssl.data.indexing import index_shards, summary
     from dist_ssl.data.manifest import manifest_folder
+    from dist_ssl.data.parts import parse
 
     config = with_overrides(Config(), overrides)
     if manifest_folder(location) is not None:
+        if part != "1/1" or jobs > 1:
+            raise UserError(f"--part, --jobs: {location} is indexed by one command; they are for shards")
         manifests = index_in_place(
             location, config.storage, output=output, test_fraction=test_fraction, seed=seed, rebuild=rebuild,
             data=config.data, num_workers=workers, progress=True,
@@ -101,12 +115,28 @@ def index(
             raise UserError("--test-fraction: shards are not split; name some of them for the test")
         manifests = [
             index_shards(
-                location, config.storage, output=output, json_label=json_label, rebuild=rebuild, num_workers=workers,
-                progress=True,
+                location, config.storage, output=output, json_label=json_label, checksums=checksums, rebuild=rebuild,
+                num_workers=workers, num_processes=jobs, part=None if part == "1/1" else parse(part), progress=True,
             )
         ]  # fmt: skip
     for manifest in manifests:
         typer.echo(summary(manifest))
+
+
+@app.command("merge")
+def merge(
+    folder: Annotated[str, typer.Argument(help="Where `shards index --part` wrote: its --output, or the shards'.")],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Join the parts of an index into one manifest; all of them are there, or the missing ones are named.
+
+    Example: dist-ssl shards merge data/index
+    """
+    from dist_ssl.config import Config, with_overrides
+    from dist_ssl.data import parts
+    from dist_ssl.data.indexing import summary
+
+    typer.echo(summary(parts.merge(folder, with_overrides(Config(), overrides).storage)))
 
 
 @app.command("verify")
@@ -121,6 +151,7 @@ def verify(
     """Read every shard and compare bytes, counts and checksums; names each damaged member and exits with 1.
 
     With --decode, also each image that training would replace: that is cut, or has more than data.max_pixels pixels.
+    Of shards that were indexed without --checksums, headers are compared: names, sizes, places.
 
     Example: dist-ssl shards verify s3://bucket/photos/train --decode
     """

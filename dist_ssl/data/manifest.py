@@ -26,10 +26,13 @@ from dist_ssl.data.patterns import absolute, expand
 MANIFEST = "manifest.json"
 IN_PLACE = ".dist_ssl"  # the folder of a manifest inside a folder of images, and the ending of one beside an IDX file
 FORMAT = "dist_ssl manifest 1"
+FORMAT_OF_HEADERS = "dist_ssl manifest 2"  # some shards of which were indexed by their headers alone
 
 Kind = Literal["tar", "folder", "idx"]
 
 _MAGIC = b"DSSLIDX1"
+_MAGIC_OF_HEADERS = b"DSSLIDX2"
+_BLOCK = 512  # of a tar: a header's bytes
 _HEADER = struct.Struct("<8sQQIQ")  # magic, samples, shard bytes, shard crc32, bytes of the keys
 _COLUMNS = {"offsets": "<u8", "sizes": "<u8", "crcs": "<u4", "labels": "<i8"}
 _COLUMNS |= {"json_offsets": "<u8", "json_sizes": "<u8", "key_ends": "<u8"}
@@ -41,6 +44,8 @@ class MemberIndex:
 
     `offsets`, `sizes`, `crcs`: the image's bytes in the tar; `labels`: -1 where there is none; `json_offsets`,
     `json_sizes`: the sample's .json, size 0 where there is none. Of a folder's files, keys are their paths under it.
+    With `headers_only` no image was read: `crcs` are of the images' tar headers (name, size, time), the 512 bytes
+    before each, and `shard_crc32` is `table_crc32`.
     """
 
     shard_bytes: int
@@ -52,15 +57,49 @@ class MemberIndex:
     labels: NDArray[np.int64]
     json_offsets: NDArray[np.uint64]
     json_sizes: NDArray[np.uint64]
+    headers_only: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    @property
+    def table_crc32(self) -> int:
+        """What stands for a shard whose images were not read: where they lie, their sizes, keys and headers."""
+        total = isal_zlib.crc32("\0".join(self.keys).encode("utf-8", "surrogateescape"))
+        for name in ("offsets", "sizes", "crcs", "json_offsets", "json_sizes"):
+            total = isal_zlib.crc32(getattr(self, name).astype(_COLUMNS[name]).tobytes(), total)
+        return total
+
+    def place(self, member: int) -> tuple[int, int]:
+        """Bytes [start, stop) of the tar that are read for an image; `image_in` takes it out of them."""
+        start, size = int(self.offsets[member]), int(self.sizes[member])
+        return start - _BLOCK * self.headers_only, start + size
+
+    def checked(self, member: int) -> tuple[int, int]:
+        """Bytes [start, stop) of the tar that `crcs` is of."""
+        start, stop = self.place(member)
+        return start, start + _BLOCK if self.headers_only else stop
+
+    @property
+    def difference(self) -> str:
+        """What an image is called whose checksum is another."""
+        told = "its header is not the one that was" if self.headers_only else "its bytes are not those that were"
+        return f"{told} indexed (crc32)"
+
+    def image_in(self, data: bytes, member: int) -> bytes | None:
+        """The image in the bytes at `place`; None where they, or its header, are not those that were indexed."""
+        start, stop = self.place(member)
+        checked = data[:_BLOCK] if self.headers_only else data
+        if len(data) != stop - start or isal_zlib.crc32(checked) != int(self.crcs[member]):
+            return None
+        return data[_BLOCK:] if self.headers_only else data
 
     def to_bytes(self) -> bytes:
         encoded = [key.encode("utf-8", "surrogateescape") for key in self.keys]
         blob = b"".join(encoded)
         ends = np.cumsum([len(key) for key in encoded], dtype=np.uint64) if encoded else np.empty(0, np.uint64)
-        parts = [_HEADER.pack(_MAGIC, len(self), self.shard_bytes, self.shard_crc32, len(blob))]
+        magic = _MAGIC_OF_HEADERS if self.headers_only else _MAGIC
+        parts = [_HEADER.pack(magic, len(self), self.shard_bytes, self.shard_crc32, len(blob))]
         for name, kind in _COLUMNS.items():
             parts.append((ends if name == "key_ends" else getattr(self, name)).astype(kind).tobytes())
         body = b"".join([*parts, blob])
@@ -73,14 +112,14 @@ class MemberIndex:
             raise UserError(f"{name}: not a whole member index; build it again with `dist-ssl shards index --rebuild`")
         magic, count, shard_bytes, crc, blob_size = _HEADER.unpack_from(data)
         expected = _HEADER.size + count * sum(np.dtype(kind).itemsize for kind in _COLUMNS.values()) + blob_size + 4
-        if magic != _MAGIC or len(data) != expected:
+        if magic not in (_MAGIC, _MAGIC_OF_HEADERS) or len(data) != expected:
             raise UserError(f"{name}: not a member index of this version; build it again with `dist-ssl shards index`")
         columns, at = {}, _HEADER.size
         for column, kind in _COLUMNS.items():
             columns[column] = np.frombuffer(data, kind, count, at)
             at += columns[column].nbytes
         keys = _Keys(data[at : at + blob_size], columns.pop("key_ends"))
-        return MemberIndex(shard_bytes, crc, keys, **columns)
+        return MemberIndex(shard_bytes, crc, keys, **columns, headers_only=magic == _MAGIC_OF_HEADERS)
 
 
 class _Keys(Sequence[str]):
@@ -106,8 +145,13 @@ class Shard:
     index_url: str
     num_bytes: int
     num_samples: int
-    crc32: int
+    crc32: int  # of its bytes; with `headers_only` of its member table
     kind: Kind = "tar"
+    headers_only: bool = False
+
+    @staticmethod
+    def of(index: MemberIndex, url: str, index_url: str, kind: Kind = "tar") -> Shard:
+        return Shard(url, index_url, index.shard_bytes, len(index), index.shard_crc32, kind, index.headers_only)
 
     @property
     def name(self) -> str:
@@ -118,7 +162,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a data set, in order. `hash` covers order, names, counts and checksums, not where they lie."""
+    """The shards of a data set, in order. `hash` covers order, names, counts and checksums, not where they lie.
+
+    Of a shard that was indexed by its headers alone it covers the member table where else it covers the bytes.
+    """
 
     url: str
     shards: tuple[Shard, ...]
@@ -137,7 +184,9 @@ class Manifest:
     def hash(self) -> str:
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{shard.name}\0{shard.num_samples}\0{shard.num_bytes}\0{shard.crc32}\n".encode())
+            of_headers = "headers " if shard.headers_only else ""
+            line = f"{shard.name}\0{shard.num_samples}\0{shard.num_bytes}\0{of_headers}{shard.crc32}\n"
+            digest.update(line.encode())
         return digest.hexdigest()
 
     def to_json(self) -> str:
@@ -148,12 +197,13 @@ class Manifest:
                 "index": shard.index_url.removeprefix(base),
                 "bytes": shard.num_bytes,
                 "samples": shard.num_samples,
-                "crc32": shard.crc32,
+                "headers_crc32" if shard.headers_only else "crc32": shard.crc32,
             }
             | ({"kind": shard.kind} if shard.kind != "tar" else {})
             for shard in self.shards
         ]
-        values = {"format": FORMAT, "hash": self.hash, "samples": self.num_samples, "classes": list(self.classes)}
+        written = FORMAT_OF_HEADERS if any(shard.headers_only for shard in self.shards) else FORMAT
+        values = {"format": written, "hash": self.hash, "samples": self.num_samples, "classes": list(self.classes)}
         lines = ",\n".join("  " + json.dumps(shard) for shard in shards)
         head = json.dumps(values | {"details": self.details}, indent=1).removesuffix("\n}")
         return f'{head},\n "shards": [\n{lines}\n ]\n}}\n'
@@ -171,10 +221,10 @@ def load_manifest(location: str, config: StorageConfig) -> Manifest:
     if (place := manifest_folder(location)) is not None:
         if not os.path.exists(url := storage.join(place, MANIFEST)):
             raise UserError(f"{location}: not indexed yet; run `dist-ssl shards index {location}`")
-        return _read_manifest(url, config)
+        return read_manifest(url, config)
     storage.check_url(location)
     if location.endswith(".json"):
-        return _read_manifest(location, config)
+        return read_manifest(location, config)
     if "{" not in location and not location.endswith(".tar"):
         url = storage.join(location, MANIFEST)
         if not storage.exists(url, config):
@@ -185,9 +235,9 @@ def load_manifest(location: str, config: StorageConfig) -> Manifest:
                 else "make it with `dist-ssl shards write` or `dist-ssl shards index`"
             )
             raise UserError(f"{storage.redact(location)}: no {MANIFEST} there; {hint}")
-        return _read_manifest(url, config)
+        return read_manifest(url, config)
     urls = [absolute(url) for url in expand(location)]
-    manifest = _read_manifest(storage.join(common_directory(urls), MANIFEST), config)
+    manifest = read_manifest(storage.join(common_directory(urls), MANIFEST), config)
     listed = {shard.url: shard for shard in manifest.shards}
     missing = [url for url in urls if url not in listed]
     if missing:
@@ -233,12 +283,13 @@ def common_directory(urls: Sequence[str]) -> str:
     return "/".join(first[:depth])
 
 
-def _read_manifest(url: str, config: StorageConfig) -> Manifest:
+def read_manifest(url: str, config: StorageConfig) -> Manifest:
+    """The manifest in a file. Raises UserError where there is none, or what is there is none."""
     url = absolute(url)
     try:
         values = json.loads(storage.read_bytes(url, config))
-        if values["format"] != FORMAT:
-            raise UserError(f"{url}: expected the format {FORMAT!r}, got {values['format']!r}")
+        if values["format"] not in (FORMAT, FORMAT_OF_HEADERS):
+            raise UserError(f"{url}: expected {FORMAT!r} or {FORMAT_OF_HEADERS!r}, got {values['format']!r}")
         base = url.rsplit("/", 1)[0]
         shards = tuple(
             Shard(
@@ -246,8 +297,9 @@ def _read_manifest(url: str, config: StorageConfig) -> Manifest:
                 _resolve(base, str(one["index"])),
                 int(one["bytes"]),
                 int(one["samples"]),
-                int(one["crc32"]),
+                int(one["headers_crc32" if "headers_crc32" in one else "crc32"]),
                 _kind(one),
+                "headers_crc32" in one,
             )
             for one in values["shards"]
         )
@@ -291,7 +343,7 @@ def read_member_index(shard: Shard, config: StorageConfig) -> MemberIndex:
         raise UserError(f"{shard.index_url}: no such member index; run `dist-ssl shards index` again") from None
     index = MemberIndex.from_bytes(data, shard.index_url)
     found = (index.shard_bytes, index.shard_crc32, len(index))
-    if found != (shard.num_bytes, shard.crc32, shard.num_samples):
+    if index.headers_only != shard.headers_only or found != (shard.num_bytes, shard.crc32, shard.num_samples):
         raise UserError(
             f"{shard.index_url}: is of another shard than the manifest lists: (bytes, crc32, samples) {found}, "
             f"expected {(shard.num_bytes, shard.crc32, shard.num_samples)}"

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from isal import isal_zlib
 from numpy.typing import NDArray
 
 from dist_ssl import storage
@@ -115,19 +114,15 @@ class Reader:
         ]
 
     def _from_tars(self, samples: Sequence[tuple[int, int]]) -> list[bytes | BadSample]:
-        wanted = []
-        for shard, member in samples:
-            index = self.index(shard)
-            start = int(index.offsets[member])
-            wanted.append((shard, start, start + int(index.sizes[member]), int(index.crcs[member])))
+        wanted = [(shard, *self.index(shard).place(member)) for shard, member in samples]
         found: list[bytes | BadSample] = []
-        for (shard, start, stop, crc32), data in zip(wanted, self._read(wanted), strict=True):
-            whole = isal_zlib.crc32(data) == crc32
-            if not whole and self._forget(shard):
+        for (shard, start, stop), (_, member), data in zip(wanted, samples, self._read(wanted), strict=True):
+            index = self.index(shard)
+            image = index.image_in(data, member)
+            if image is None and self._forget(shard):
                 data = storage.read_bytes(self.manifest.shards[shard].url, self._storage, start, stop)
-                whole = isal_zlib.crc32(data) == crc32
-            whole = whole and len(data) == stop - start
-            found.append(data if whole else BadSample("its bytes are not those that were indexed (crc32)"))
+                image = index.image_in(data, member)
+            found.append(BadSample(index.difference) if image is None else image)
         return found
 
     def factors(self, shards: NDArray[np.int64], members: NDArray[np.int64]) -> list[dict[str, Any]] | None:
@@ -138,7 +133,7 @@ class Reader:
             start, size = int(index.json_offsets[member]), int(index.json_sizes[member])
             if not 0 < size <= MAX_JSON_BYTES:
                 return None
-            wanted.append((shard, start, start + size, 0))
+            wanted.append((shard, start, start + size))
         try:
             parsed = [json.loads(data) for data in self._read(wanted)]
         except (ValueError, RecursionError):
@@ -161,11 +156,11 @@ class Reader:
         read = self._pool().map(lambda shard: read_member_index(shard, self._storage), listed)
         self._indexes.update(zip(missing, read, strict=True))
 
-    def _read(self, wanted: Sequence[tuple[int, int, int, int]]) -> list[bytes]:
+    def _read(self, wanted: Sequence[tuple[int, int, int]]) -> list[bytes]:
         """Bytes [start, stop) of shards; those that are not on this node by concurrent requests."""
         data: list[bytes] = [b""] * len(wanted)
         away: dict[int, list[int]] = {}
-        for row, (shard, start, stop, _) in enumerate(wanted):
+        for row, (shard, start, stop) in enumerate(wanted):
             descriptor = self._open(shard)
             if descriptor is None:
                 away.setdefault(shard, []).append(row)
@@ -175,9 +170,7 @@ class Reader:
             self._read_away(wanted, away, data)
         return data
 
-    def _read_away(
-        self, wanted: Sequence[tuple[int, int, int, int]], away: dict[int, list[int]], data: list[bytes]
-    ) -> None:
+    def _read_away(self, wanted: Sequence[tuple[int, int, int]], away: dict[int, list[int]], data: list[bytes]) -> None:
         """Fill in the rows of shards that are not on this node, by concurrent requests; neighbours share one."""
         requests: list[tuple[int, list[int]]] = []
         for shard, rows in away.items():

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -51,15 +52,18 @@ class _Member(NamedTuple):
 class _Sample:
     key: str
     image: tuple[int, int] | None = None
+    crc32: int = 0
     json: tuple[int, int] = (0, 0)
-    label: tuple[int, int] | None = None
-    others: list[str] = field(default_factory=list)
+    label: bytes | None = None  # of its .cls
+    json_label: int | UserError = -1
 
 
 def index_tar(
-    file: BinaryIO, name: str, num_bytes: int, crc32: int, json_label: str | None = None
+    file: BinaryIO, name: str, num_bytes: int, crc32: int | None, json_label: str | None = None
 ) -> tuple[MemberIndex, list[str]]:
     """The member index of an open, seekable tar, and the keys of samples without an image, which are left out.
+
+    `crc32` is that of the whole file; None for an index of headers only, for which no image is read.
 
     Members group by key as WebDataset groups them: the name up to the first dot of its last part. The label is that
     of a .cls member, or the field `json_label` of the .json. Raises UserError for a tar that is cut, damaged, empty,
@@ -76,27 +80,32 @@ def index_tar(
                 raise UserError(f"{name}: the members of {key!r} do not stand together; sort the tar by name")
             seen.add(key)
             samples.append(_Sample(key))
+        # What is wanted of a member is read at once: by ranges, it comes with its header.
         place = (member.offset_data, member.size)
         sample = samples[-1]
         if extension in ENDINGS and sample.image is None:
             sample.image = place
+            file.seek(place[0] - _BLOCK if crc32 is None else place[0])
+            sample.crc32 = isal_zlib.crc32(file.read(_BLOCK if crc32 is None else place[1]))
         elif extension == "json":
             sample.json = place
+            if json_label and 0 < place[1] <= MAX_JSON_BYTES:
+                file.seek(place[0])
+                sample.json_label = _json_label(file.read(place[1]), json_label, f"{name}: {key}")
         elif extension == "cls":
-            sample.label = place
+            sample.label = None
+            if place[1] <= MAX_LABEL_BYTES:
+                file.seek(place[0])
+                sample.label = file.read(place[1])
     whole = [sample for sample in samples if sample.image]
-    crcs, labels = [], []
-    for sample in whole:
-        assert sample.image
-        file.seek(sample.image[0])
-        crcs.append(isal_zlib.crc32(file.read(sample.image[1])))
-        labels.append(_label(file, sample, json_label, name))
+    crcs, labels = [sample.crc32 for sample in whole], [_label(sample, name) for sample in whole]
     images = np.array([sample.image for sample in whole], dtype=np.uint64).reshape(-1, 2)
     jsons = np.array([sample.json for sample in whole], dtype=np.uint64).reshape(-1, 2)
     index = MemberIndex(
-        num_bytes, crc32, [sample.key for sample in whole], images[:, 0], images[:, 1], np.array(crcs, np.uint32),
-        np.array(labels, np.int64), jsons[:, 0], jsons[:, 1],
+        num_bytes, crc32 or 0, [sample.key for sample in whole], images[:, 0], images[:, 1], np.array(crcs, np.uint32),
+        np.array(labels, np.int64), jsons[:, 0], jsons[:, 1], crc32 is None,
     )  # fmt: skip
+    index = replace(index, shard_crc32=index.table_crc32) if crc32 is None else index
     return index, [sample.key for sample in samples if not sample.image]
 
 
@@ -111,11 +120,10 @@ def split_name(member: str, shard: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else (member, "")
 
 
-def _members(file: BinaryIO, name: str, num_bytes: int) -> list[_Member]:
-    """The regular files of a tar, in order."""
+def _members(file: BinaryIO, name: str, num_bytes: int) -> Iterator[_Member]:
+    """The regular files of a tar, in order; the caller may move about in it meanwhile."""
     if num_bytes == 0:
         raise UserError(f"{name}: an empty file, expected a tar")
-    members: list[_Member] = []
     last = ""  # of any kind
     try:
         file.seek(0)
@@ -125,14 +133,14 @@ def _members(file: BinaryIO, name: str, num_bytes: int) -> list[_Member]:
             while member is not None:
                 last = member.name
                 if member.isreg():
-                    members.append(_Member(member.name, member.size, member.offset_data))
+                    yield _Member(member.name, member.size, member.offset_data)
                 while end < num_bytes:
                     file.seek(end)
                     # Once there was a global pax header, only tarfile knows what it changes.
                     found = _ordinary(file.read(_BLOCK), end) if not archive.pax_headers else None
                     if found is None:
                         break
-                    members.append(found)
+                    yield found
                     last, end = found.name, found.offset_data + -(-found.size // _BLOCK) * _BLOCK
                 archive.offset = end
                 member = archive.next()
@@ -147,7 +155,6 @@ def _members(file: BinaryIO, name: str, num_bytes: int) -> list[_Member]:
         raise UserError(f"{name}: cut after {num_bytes} bytes, after the member {last!r}: no end mark")
     if closing.strip(b"\0"):
         raise UserError(f"{name}: damaged header at byte {end}, after the member {last!r}")
-    return members
 
 
 def _ordinary(header: bytes, place: int) -> _Member | None:
@@ -165,19 +172,25 @@ def _ordinary(header: bytes, place: int) -> _Member | None:
     return _Member(f"{prefix}/{name}" if prefix else name, int(numbers[1], 8), place + _BLOCK)
 
 
-def _label(file: BinaryIO, sample: _Sample, json_label: str | None, shard: str) -> int:
-    label = -1
-    try:
-        if sample.label and sample.label[1] <= MAX_LABEL_BYTES:
-            file.seek(sample.label[0])
-            label = int(file.read(sample.label[1]))
-        elif json_label and 0 < sample.json[1] <= MAX_JSON_BYTES:
-            file.seek(sample.json[0])
-            label = int(json.loads(file.read(sample.json[1]))[json_label])
-    except KeyError:
-        raise UserError(f"{shard}: {sample.key}: its .json has no field {json_label!r}") from None
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{shard}: {sample.key}: its label is no whole number") from None
+def _label(sample: _Sample, shard: str) -> int:
+    label = sample.json_label
+    if sample.label is not None:
+        try:
+            label = int(sample.label)
+        except ValueError:
+            label = UserError(f"{shard}: {sample.key}: its label is no whole number")
+    if isinstance(label, UserError):
+        raise label
     if not -1 <= label <= MAX_LABEL:
         raise UserError(f"{shard}: {sample.key}: expected a label from 0 to {MAX_LABEL}, got {label}")
     return label
+
+
+def _json_label(data: bytes, field: str, name: str) -> int | UserError:
+    """The label in a .json, or what is wrong with it, which counts where its sample is kept and has no .cls."""
+    try:
+        return int(json.loads(data)[field])
+    except KeyError:
+        return UserError(f"{name}: its .json has no field {field!r}")
+    except (ValueError, TypeError, RecursionError):
+        return UserError(f"{name}: its label is no whole number")

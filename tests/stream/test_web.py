@@ -26,7 +26,7 @@ def test_the_stream_is_that_of_the_files(
             config = config_of({"retry_seconds": 60}, cache_dir=str(tmp_path / f"cache-{scheme}"))
             https.refused = https.cut = 0.0
             pattern = f"{root}/{{000000..{last:06d}}}.tar"
-            there = index_shards(pattern, config.storage, output=str(tmp_path / scheme), num_workers=0)
+            there = index_shards(pattern, config.storage, output=str(tmp_path / scheme), checksums=True, num_workers=0)
             assert there.hash == manifest.hash
             https.refused = https.cut = 0.15
             assert consume(config, there, steps=4, world_size=2) == part(quiet, 0, 4 * BATCH)
@@ -38,7 +38,7 @@ def test_a_pretraining_from_the_hub_is_that_from_the_files(shapes: Path, tmp_pat
     """By the commands: the same samples in the same order, the same losses."""
     with web_server(shapes) as server:
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.port}"}
-        place = ["hf://datasets/bucket/shapes/*.tar", "--output", str(tmp_path / "index")]
+        place = ["hf://datasets/bucket/shapes/*.tar", "--checksums", "--output", str(tmp_path / "index")]
         done = terminal.forked("shards", "index", *place, **hub)
         assert done.returncode == 0, done.stderr
         runs = []
