@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -264,15 +265,27 @@ def agree(numbers: Sequence[Tensor], flags: Sequence[bool]) -> Verdict:
 def raise_together(error: BaseException | None) -> None:
     """Raise the first rank's error on every rank, or on none. Collective.
 
-    For a check that may fail on one rank only: the others would wait in the next collective for ever.
+    For a check that may fail on one rank only: the others would wait in the next collective for ever. They raise an
+    error of its kind where that is made of a message alone, a RuntimeError that names it where not.
     """
-    described = None if error is None else (type(error), str(error))
+    described = None if error is None else _described(error)
     for failed_rank, failure in enumerate(gather_objects(described)):
         if failure is not None:
             kind, message = failure
             if error is not None and rank() == failed_rank:
                 raise error
             raise kind(f"rank {failed_rank}: {message}")
+
+
+def _described(error: BaseException) -> tuple[type[BaseException], str]:
+    """Its kind and message, as other ranks can receive and raise them."""
+    kind, message = type(error), str(error)
+    try:
+        pickle.dumps(kind)
+        kind(message)
+    except Exception:  # json's and unicode's want more than a message; a kind that a function made can't be sent
+        return RuntimeError, f"{kind.__name__}: {message}"
+    return kind, message
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def pretrain(
     before_start.check_extras(checked)
     settings = [part for override in overrides for part in ("--set", override)]
     arguments = ["pretrain", str(config), *settings, *context.args]
-    run_ranks(arguments, size, restarts, checked.engine.grace_seconds, place)
+    run_ranks(arguments, size, restarts, checked.engine.grace_seconds, place, Path(checked.run.dir))
 
 
 @app.command(context_settings=PASSED_ON)
@@ -121,10 +121,18 @@ def _default_ranks() -> int:
 
 
 def run_ranks(
-    arguments: list[str], size: int, max_restarts: int, grace_seconds: float, nodes: Nodes | None = None
+    arguments: list[str],
+    size: int,
+    max_restarts: int,
+    grace_seconds: float,
+    nodes: Nodes | None = None,
+    run_dir: Path | None = None,
 ) -> NoReturn:
-    """Run `dist-ssl ARGUMENTS` on `size` local ranks, of one node of several where told, and exit as they did."""
-    nodes = nodes or Nodes()
+    """Run `dist-ssl ARGUMENTS` on `size` local ranks, of one node of several where told, and exit as they did.
+
+    Once a start has set the run in `run_dir` aside, as `--restart` asks, the next ones go on with what it began.
+    """
+    nodes, held = nodes or Nodes(), _held(run_dir)
     which = f" of node {nodes.rank} of {nodes.count}" * (nodes.count > 1)
     print(f"starting {size} rank{'s' * (size > 1)}{which}, which takes some seconds", file=sys.stderr, flush=True)
     import torch
@@ -143,6 +151,8 @@ def run_ranks(
     atexit.register(shutil.rmtree, exit_code.parent, ignore_errors=True)
     for attempt in range(max_restarts + 1):
         exit_code.unlink(missing_ok=True)
+        if _held(run_dir) != held:
+            arguments = [argument for argument in arguments if argument != "--restart"]
         try:
             launch("-m", "dist_ssl.cli", *arguments)
             sys.exit(0)
@@ -166,6 +176,11 @@ def run_ranks(
             used = f" ({attempt} of {max_restarts} restarts used)" * (nodes.count == 1)
             print(f"rank {rank} of {size * nodes.count} {cause}; {again}{used}", file=sys.stderr)
     sys.exit(code if code > 0 else 128 - code)
+
+
+def _held(run_dir: Path | None) -> int | None:
+    """Which directory of that name it is, None where it holds nothing yet."""
+    return run_dir.stat().st_ino if run_dir is not None and run_dir.is_dir() and any(run_dir.iterdir()) else None
 
 
 def _launch_config(size: int, grace_seconds: float, nodes: Nodes) -> LaunchConfig:

@@ -20,8 +20,9 @@ from rich.table import Table
 
 from dist_ssl import cli
 from dist_ssl import config as configuration
-from dist_ssl.config import Config
+from dist_ssl.config import Config, UserError
 from dist_ssl.data.commands import DataFolder
+from dist_ssl.storage.layout import config_path
 from launch import checks, queue, snapshot, supervisor, sweep
 from launch import profile as profiles
 from launch.profile import Profile
@@ -127,6 +128,8 @@ def evaluate(
     resources = chosen.evaluation
     name = queue.check_partition(partition or resources.partition or chosen.partition)
     run = run.absolute()
+    if after is None:
+        config_path(run)  # raises where there is no run; one that is waited for need not have begun
     gpus = min(1, queue.gpus_of_a_node(name)) if resources.gpus is None else resources.gpus
     sizes = {
         "job_name": f"dist_ssl-{run.name}-evaluate",
@@ -193,7 +196,10 @@ def logs(run: RunDir, follow: Annotated[bool, typer.Option("--follow", help="Unt
 
     Example: python -m launch.slurm logs runs/imagenet --follow
     """
-    entry = [entry for entry in queue.recorded(run) if entry["kind"] == "pretrain"][-1]
+    trained = [entry for entry in queue.recorded(run) if entry["kind"] == "pretrain"]
+    if not trained:
+        raise UserError(f"{run}: no pretraining was submitted for it; other logs are in {run / 'slurm'}")
+    entry = trained[-1]
     path, position = Path(entry["log"]), 0
     while True:
         over = not follow or queue.is_over(queue.state(entry["job"])[0])  # asked before the last read

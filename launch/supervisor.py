@@ -271,8 +271,11 @@ def _ended_from_outside(restart: int, code: int) -> str | None:
 def job_fields() -> dict[str, str]:
     """What Slurm knows of this job; empty where it does not answer."""
     command = ["scontrol", "--oneliner", "show", "job", own_job_id()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return queue.fields_of(shown.stdout)
+    try:
+        return queue.fields_of(queue.ask(*command))
+    except UserError as error:
+        log.warning("%s", error)
+        return {}
 
 
 def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: int, code: int) -> None:

@@ -79,15 +79,24 @@ def run(
 
 
 def _passing_signals_on(command: list[str]) -> int:
-    """Run a command and return its exit code; what this process is told to do, the command does: it commits first."""
+    """Run a command and return its exit code; what this process is told to do, the command does: it commits first.
+
+    75 where it was told to end, however the command did: one that was about to be complete, or an evaluation, exits
+    with another code, and nothing is to be run after it.
+    """
+    told: list[int] = []
     with subprocess.Popen(command) as process:
-        # Ctrl-C reaches both, being of one terminal; killing the ranks now would lose what they are about to commit.
-        before = {
-            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM)),
-        }
+
+        def pass_on(number: int, frame: Any) -> None:
+            told.append(number)
+            # Ctrl-C reaches both, being of one terminal; killing the ranks would lose what they are about to commit.
+            if number == signal.SIGTERM:
+                process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return process.wait()
+            code = process.wait()
+            return EXIT_RUN_ME_AGAIN if told else code
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

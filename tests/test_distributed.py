@@ -216,6 +216,32 @@ def test_raise_together_raises_everywhere():
     assert all("ValueError" in text and "expected x" in text for text in failure.value.tracebacks)
 
 
+def fail_to_decode_on_rank_one():
+    with distributed.together():
+        if distributed.rank() == 1:
+            b"\xff".decode()
+
+
+def fail_by_an_error_that_is_not_sent():
+    class Local(Exception):
+        pass
+
+    distributed.raise_together(Local("expected x") if distributed.rank() == 1 else None)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (fail_to_decode_on_rank_one, "rank 1: UnicodeDecodeError: 'utf-8'"),
+        (fail_by_an_error_that_is_not_sent, "rank 1: Local: expected x"),
+    ],
+)
+def test_an_error_of_more_than_a_message_is_told_on_all_ranks(function, said):
+    with pytest.raises(RankFailed) as failure:
+        ranks(2).run(function)
+    assert said in failure.value.tracebacks[0]
+
+
 @pytest.mark.slow
 def test_a_program_sends_functions_of_its_own_to_forked_ranks(tmp_path):
     """As `python -m tests.benchmarks.objective` does, whose functions are those of `__main__`."""

@@ -12,7 +12,7 @@ import pytest
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError, environment
-from launch import profile, queue, snapshot, supervisor, sweep
+from launch import profile, queue, slurm, snapshot, supervisor, sweep
 from tests.test_shards import photo_folder
 
 
@@ -232,6 +232,30 @@ def test_no_slurm_is_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "error: no Slurm here: sbatch is not installed; python -m launch.local runs on one machine\n"
+
+
+def test_a_controller_that_does_not_answer_tells_a_job_nothing(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexec sleep 20\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(queue, "COMMAND_SECONDS", 0.1)
+    assert supervisor.job_fields() == {}
+
+
+def test_what_no_run_directory_has_is_one_line(tmp_path, monkeypatch):
+    for name, body in {"sinfo": "echo 'main*'", "sbatch": "echo Submitted batch job 7"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="not a run directory"):
+        slurm.evaluate(run)
+    assert not run.exists()
+    (run / "slurm").mkdir(parents=True)
+    queue.record(run, job="7", kind="evaluate", log="log")
+    with pytest.raises(UserError, match="no pretraining was submitted"):
+        slurm.logs(run)
 
 
 def test_states_that_are_over():

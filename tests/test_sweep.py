@@ -15,6 +15,7 @@ import pytest
 from dist_ssl.config import StorageConfig
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
+from launch import sweep
 from tests.terminal import ROOT, run
 
 
@@ -57,6 +58,15 @@ def test_a_grid_is_stopped_goes_on_and_names_the_run_that_fails(shapes: Path) ->
     done = run(command(shapes, "--sweep", "run.seed=0", steps=60))
     assert done.returncode == 0, done.stderr
     assert f"run 1 of 1: {first}, which is complete" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_what_is_told_to_end_is_the_last(code: int) -> None:
+    """A run that was about to be complete, an evaluation: neither exits with 75."""
+    ends = f"signal.signal(signal.SIGTERM, lambda *_: os._exit({code})); os.kill(os.getppid(), signal.SIGTERM)"
+    program = f"import os, signal, time; {ends}; time.sleep(20)"
+    assert sweep._passing_signals_on([sys.executable, "-c", program]) == 75
+    assert sweep._passing_signals_on([sys.executable, "-c", f"raise SystemExit({code})"]) == code
 
 
 def test_a_combination_that_no_config_takes_runs_nothing(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ class Run:
             over = step == self.total_steps
             if over or heard.end or saver.is_due(step, heard):
                 heard = heard.either(monitor.settle())
-                if heard.end:
+                if heard.end or over:
                     stop.agreed()
                 if not monitor.in_a_streak:  # else what was taken before the streak stays the newest
                     monitor.sync()

@@ -100,7 +100,9 @@ def test_a_dead_rank_takes_the_others_down_the_launcher_starts_again_and_passes_
     tmp_path, small_shards, undisturbed
 ):
     config = settings(tmp_path, small_shards)
-    launch = Launch(config, 2, restarts=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")  # of a run that is to be set aside, once
+    launch = Launch(config, 2, "--restart", restarts=1)
     launch.wait_for_step(7)
     send(launch.ranks()[1:], signal.SIGKILL)
     killed = time.monotonic()
@@ -111,6 +113,7 @@ def test_a_dead_rank_takes_the_others_down_the_launcher_starts_again_and_passes_
     launch.wait_for_step(last_step(launch.run_dir) + 2)
     os.kill(launch.process.pid, signal.SIGTERM)
     committed_and_goes_on(launch, config, undisturbed)
+    assert len(list(tmp_path.glob("run.before-*"))) == 1
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, small_shards):
