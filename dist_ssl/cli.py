@@ -187,6 +187,13 @@ def plan(
     restart_minutes: Annotated[float, typer.Option(min=0.0, help="From a failure to the next step.")] = 5.0,
     replacement_minutes: Annotated[float, typer.Option(min=0.0, help="Until another node is there.")] = 30.0,
     at_ranks: Annotated[str | None, typer.Option(help="What grows with their number, counted: 8,64,1024.")] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate an object store in the first steps.")] = False,
+    simulated_steps: Annotated[int, typer.Option(min=1)] = 20,
+    num_shards: Annotated[int, typer.Option(min=1, help="With --num-images: of the simulation.")] = 1024,
+    store_requests_per_second: Annotated[float, typer.Option(min=1.0, help="Before it answers 503.")] = 5500.0,
+    store_gbps: Annotated[float, typer.Option(min=1e-3, help="Gigabits a second of the store, in all.")] = 1e6,
+    node_gbps: Annotated[float, typer.Option(min=1e-3, help="Gigabits a second of a node.")] = 25.0,
+    latency_ms: Annotated[float, typer.Option(min=0.0, help="The median of a request.")] = 30.0,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Predict memory, traffic, checkpoints, store rate and hours of a run on any number of GPUs, formulas beside them;
@@ -201,7 +208,7 @@ def plan(
     import rich
 
     from dist_ssl.data.manifest import load_manifest
-    from dist_ssl.planning import counts, estimate, failures, stages
+    from dist_ssl.planning import counts, estimate, failures, simulation, stages
 
     checked, columns = configuration.load(config, overrides), _numbers_of_ranks(at_ranks)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
@@ -224,6 +231,16 @@ def plan(
     rich.print(stages.table(stages.stages(checked, sizes), gpu_memory_gb))
     if columns:
         rich.print(counts.table("Counts by number of ranks", checked, sizes, columns))
+    if simulate:
+        store = simulation.Store(
+            store_requests_per_second, node_gbps * 1e9 / 8, store_gbps * 1e9 / 8, latency_ms / 1e3,
+            images_per_second=images_per_second or simulation.Store.images_per_second,
+        )  # fmt: skip
+        shards = manifest or simulation.even_shards(num_images or 1, num_shards)
+        simulated = simulation.Simulation(checked, shards, nodes, gpus_per_node, simulated_steps, store).run()
+        rich.print(simulation.table(checked, nodes, simulated, simulated_steps))
+        if (better := simulation.recommended_streams(checked, shards, nodes * gpus_per_node)) != checked.data.streams:
+            typer.echo(f"a new run on so many ranks had better set data.streams={better}: no two ranks share a stream")
 
 
 def _numbers_of_ranks(given: str | None) -> list[int]:

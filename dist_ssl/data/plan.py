@@ -57,8 +57,7 @@ class Plan:
 
         What chunk j holds does not depend on the number of ranks.
         """
-        rows = self.batch(cursor, batch_size)
-        return np.concatenate([_slice(rows[j::chunks], rank, world_size) for j in range(chunks)])
+        return share(self.batch(cursor, batch_size), rank, world_size, chunks)
 
     def rows_per_rank(self, batch_size: int, world_size: int, chunks: int = 1) -> list[list[int]]:
         """For each chunk, how many rows each rank has. Raises UserError where a rank would have none."""
@@ -143,6 +142,11 @@ class Plan:
         last = np.minimum(head + self.block_shards, len(ends)) - 1
         # A stream may start and stop in the middle of a shard.
         return blocks, np.where(blocks > 0, ends[head - 1], start), np.minimum(stop, ends[last])
+
+
+def share(batch: Positions, rank: int, world_size: int, chunks: int = 1) -> Positions:
+    """A rank's rows of a sorted batch: see `Plan.rank_batch`."""
+    return np.concatenate([_slice(batch[j::chunks], rank, world_size) for j in range(chunks)])
 
 
 def _slice(rows: Positions, rank: int, world_size: int) -> Positions:

@@ -23,13 +23,11 @@ from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.cache import FetchAhead, ShardCache
 from dist_ssl.data.decode import BadSample
 from dist_ssl.data.in_place import read_image
-from dist_ssl.data.manifest import Manifest, MemberIndex, read_member_index
+from dist_ssl.data.manifest import Manifest, MemberIndex, Shard, read_member_index
+from dist_ssl.data.requests import grouped, read_in_ranges
 from dist_ssl.data.tar import MAX_JSON_BYTES
-from dist_ssl.storage.large_reads import RANGE_BYTES
 
 CONCURRENT_REQUESTS = 8
-MAX_GAP_BYTES = 2**19  # between samples that one request reads: what a store sends in the time that a request costs
-FETCHED_FROM_PART = 0.1  # a shard of which the first batch wants this part is fetched whole at once
 
 
 class Reader:
@@ -44,6 +42,8 @@ class Reader:
         self._indexes: OrderedDict[int, MemberIndex] = OrderedDict()
         self._files: dict[int, int] = {}
         self._aimed: set[int] = set()
+        self._targets: list[list[Shard]] = []
+        self._began = False
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
         self._requests: ThreadPoolExecutor | None = None
@@ -70,21 +70,23 @@ class Reader:
     def aim(self, now: Sequence[int], later: Sequence[int]) -> None:
         """Fetch to the cache the shards that are read now, then those that are read later; local ones are not fetched.
 
-        Only these, and those of the batch at hand, are kept open.
+        Only these, and those of the batch at hand, are kept open. Nothing is fetched ahead before the first images were
+        read: at the start of many workers, what is needed now would wait behind what is not.
         """
         self._aimed = {*now, *later}
         if not self.remote:
             return
-        if self._ahead is None:
+        self._first = self._first & set(now) if self._began else set(now)
+        self._began = True
+        listed = ([self.manifest.shards[shard] for shard in part] for part in (now, later))
+        self._targets = [[shard for shard in part if not storage.is_local(shard.url)] for part in listed]
+        if self._ahead is not None:
+            self._ahead.aim(*self._targets)
+
+    def _fetch_ahead(self) -> None:
+        if self._ahead is None and self._targets:
             self._ahead = FetchAhead(self._opened_cache())
-            self._first = set(now)
-        self._first &= set(now)
-        self._ahead.aim(
-            *(
-                [self.manifest.shards[shard] for shard in part if not storage.is_local(self.manifest.shards[shard].url)]
-                for part in (now, later)
-            )
-        )
+            self._ahead.aim(*self._targets)
 
     def index(self, shard: int) -> MemberIndex:
         if shard not in self._indexes:
@@ -106,6 +108,7 @@ class Reader:
         samples = list(zip(shards.tolist(), members.tolist(), strict=True))
         in_tars = [self.manifest.shards[shard].kind == "tar" for shard, _ in samples]
         from_tars = iter(self._from_tars([sample for sample, in_tar in zip(samples, in_tars, strict=True) if in_tar]))
+        self._fetch_ahead()
         return [
             next(from_tars)
             if in_tar
@@ -178,12 +181,8 @@ class Reader:
                 for row in rows:
                     data[row] = os.pread(self._files[shard], wanted[row][2] - wanted[row][1], wanted[row][1])
                 continue
-            end = -MAX_GAP_BYTES - 1
-            for row in sorted(rows, key=lambda row: wanted[row][1]):
-                if wanted[row][1] - end > MAX_GAP_BYTES or end - wanted[requests[-1][1][0]][1] > RANGE_BYTES:
-                    requests.append((shard, []))
-                requests[-1][1].append(row)
-                end = max(wanted[row][2], end) if len(requests[-1][1]) > 1 else wanted[row][2]
+            groups = grouped([(wanted[row][1], wanted[row][2]) for row in rows])
+            requests += [(shard, [rows[i] for i in group]) for group in groups]
 
         def read(request: tuple[int, list[int]]) -> None:
             shard, rows = request
@@ -197,7 +196,7 @@ class Reader:
     def _fetch_now(self, shard: int, wanted_bytes: int) -> bool:
         """Bring a shard in before going on; not at the start, unless a good part of it is wanted."""
         listed = self.manifest.shards[shard]
-        if shard in self._first and wanted_bytes < listed.num_bytes * FETCHED_FROM_PART:
+        if read_in_ranges(shard in self._first, wanted_bytes, listed.num_bytes):
             return False
         try:
             self._opened_cache().fetch(listed, wait=True)

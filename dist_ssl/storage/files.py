@@ -9,7 +9,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
     Raises StorageError when the budget is spent; FileNotFoundError and PermissionError at once. An operation that
     made progress may be tried for ever longer only by being called anew: the budget is that of one request.
     """
-    started, attempts, pause = time.monotonic(), 0, FIRST_PAUSE_SECONDS
+    started, attempts, pauses = time.monotonic(), 0, longest_pauses()
     while True:
         attempts += 1
         try:
@@ -62,7 +62,7 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
             _refuse(url, error)
             if not _is_transient(error):
                 raise
-            spent = time.monotonic() - started
+            spent, pause = time.monotonic() - started, next(pauses)
             if spent + pause > config.retry_seconds or is_local(url):
                 raise StorageError(
                     f"{redact(url)}: gave up after {attempts} attempts in {spent:.0f} s "
@@ -70,7 +70,14 @@ def retry(url: str, config: StorageConfig, operation: Callable[[], Result]) -> R
                     f"last cause: {type(error).__name__}: {_line(error)}"
                 ) from None
             _tell_of_an_outage(url, spent, config, error)
-        time.sleep(random.uniform(pause / 2, pause))
+        time.sleep(random.uniform(0, pause))
+
+
+def longest_pauses() -> Iterator[float]:
+    """Seconds, at most, before each next attempt; the pause is drawn between 0 and that, so that clients spread."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield pause
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 

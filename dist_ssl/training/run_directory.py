@@ -81,7 +81,8 @@ def _check_goes_on(config: Config, manifest: Any, state: RunState, extend: bool)
     if manifest.hash != state.data_hash:
         raise UserError(
             f"data.shards = {config.data.shards}: not what this run was trained on (manifest {manifest.hash[:12]}, "
-            f"expected {state.data_hash[:12]}); give the same shards, another run.dir, or --restart"
+            f"expected {state.data_hash[:12]}); give the same shards (indexed as they were, with or without "
+            "--checksums), another run.dir, or --restart"
         )
     differences = config_module.resume_diff(saved, config)
     length = [line for line in differences if line.startswith(("train.steps", "train.epochs"))]
@@ -89,6 +90,12 @@ def _check_goes_on(config: Config, manifest: Any, state: RunState, extend: bool)
         differences = [line for line in differences if line not in length]
     if differences:
         hint = "; --extend makes a run longer" if length else ""
+        if any(line.startswith(("data.streams", "data.block_shards")) for line in differences):
+            streams, block = saved.data.streams, saved.data.block_shards
+            hint += (
+                f"; data.streams and data.block_shards are the samples' order, on any number of ranks: to go on, --set "
+                f"data.streams={streams} --set data.block_shards={block}"
+            )
         raise UserError(
             f"{config.run.dir} holds a run whose config differs in what may not change on resume: "
             f"{'; '.join(differences)}; use its config, another run.dir, or --restart{hint}"

@@ -1,0 +1,31 @@
+"""What is asked of a store for the samples of a batch: decided here, by the reader and by its simulation alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_ssl.storage.large_reads import RANGE_BYTES
+
+MAX_GAP_BYTES = 2**19  # between samples that one request reads: what a store sends in the time that a request costs
+FETCHED_FROM_PART = 0.1  # a shard of which the first batch wants this part is fetched whole at once
+
+
+def read_in_ranges(at_start: bool, wanted_bytes: int, shard_bytes: int) -> bool:
+    """Whether samples of a shard that is not on the node are read by ranges, or wait for the whole shard.
+
+    `at_start`: the shard is one of those that the reader began with.
+    """
+    return at_start and wanted_bytes < shard_bytes * FETCHED_FROM_PART
+
+
+def grouped(spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Rows of spans [start, stop) of one shard that share a request: neighbours, up to RANGE_BYTES."""
+    groups: list[list[int]] = []
+    end = -MAX_GAP_BYTES - 1
+    for row in sorted(range(len(spans)), key=lambda row: spans[row][0]):
+        start, stop = spans[row]
+        if start - end > MAX_GAP_BYTES or end - spans[groups[-1][0]][0] > RANGE_BYTES:
+            groups.append([])
+        groups[-1].append(row)
+        end = max(stop, end) if len(groups[-1]) > 1 else stop
+    return groups

@@ -1,0 +1,313 @@
+"""What the ranks of a run ask of an object store, simulated in one event loop, with the reader's plan and decisions.
+
+The plan, which shards a rank aims at, what is read by ranges, how ranges share requests and how long a client pauses
+are the code that runs; the store, the network and time are a model. Requests take tokens from a bucket; an empty one
+answers 503; a transfer waits its turn in its node's pipe and in the store's. What is simulated are the first steps
+of a run that starts with empty caches large enough for what it reads, on shards whose images are equally large.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.table import Table
+
+from dist_ssl.config import Config
+from dist_ssl.data.manifest import Manifest, Shard
+from dist_ssl.data.plan import Positions, share
+from dist_ssl.data.requests import grouped, read_in_ranges
+from dist_ssl.data.stream import plan_of, rank_streams
+from dist_ssl.storage.files import longest_pauses
+from dist_ssl.storage.large_reads import CONCURRENT_RANGES, RANGE_BYTES
+
+FETCHERS = 2  # threads of each reader that fetch ahead
+INDEX_BYTES_A_SAMPLE = 72  # seven numbers and a key of some 20 letters
+
+
+@dataclass(frozen=True)
+class Store:
+    """Limits of a store, of the network, and of the GPUs behind it."""
+
+    requests_per_second: float = 5500.0  # of a prefix; what Amazon says S3 gives at least
+    node_bytes_per_second: float = 25e9 / 8
+    bytes_per_second: float = math.inf
+    latency_seconds: float = 0.03  # the median of a request; its tail is log-normal
+    latency_sigma: float = 0.5
+    images_per_second: float = 1000.0  # that a rank trains
+
+
+@dataclass
+class Counts:
+    """What was asked for and what came of it."""
+
+    gets: int = 0  # that were answered
+    refused: int = 0  # by 503
+    given_up: int = 0  # requests refused for longer than storage.retry_seconds, which ends the run
+    index_gets: Counter[int] = field(default_factory=Counter)  # of each shard
+    fetches: Counter[int] = field(default_factory=Counter)  # of whole shards
+    shard_bytes: int = 0  # of images and whole shards
+    needed_bytes: int = 0  # of the samples that were consumed
+    hits: int = 0  # samples that were on their node already
+    samples: int = 0
+    first_batch_seconds: float = 0.0  # until every rank has one
+    stalled_seconds: float = 0.0  # after that, all ranks waiting for the slowest
+    seconds: float = 0.0
+
+
+@dataclass
+class _Node:
+    cached: set[int] = field(default_factory=set)
+    arriving: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    free_at: float = 0.0
+
+
+@dataclass
+class _Reader:
+    """A worker process of a rank."""
+
+    rank: int
+    node: _Node
+    next_step: int
+    busy: bool = False
+    indexed: set[int] = field(default_factory=set)
+    first: set[int] | None = None
+    targets: list[int] = field(default_factory=list)
+    fetching: int = 0
+
+
+class Simulation:
+    """The first `steps` steps of a run on `nodes` nodes; `run` gives the counts. The same for the same seed."""
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        nodes: int,
+        ranks_per_node: int,
+        steps: int,
+        store: Store,
+        seed: int = 0,
+    ):
+        self._config, self._manifest, self._store, self._steps = config, manifest, store, steps
+        self._world = nodes * ranks_per_node
+        self._plan = plan_of(config, manifest)
+        self._bytes = [shard.num_bytes for shard in manifest.shards]
+        self._nodes = [_Node() for _ in range(nodes)]
+        self._num_readers = max(config.data.num_workers, 1)
+        self._readers = [
+            _Reader(rank, self._nodes[rank // ranks_per_node], first)
+            for rank in range(self._world)
+            for first in range(self._num_readers)
+        ]
+        self._ahead = config.data.prefetch_batches * self._num_readers if config.data.num_workers else 1
+        self._random, self._now, self._order = random.Random(seed), 0.0, 0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._tokens, self._refilled, self._free_at = store.requests_per_second, 0.0, 0.0
+        self._ready = [0] * steps
+        self._done, self._ends_at = 0, 0.0
+        self._batches: dict[int, Positions] = {}
+        self.counts = Counts()
+
+    def run(self) -> Counts:
+        for reader in self._readers:
+            self._begin(reader)
+        while self._events and self._done < self._steps:
+            self._now, _, happen = heapq.heappop(self._events)
+            happen()
+        while self._events:  # what was under way
+            self._now, _, happen = heapq.heappop(self._events)
+            happen()
+        self.counts.seconds = self._ends_at
+        return self.counts
+
+    def _at(self, time: float, happen: Callable[[], None]) -> None:
+        self._order += 1
+        heapq.heappush(self._events, (time, self._order, happen))
+
+    # --- the store ------------------------------------------------------------------------------------------------
+
+    def _get(self, node: _Node, num_bytes: int, answered: Callable[[], None]) -> None:
+        pauses, started = longest_pauses(), self._now
+
+        def attempt() -> None:
+            rate = self._store.requests_per_second
+            self._tokens = min(rate, self._tokens + (self._now - self._refilled) * rate)
+            self._refilled = self._now
+            latency = self._store.latency_seconds * math.exp(self._random.gauss(0, self._store.latency_sigma))
+            if self._tokens >= 1:
+                self._tokens -= 1
+                self.counts.gets += 1
+                node.free_at = max(node.free_at, self._now) + num_bytes / self._store.node_bytes_per_second
+                self._free_at = max(self._free_at, self._now) + num_bytes / self._store.bytes_per_second
+                self._at(max(node.free_at, self._free_at) + latency, answered)
+                return
+            self.counts.refused += 1
+            pause = next(pauses)
+            if self._now - started + pause > self._config.storage.retry_seconds:
+                self.counts.given_up += 1
+                return
+            self._at(self._now + latency + self._random.uniform(0, pause), attempt)
+
+        attempt()
+
+    def _fetch(self, node: _Node, shard: int, fetched: Callable[[], None]) -> None:
+        """A whole shard, once a node: who comes second waits for the first."""
+        if shard in node.cached:
+            fetched()
+            return
+        if shard in node.arriving:
+            node.arriving[shard].append(fetched)
+            return
+        node.arriving[shard] = [fetched]
+        self.counts.fetches[shard] += 1
+        self.counts.shard_bytes += self._bytes[shard]
+        left = deque(min(RANGE_BYTES, self._bytes[shard] - at) for at in range(0, self._bytes[shard], RANGE_BYTES))
+        waiting = len(left)
+
+        def arrived() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if left:
+                self._get(node, left.popleft(), arrived)
+            elif waiting == 0:
+                node.cached.add(shard)
+                for tell in node.arriving.pop(shard):
+                    tell()
+
+        for _ in range(min(CONCURRENT_RANGES, len(left))):
+            self._get(node, left.popleft(), arrived)
+
+    # --- the reader -----------------------------------------------------------------------------------------------
+
+    def _begin(self, reader: _Reader) -> None:
+        """The reader's next batch, once there is room for it."""
+        step = reader.next_step
+        if reader.busy or step >= self._steps or step >= self._done + self._ahead:
+            return
+        reader.busy = True
+        reader.next_step += self._num_readers
+        batch = self._config.train.global_batch_size
+        now, later = self._plan.upcoming_shards(step * batch, rank_streams(self._config, reader.rank, self._world), 2)
+        reader.first = set(now) if reader.first is None else reader.first & set(now)
+        reader.targets = [*now, *later]
+        if step not in self._batches:
+            self._batches[step] = self._plan.batch(step * batch, batch)
+        rows = share(self._batches[step], reader.rank, self._world, self._config.objective.chunks)
+        _, shards, members = self._plan.locate(rows)
+        missing = [shard for shard in np.unique(shards).tolist() if shard not in reader.indexed]
+        reader.indexed.update(missing)
+        waiting = len(missing) + 1
+
+        def indexed() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if waiting == 0:
+                self._read(reader, step, shards.tolist(), members.tolist())
+
+        for shard in missing:
+            self.counts.index_gets[shard] += 1
+            self._get(reader.node, INDEX_BYTES_A_SAMPLE * self._manifest.shards[shard].num_samples, indexed)
+        indexed()
+
+    def _read(self, reader: _Reader, step: int, shards: list[int], members: list[int]) -> None:
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for shard, member in zip(shards, members, strict=True):
+            size = self._bytes[shard] // self._manifest.shards[shard].num_samples
+            wanted.setdefault(shard, []).append((member * size, (member + 1) * size))
+        requests: list[int] = []
+        whole: list[int] = []
+        for shard, spans in wanted.items():
+            here = sum(stop - start for start, stop in spans)
+            self.counts.needed_bytes += here
+            self.counts.samples += len(spans)
+            if shard in reader.node.cached:
+                self.counts.hits += len(spans)
+            elif read_in_ranges(shard in (reader.first or ()), here, self._bytes[shard]):
+                for group in grouped(spans):
+                    requests.append(max(spans[i][1] for i in group) - spans[group[0]][0])
+            else:
+                whole.append(shard)
+        waiting = len(requests) + len(whole) + 1
+
+        def arrived() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if waiting == 0:
+                self._made(reader, step)
+
+        for num_bytes in requests:
+            self.counts.shard_bytes += num_bytes
+            self._get(reader.node, num_bytes, arrived)
+        for shard in whole:
+            self._fetch(reader.node, shard, arrived)
+        arrived()
+
+    def _made(self, reader: _Reader, step: int) -> None:
+        reader.busy = False
+        self._ready[step] += 1
+        for _ in range(FETCHERS - reader.fetching):
+            reader.fetching += 1
+            self._fetch_ahead(reader)
+        while self._done < self._steps and self._ready[self._done] == self._world:
+            if self._done == 0:
+                self.counts.first_batch_seconds = self._now
+            else:
+                self.counts.stalled_seconds += max(self._now - self._ends_at, 0.0)
+            seconds = self._config.train.global_batch_size / (self._store.images_per_second * self._world)
+            self._ends_at = max(self._now, self._ends_at) + seconds
+            self._done += 1
+            self._at(self._ends_at, self._begin_all)
+        if self._config.data.num_workers:
+            self._begin(reader)
+
+    def _begin_all(self) -> None:
+        for reader in self._readers:
+            self._begin(reader)
+
+    def _fetch_ahead(self, reader: _Reader) -> None:
+        node = reader.node
+        shard = next((one for one in reader.targets if one not in node.cached and one not in node.arriving), None)
+        if shard is None:
+            reader.fetching -= 1
+            return
+        self._fetch(node, shard, lambda: self._fetch_ahead(reader))
+
+
+def even_shards(num_images: int, num_shards: int, image_bytes: int = 110_000) -> Manifest:
+    """A data set that is not there: shards of as many images each, an image of ImageNet's mean size."""
+    counts = [num_images * (i + 1) // num_shards - num_images * i // num_shards for i in range(num_shards)]
+    shards = tuple(Shard(f"s3://simulated/{i:06d}.tar", "", n * image_bytes, n, 0) for i, n in enumerate(counts))
+    return Manifest("s3://simulated/manifest.json", shards)
+
+
+def recommended_streams(config: Config, manifest: Manifest, world_size: int) -> int:
+    """K for a new run: the least multiple of W from data.streams on, so that no two ranks share a stream; with fewer
+    shards or a smaller batch than that, K as it is."""
+    streams = world_size * -(-config.data.streams // world_size)
+    return streams if streams <= min(len(manifest.shards), config.train.global_batch_size) else config.data.streams
+
+
+def table(config: Config, nodes: int, counts: Counts, steps: int) -> Table:
+    """What a simulation counted."""
+    fetched = sum(counts.fetches.values())
+    rows = [
+        ("first batch on every rank", f"{counts.first_batch_seconds:.1f} s"),
+        ("requests answered", f"{counts.gets:,}"),
+        ("refused by 503", f"{counts.refused:,}, {counts.refused / max(counts.refused + counts.gets, 1):.0%} of all"),
+        ("given up, which ends a run", f"{counts.given_up:,}"),
+        ("bytes read / bytes of the samples", f"{counts.shard_bytes / max(counts.needed_bytes, 1):.2f}"),
+        ("fetches of a shard", f"{fetched / max(len(counts.fetches), 1):.2f} on {nodes} nodes"),
+        ("samples that were on their node", f"{counts.hits / max(counts.samples, 1):.0%}"),
+        ("ranks stalled, after that", f"{counts.stalled_seconds:.1f} of {counts.seconds:.1f} s"),
+        ("data.streams", f"{config.data.streams}"),
+    ]
+    found = Table("", "simulated", title=f"The store in the first {steps} steps")
+    for row in rows:
+        found.add_row(*row)
+    return found

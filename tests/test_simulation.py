@@ -1,0 +1,106 @@
+"""The simulated store: its counts are those of a real run of the reader, and what it says of many ranks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_ssl.checkpoint.read import RunState
+from dist_ssl.config import StorageConfig, UserError, dumps
+from dist_ssl.data.indexing import index_shards
+from dist_ssl.data.stream import training_batches
+from dist_ssl.planning.simulation import Simulation, Store, even_shards, recommended_streams
+from dist_ssl.training.run_directory import _check_goes_on
+from tests.proxy import faulty_proxy
+from tests.s3 import s3_server
+from tests.stream.consumed import config_of
+from tests.test_index import make_tar
+
+WORLD, STEPS = 2, 5
+
+
+def even_tars(folder: Path) -> None:
+    """Twelve shards of 40 images, each of the same bytes in the tar, and no two shards' alike."""
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for shard in range(12):
+        members = []
+        for i in range(40):
+            noise = np.random.default_rng(40 * shard + i).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(noise).save(folder / "x.bmp")
+            members.append((f"{i:05d}.bmp", (folder / "x.bmp").read_bytes()))
+        (folder / "x.bmp").unlink()
+        make_tar(folder / f"{shard:04d}.tar", members)
+
+
+def test_what_is_counted_is_what_the_reader_asks_of_a_real_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of a rank each: requests, and bytes of them, to equality."""
+    even_tars(tmp_path / "store" / "bucket")
+    with s3_server(tmp_path / "store", listing_seconds=60.0) as server, faulty_proxy(server.port) as proxy:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        endpoint = {"endpoint_url": proxy.endpoint_url}
+        found = index_shards("s3://bucket", StorageConfig(**endpoint), output=str(tmp_path / "index"), checksums=True)
+        proxy.requests = proxy.body_bytes = 0
+        for rank in range(WORLD):
+            config = config_of(endpoint, cache_dir=str(tmp_path / f"node{rank}"), streams=WORLD, block_shards=3)
+            config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 4})})
+            with training_batches(
+                config, found, cursor=0, first_step=0, num_steps=STEPS, rank=rank, world_size=WORLD
+            ) as batches:
+                for _ in batches:
+                    settle(batches._dataset.reader)
+        slow = Store(images_per_second=0.001)
+        counted = Simulation(config, found, WORLD, 1, STEPS, slow).run()
+    assert counted.gets - sum(counted.index_gets.values()) == proxy.requests, "indexes are on a local disk here"
+    assert counted.refused == counted.given_up == 0
+    cached = list(tmp_path.glob("node*/*.tar"))
+    assert proxy.requests > len(cached) > WORLD, "both ranges and whole shards were read"
+    assert sum(counted.fetches.values()) == len(cached)
+    overhead = proxy.body_bytes - counted.shard_bytes
+    assert abs(overhead) < 0.02 * proxy.body_bytes, "tars have end marks, images are read with their headers"
+
+
+def settle(reader: object) -> None:
+    """Wait until what the reader aims at is on its node."""
+    deadline = time.monotonic() + 60
+    while any(not reader._cache.path(shard).exists() for part in reader._targets for shard in part):  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_rank_with_streams_of_its_own_shares_no_shard() -> None:
+    """And the same seed gives the same counts; a store that gives little refuses, and nothing is lost by that."""
+    manifest = even_shards(64 * 400, 64)
+
+    def run(streams: int, requests: float) -> tuple[float, Simulation]:
+        config = config_of(streams=streams, block_shards=1)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 1024})})
+        simulation = Simulation(config, manifest, 8, 2, 12, Store(requests, images_per_second=50.0))
+        counts = simulation.run()
+        return sum(counts.fetches.values()) / len(counts.fetches), simulation
+
+    shared, first = run(12, 5500.0)
+    own, _ = run(16, 5500.0)
+    assert shared > own
+    assert recommended_streams(first._config, manifest, 16) == 16
+    counts, again = first.counts, run(12, 5500.0)[1].counts
+    assert counts == again
+    _, refusing = run(12, 50.0)
+    assert refusing.counts.refused > 0 == counts.refused
+    assert refusing.counts.given_up == 0
+    assert refusing.counts.samples == counts.samples == 12 * 1024
+    assert refusing.counts.first_batch_seconds > counts.first_batch_seconds
+
+
+def test_other_streams_on_resume_are_refused_with_the_remedy() -> None:
+    """K orders the samples, so it stays what it was, on any number of ranks."""
+    manifest, saved = even_shards(400, 4), config_of(streams=3)
+    with pytest.raises(UserError, match=r"on any number of ranks: to go on, --set data.streams=3 --set data.block_sh"):
+        _check_goes_on(config_of(streams=5), manifest, RunState(0, 0, dumps(saved), manifest.hash), extend=False)
