@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import euclidean_distances
 
 from dist_ssl.config import HeadConfig, ViewPolicy
 from dist_ssl.evaluation import evaluate
+from dist_ssl.evaluation.factor_weights import evenness, factor_weight
 from dist_ssl.evaluation.features import open_split
 from dist_ssl.evaluation.geometry import (
     alignment_and_uniformity,
@@ -22,9 +24,12 @@ from dist_ssl.evaluation.geometry import (
 )
 from dist_ssl.evaluation.jacobian import gains, stretched
 from dist_ssl.evaluation.linear import Rows
+from dist_ssl.evaluation.results import accuracy_matrix
 from dist_ssl.evaluation.spectrum import spectrum
 from dist_ssl.evaluation.views import draw, views
 from dist_ssl.models import ProjectionHead
+from dist_ssl.report.geometry import geometry as section
+from dist_ssl.report.geometry import matrix
 from tests.pool import ranks
 from tests.test_evaluation_frozen import CPU, config_of, labelled, subject_of  # noqa: F401
 
@@ -94,6 +99,50 @@ def test_matrix_information_is_that_of_renyis_entropies():
     assert matrix_information(torch.eye(30), torch.eye(30)) == pytest.approx(math.log(30))
 
 
+def test_a_factors_weight_is_how_far_the_layer_moves_along_it():
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, (2, 3000))
+    directions_of = np.linalg.qr(generator.normal(size=(10, 2)))[0]
+    strengths = np.array([3.0, 0.5])
+    signs = 2 * y.T - 1
+    x = (signs * strengths) @ directions_of.T + 0.01 * generator.normal(size=(3000, 10))
+    found = [factor_weight(x[:2000], one[:2000], x[2000:], one[2000:]) for one in y]
+    total = math.sqrt(x[:2000].var(0).sum())
+    assert found == pytest.approx(strengths / total, rel=0.05)
+    assert found == pytest.approx([factor_weight(7 * x[:2000], a[:2000], 7 * x[2000:], a[2000:]) for a in y])
+    # Against scikit-learn's ridge, of four values and noise in the way.
+    values, noisy = generator.integers(0, 4, 3000), x + generator.normal(size=(3000, 10))
+    noisy[:, 0] += values
+    targets = [
+        (np.eye(4)[part] - np.eye(4)[part].mean(0)) / np.eye(4)[part].std(0) for part in (values[:2000], values[2000:])
+    ]
+    spread = noisy[:2000].var(0).sum()
+    ridge = Ridge(alpha=1e-3 * spread / 10 * 2000).fit(noisy[:2000], targets[0])
+    along = noisy[2000:] @ (ridge.coef_ / np.linalg.norm(ridge.coef_, axis=1, keepdims=True)).T / math.sqrt(spread)
+    expected = [np.cov(along[:, k], targets[1][:, k], bias=True)[0, 1] for k in range(4)]
+    got = factor_weight(noisy[:2000], values[:2000], noisy[2000:], values[2000:])
+    assert got == pytest.approx(np.sqrt(np.mean(np.maximum(expected, 0) ** 2)), rel=1e-6)
+    assert factor_weight(x[:2000], generator.integers(0, 2, 2000), x[2000:], y[0, :1000]) < 0.1 * found[0]
+    assert evenness([1, 1, 1]) == pytest.approx(1)
+    assert evenness([1, 3]) == pytest.approx(-(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75)))
+    assert evenness([1]) is None
+
+
+def test_the_matrix_names_the_layer_that_wins():
+    probes = {"linear": {"h": 0.7, "z": 0.8, "pixels": 0.9}, "fine_tuned": {"h": 0.9}}
+    results = {
+        "layers": ["h", "z", "h_untrained", "pixels"],
+        "probes": {probe: {layer: {"top1": top1} for layer, top1 in of.items()} for probe, of in probes.items()},
+        "head_information": {"tasks": {"zoom": {"layers": {"h": {"accuracy": 0.5}, "z": {"accuracy": 0.5}}}}},
+    }
+    assert accuracy_matrix(results) == {
+        "class, linear": {"accuracy": {"h": 0.7, "z": 0.8}, "best": "z"},
+        "zoom": {"accuracy": {"h": 0.5, "z": 0.5}, "best": "h"},
+    }
+    assert "Won: h 1, z 1." in matrix(results)
+    assert "<b>80.0%</b>" in matrix(results)
+
+
 HEADS = [{"kind": "mlp", "num_layers": 3}, {"kind": "shortcut"}, {"kind": "discrete"}, {"kind": "sae", "l1": 0.1}]
 
 
@@ -151,6 +200,10 @@ def _geometry(data, folder):
 def test_three_ranks_find_what_one_finds(labelled, tmp_path):  # noqa: F811
     alone = _geometry(labelled, tmp_path / "one")
     assert alone["images"] == 17
+    page = section({"geometry": alone})
+    assert f"I(h; z) = {alone['head']['information']:.2f} nats" in page
+    assert page.count("<svg") == 2
+    assert section({}) == ""
     assert set(alone["layers"]) == {"h", "g1", "z"}
     assert set(alone["head"]["gains"]) >= {"crop", "flip", "brightness", "hue", "grey", "solarise", "another image"}
     for other in ranks(3).run(_geometry, str(labelled), str(tmp_path / "three")):

@@ -32,7 +32,7 @@ from dist_ssl.evaluation.head_information import head_information
 from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
 from dist_ssl.evaluation.linear import LinearResult, Rows, linear_probe
-from dist_ssl.evaluation.results import FILE, FORMAT, Stored, place, step_folder, versions, write_json
+from dist_ssl.evaluation.results import FILE, FORMAT, Stored, accuracy_matrix, place, step_folder, versions, write_json
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ def evaluate(subject: Subject, device: torch.device) -> Stored:
         }
         results |= _probe(subject.trained, train, test, train_features, test_features, num_classes, folder)
         shown = pictures.pictures(test, test_features) if distributed.rank() == 0 else {}
+    results["matrix"] = accuracy_matrix(results)
     results["config"] = configuration.dumps(config)
     results["versions"] = versions(device)
     results["seconds"] = round(time.monotonic() - started, 1)

@@ -25,6 +25,7 @@ from torchvision.transforms import functional as TF
 
 from dist_ssl import distributed
 from dist_ssl.data.progress import Progress, track
+from dist_ssl.evaluation.factor_weights import evenness, factor_weight
 from dist_ssl.evaluation.features import RowWriter, Split, layer_dims
 from dist_ssl.evaluation.frozen import Readable
 from dist_ssl.evaluation.intervals import bootstrap_interval, share_interval
@@ -95,6 +96,8 @@ TRANSFORMATIONS = {
 def head_information(train: Split, test: Split, readable: Readable, folder: Path) -> dict[str, Any]:
     """The results' `head_information`: for each task its kind, entropy and chance, and per layer accuracy and bits.
 
+    Of a factor its weight in the layer too, and of each layer how even these weights are (`factor_weights`).
+
     Probes are trained on images of `train` and scored on images of `test`, evaluation.head_information_images in all,
     two to one. Collective: ranks share the images, then the probes. `folder` holds features while this runs.
     """
@@ -114,6 +117,8 @@ def head_information(train: Split, test: Split, readable: Readable, folder: Path
             y_train, y_test = _labels(name, kind, read_train, read_test)
             x_train, x_test = (part.features(way, layer) for part in (read_train, read_test))
             mine[name, layer] = score(x_train, y_train, x_test, y_test, num_seeds, train.device)
+            if kind == "factor":
+                mine[name, layer]["weight"] = factor_weight(x_train, y_train, x_test, y_test)
     scores = {key: value for part in distributed.gather_objects(mine) for key, value in part.items()}
     found: dict[str, Any] = {}
     for name, kind, _ in tasks:
@@ -129,7 +134,10 @@ def head_information(train: Split, test: Split, readable: Readable, folder: Path
     if distributed.rank() == 0:
         for part in (read_train, read_test):
             shutil.rmtree(part.folder)
-    return {"train_images": num_train, "test_images": num_test, "num_seeds": num_seeds, "tasks": found}
+    factors = [name for name, kind, _ in tasks if kind == "factor"]
+    even = {layer: evenness([scores[name, layer]["weight"] for name in factors]) for layer in read_train.dims}
+    counts = {"train_images": num_train, "test_images": num_test, "num_seeds": num_seeds}
+    return counts | {"tasks": found, "evenness": even}
 
 
 def score(

@@ -16,7 +16,10 @@ results.json (format 1):
                       was fitted by L-BFGS has "fits", one a seed: {"converged", "iterations", "gradient_norm"}
     comparisons       [{"probe", "a", "b", "difference", "interval"}]: paired on the same test images
     head_information  {"train_images", "test_images", "tasks": {task: {"chance", "entropy_bits", "layers":
-                       {layer: {"accuracy", "accuracy_interval", "bits", "bits_interval", ...}}}}}
+                       {layer: {"accuracy", "accuracy_interval", "bits", "bits_interval", ...}}}}}, a factor's
+                       "weight" in the layer too, and {"evenness": {layer: ...}} of these
+    geometry          docs/laboratory.md, "Quantities"
+    matrix            {task: {"accuracy": {layer: ...}, "best": layer}}: every layer on every task
     config, versions, seconds
 
 `interval` is the 95% interval over test images of the mean over seeds, `spread` the standard deviation over seeds;
@@ -215,6 +218,26 @@ def probes_on_h(results: list[Stored]) -> list[str]:
     return list(
         dict.fromkeys(probe for one in results for probe, layers in one.values["probes"].items() if "h" in layers)
     )
+
+
+def accuracy_matrix(values: dict[str, Any]) -> dict[str, Any]:
+    """{task: {"accuracy": {layer: ...}, "best": layer}}: each layer from h to z on each task at hand, and which wins.
+
+    After Bordes et al. 2022. The class by each probe that read more than one of these layers, then the tasks of head
+    information; of equal layers the first in depth.
+    """
+    layers = [layer for layer in values["layers"] if layer not in ("h_untrained", "pixels")]
+    found = {
+        f"class, {probe_name(probe)}": {layer: of[layer]["top1"] for layer in layers if layer in of}
+        for probe, of in values["probes"].items()
+    }
+    tasks = values.get("head_information", {}).get("tasks", {})
+    found |= {name: {layer: one["accuracy"] for layer, one in task["layers"].items()} for name, task in tasks.items()}
+    return {
+        task: {"accuracy": accuracy, "best": max(accuracy, key=lambda layer: accuracy[layer])}
+        for task, accuracy in found.items()
+        if len(accuracy) > 1
+    }
 
 
 def mark(value: dict[str, Any]) -> str:

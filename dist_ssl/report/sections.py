@@ -24,6 +24,7 @@ from dist_ssl.report.elements import (
     span,
     table,
 )
+from dist_ssl.report.geometry import geometry, matrix
 from dist_ssl.report.runs import Run
 from dist_ssl.report.svg import Dot, Series, legend, line_chart
 
@@ -43,7 +44,7 @@ def of_one(run: Run) -> list[str]:
         return [not_evaluated(run)]
     parts = [_headline(latest.values), _several(run), _probes("What the frozen encoder knows", latest.values)]
     alike = [one for one in run.on(latest.data) if one.name == latest.name]
-    parts += [head_information(latest.values), _over_steps(alike)]
+    parts += [head_information(latest.values), matrix(latest.values), geometry(latest.values), _over_steps(alike)]
     for one in run.results:
         if one not in alike:
             step = "" if one.step is None else f", step {one.step}"
