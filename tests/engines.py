@@ -167,6 +167,21 @@ def save_error(config: Config, steps: int) -> str:
     return "nothing was raised"
 
 
+def sent_for_a_commit(config: Config) -> list[tuple[str, int]]:
+    """The collectives of a commit on this rank, (name, bytes given), by the writer's thread's own function."""
+    model = build(config)
+    take_steps(model, build_model(config), range(1))
+    store = checkpoint.checkpoint_store(config)
+    incarnation = distributed.broadcast_object(take_incarnation(config.run.dir) if distributed.rank() == 0 else None)
+    checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation)
+    checkpointer.save(RunState(1, 4, config_module.dumps(config), "data"), dict(model.model.named_buffers()))
+    checkpointer.wait()
+    with Count() as count:
+        checkpointer._write(RunState(2, 8, config_module.dumps(config), "data"), checkpointer._held()[1])
+    checkpointer.wait()
+    return count.collectives
+
+
 def load_and_step(config: Config, start: int, more: int) -> tuple[Any, Any]:
     """Load the newest checkpoint; return what is held right after, and after some more steps."""
     model = build(config)

@@ -1,8 +1,37 @@
-"""The benchmark of many ranks, on few."""
+"""What must not grow on one rank with their number; and the benchmark of many ranks, on few."""
+
+import json
+import os
+from pathlib import Path
 
 import pytest
 
+from dist_ssl import distributed
+from dist_ssl.training.observability import ledgers_of, trim_run
 from tests.benchmarks import many_ranks
+from tests.pool import ranks
+
+
+def trimmed_by_this_rank(run_dir: Path) -> list[str]:
+    """Names of the files that were replaced."""
+    ledgers = distributed.broadcast_object(ledgers_of(run_dir))
+    mine, replace = [], os.replace
+    os.replace = lambda source, target: (mine.append(Path(target).name), replace(source, target))
+    try:
+        trim_run(run_dir, 3, ledgers)
+    finally:
+        os.replace = replace
+    return sorted(mine)
+
+
+def test_each_rank_trims_its_own_ledger_and_a_share_of_those_left_over(tmp_path):
+    names = ["metrics.jsonl", *(f"ledger-rank{number}.jsonl" for number in range(5))]
+    for name in names:
+        (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+    of_0, of_1 = ranks(2).run(trimmed_by_this_rank, tmp_path)
+    assert of_0 == ["ledger-rank0.jsonl", "ledger-rank2.jsonl", "ledger-rank4.jsonl", "metrics.jsonl"]
+    assert of_1 == ["ledger-rank1.jsonl", "ledger-rank3.jsonl"]
+    assert all(len((tmp_path / name).read_text().splitlines()) == 3 for name in names)
 
 
 @pytest.mark.slow

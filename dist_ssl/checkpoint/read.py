@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from isal import isal_zlib
 from torch import Tensor
 
 from dist_ssl.checkpoint.file import FileReader
+from dist_ssl.checkpoint.table import Table
 from dist_ssl.config import UserError
 from dist_ssl.distributed import broadcast_object, gather_objects, rank, together, world_size
 from dist_ssl.models import kept_buffers
@@ -27,7 +27,6 @@ from dist_ssl.storage import Store
 from dist_ssl.storage.layout import MANIFEST, committed_steps, step_name
 
 log = logging.getLogger(__name__)
-FORMAT = 1
 PROBE = "probe."  # the names of the online probe's tensors, which are no part of the model
 TEACHER = "teacher"  # the kind of its parameters, under the student's names; its buffers are replicated as teacher.*
 
@@ -55,6 +54,7 @@ class Checkpoint:
 
     store: Store
     manifest: dict[str, Any]
+    table: Table
     _readers: dict[str, FileReader] = field(default_factory=dict)
 
     @property
@@ -86,17 +86,16 @@ class Checkpoint:
 
     def kinds(self) -> set[str]:
         """Of what is held of the student's parameters: "master" and the optimizer's state."""
-        return {entry["kind"] for entry in self.manifest["fragments"]} - {"replicated", TEACHER}
+        return {kind for _, kind in self.table.shapes} - {"replicated", TEACHER}
 
     def read(self, name: str, kind: str, offset: int, length: int, into: Tensor) -> int:
         """Elements [offset, offset + length) of a parameter's flat `kind`, copied to `into`; returns how many were."""
         copied = 0
-        for entry in self._index.get((name, kind), ()):
-            start, stop = max(offset, entry["offset"]), min(offset + length, entry["offset"] + entry["length"])
+        for file, key, first, size in self.table.fragments(name, kind):
+            start, stop = max(offset, first), min(offset + length, first + size)
             if stop <= start:
                 continue
-            reader = self._reader(entry["file"])
-            into[start - offset : stop - offset].copy_(reader.read(entry["key"], start - entry["offset"], stop - start))
+            into[start - offset : stop - offset].copy_(self._reader(file).read(key, start - first, stop - start))
             copied += stop - start
         return copied
 
@@ -111,15 +110,13 @@ class Checkpoint:
 
     def tensors(self, kind: str, prefix: str = "") -> dict[str, Tensor]:
         """Whole tensors of a kind ("master", "teacher" or "replicated") whose name starts with `prefix`, on the CPU."""
-        wanted = [
-            (name, entries) for (name, of), entries in self._index.items() if of == kind and name.startswith(prefix)
-        ]
+        wanted = [name for name, of in self.table.shapes if of == kind and name.startswith(prefix)]
         found: dict[str, Tensor] = {}
-        for name, entries in sorted(wanted, key=lambda item: self._place(item[1][0])):
-            shape = entries[0]["shape"]
+        for name in sorted(wanted, key=lambda name: self._place(name, kind)):
+            shape = self.table.shapes[name, kind]
             if kind == "replicated":
-                reader = self._reader(entries[0]["file"])
-                found[name] = reader.read(entries[0]["key"], 0, entries[0]["length"]).view(shape).clone()
+                file, key, _, length = next(self.table.fragments(name, kind))
+                found[name] = self._reader(file).read(key, 0, length).view(shape).clone()
                 continue
             flat = torch.empty(int(torch.Size(shape).numel()))
             if self.read(name, kind, 0, flat.numel(), flat) != flat.numel():
@@ -127,15 +124,9 @@ class Checkpoint:
             found[name] = flat.view(shape)
         return found
 
-    def _place(self, entry: dict[str, Any]) -> tuple[str, int]:
-        return entry["file"], self._reader(entry["file"]).place(entry["key"])
-
-    @cached_property
-    def _index(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        index: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for entry in self.manifest["fragments"]:
-            index.setdefault((entry["name"], entry["kind"]), []).append(entry)
-        return index
+    def _place(self, name: str, kind: str) -> tuple[str, int]:
+        first = next(self.table.fragments(name, kind))
+        return first.file, self._reader(first.file).place(first.key)
 
 
 def open_checkpoint(store: Store, step: int) -> Checkpoint:
@@ -147,14 +138,13 @@ def open_checkpoint(store: Store, step: int) -> Checkpoint:
         if isal_zlib.crc32(signed["manifest"].encode()) != signed["crc32"]:
             raise ValueError("its checksum does not match")
         manifest = json.loads(signed["manifest"])
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, got {manifest['format']}")
+        table = Table(manifest)
         files = {name for name, described in manifest["files"].items() if described["bytes"] + described["crc32"] >= 0}
-        if missing := {manifest["state"], *(entry["file"] for entry in manifest["fragments"])} - files:
+        if missing := {manifest["state"], *table.files()} - files:
             raise ValueError(f"it tells neither size nor checksum of {sorted(missing)[0]}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{store.url(MANIFEST)}: {error}") from None
-    return Checkpoint(store, manifest)
+    return Checkpoint(store, manifest, table)
 
 
 def newest_valid(store: Store) -> Checkpoint | None:

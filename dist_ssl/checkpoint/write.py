@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dist_ssl.checkpoint.export import write_export
 from dist_ssl.checkpoint.file import HostBuffer
-from dist_ssl.checkpoint.read import FORMAT, PROBE, TEACHER, RunState, open_checkpoint
+from dist_ssl.checkpoint.read import PROBE, TEACHER, RunState, open_checkpoint
+from dist_ssl.checkpoint.table import FORMAT, Piece, entries, key_of
 from dist_ssl.config import CheckpointConfig, UserError
 from dist_ssl.distributed import rank, world_size
 from dist_ssl.storage import Store
@@ -77,10 +78,12 @@ class Checkpointer:
         self.wait()
         tensors, table = self._held()
         for name, tensor in (teacher or {}).items():
-            _take_share(tensors, table, (name, TEACHER, tensor.shape), 0, tensor.detach().reshape(-1), replicated=True)
+            _take_share(
+                tensors, table, (name, TEACHER, tuple(tensor.shape)), 0, tensor.detach().reshape(-1), replicated=True
+            )
         if rank() == 0:
             tensors |= {f"{name}/replicated": tensor for name, tensor in replicated.items()}
-            table += [_entry(name, "replicated", t.shape, 0, t.numel()) for name, t in replicated.items()]
+            table += [(name, "replicated", tuple(t.shape), 0, t.numel()) for name, t in replicated.items()]
         scalars = _scalars(self._optimizer)
         self._buffer.fill(tensors)
         state = RunState(**(asdict(state) | {"optimizer_scalars": scalars}))
@@ -102,9 +105,9 @@ class Checkpointer:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _held(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def _held(self) -> tuple[dict[str, Tensor], list[Piece]]:
         tensors: dict[str, Tensor] = {}
-        table: list[dict[str, Any]] = []
+        table: list[Piece] = []
         for f in self._fragments:
             kinds = {"master": f.of(f.flat)}
             for key, value in self._optimizer.state.get(f.flat, {}).items():
@@ -114,7 +117,7 @@ class Checkpointer:
                 _take_share(tensors, table, (f.name, kind, f.shape), f.offset, values, f.replicated)
         return tensors, table
 
-    def _write(self, state: RunState, table: list[dict[str, Any]]) -> None:
+    def _write(self, state: RunState, table: list[Piece]) -> None:
         """In the thread: this rank's file, then, when all ranks' files are durable, the commit by rank 0."""
         answer: dict[str, Any] = {"table": table}
         directory = self._store.at(step_name(state.step))
@@ -125,7 +128,7 @@ class Checkpointer:
         except BaseException as error:
             answer |= {"error": f"rank {rank()}: {error}", "kind": type(error)}
         try:
-            answers = self._gather(answer)
+            answers = self._gathered(answer)
             errors = [a["error"] for a in answers if "error" in a]
             outcome: BaseException | None = None
             if errors:
@@ -139,8 +142,7 @@ class Checkpointer:
                     self._commit(directory, state, answers)
                 except BaseException as error:
                     outcome = error
-            # Rank 0's outcome is everybody's.
-            self._failure = self._gather(outcome)[0]
+            self._failure = self._of_rank_0(outcome)
             if self._failure is None:
                 self.last_step = state.step
         except BaseException as error:
@@ -152,12 +154,20 @@ class Checkpointer:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise NotFiniteCheckpoint(f"NaN or infinite: {', '.join(names[:3])}{more}")
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _gathered(self, value: Any) -> list[Any]:
+        """Of all ranks on rank 0, of none on the others: nobody else commits, and tables are long. Collective."""
         if self._group is None:
             return [value]
-        gathered: list[Any] = [None] * world_size()
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+        gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
+        dist.gather_object(value, gathered, group=self._group)
+        return gathered or []
+
+    def _of_rank_0(self, value: Any) -> Any:
+        """Collective."""
+        box = [value]
+        if self._group is not None:
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
 
     def _commit(self, directory: Store, state: RunState, answers: list[dict[str, Any]]) -> None:
         newest = newest_incarnation(self._run_dir)
@@ -175,9 +185,8 @@ class Checkpointer:
             "world_size": world_size(),
             "state": name,
             "files": files,
-            "fragments": [
-                entry | {"file": next(iter(answer["files"]))} for answer in answers for entry in answer["table"]
-            ],
+            "files_of_ranks": [next(iter(answer["files"])) for answer in answers],
+            "tensors": entries([answer["table"] for answer in answers]),
         }
         body = json.dumps(manifest)
         directory.write(MANIFEST, json.dumps({"crc32": isal_zlib.crc32(body.encode()), "manifest": body}).encode())
@@ -208,8 +217,8 @@ def _put(store: Store, name: str, data: bytes | memoryview) -> dict[str, int]:
 
 def _take_share(
     tensors: dict[str, Tensor],
-    table: list[dict[str, Any]],
-    what: tuple[str, str, Any],
+    table: list[Piece],
+    what: tuple[str, str, tuple[int, ...]],
     offset: int,
     values: Tensor,
     replicated: bool,
@@ -221,14 +230,8 @@ def _take_share(
     size, index = (world_size(), rank()) if replicated else (1, 0)
     start, stop = (len(values) * edge // size for edge in (index, index + 1))
     if stop > start:
-        entry = _entry(*what, offset + start, stop - start)
-        tensors[entry["key"]] = values[start:stop]
-        table.append(entry)
-
-
-def _entry(name: str, kind: str, shape: Any, offset: int, length: int) -> dict[str, Any]:
-    key = f"{name}/{kind}" if kind == "replicated" else f"{name}/{kind}@{offset}"
-    return {"name": name, "kind": kind, "shape": list(shape), "offset": offset, "length": length, "key": key}
+        tensors[key_of(*what[:2], offset + start)] = values[start:stop]
+        table.append((*what, offset + start, stop - start))
 
 
 def _scalars(optimizer: torch.optim.Optimizer) -> dict[str, float]:

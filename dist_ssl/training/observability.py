@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from dist_ssl.config import Config, UserError, dumps
 from dist_ssl.data.progress import Progress
-from dist_ssl.distributed import rank
+from dist_ssl.distributed import rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,16 @@ def trim_jsonl(path: Path, last_step: int) -> None:
     os.replace(temporary, path)
 
 
-def trim_run(run_dir: Path, last_step: int) -> None:
-    """All metrics and ledgers of a run, those of ranks that are no more included. Call on rank 0 only."""
-    for path in [run_dir / "metrics.jsonl", *run_dir.glob("ledger-rank*.jsonl")]:
-        trim_jsonl(path, last_step)
+def ledgers_of(run_dir: Path) -> list[str]:
+    """Names of the ledgers there, those of ranks that are no more included."""
+    return sorted(path.name for path in run_dir.glob("ledger-rank*.jsonl"))
+
+
+def trim_run(run_dir: Path, last_step: int, ledgers: list[str]) -> None:
+    """This rank's share of a run's ledgers, its own among them; on rank 0 its metrics too. Call on every rank."""
+    names = [name for name in ledgers if int(name[len("ledger-rank") : -len(".jsonl")]) % world_size() == rank()]
+    for name in names + ["metrics.jsonl"] * (rank() == 0):
+        trim_jsonl(run_dir / name, last_step)
 
 
 class Journal:

@@ -18,7 +18,7 @@ from dist_ssl.distributed import broadcast_object, raise_together, rank, togethe
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import checkpoint_store, committed_steps, take_incarnation
-from dist_ssl.training.observability import trim_run
+from dist_ssl.training.observability import ledgers_of, trim_run
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,10 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
         Store(str(run_dir), config.storage).write("config.toml", config_module.dumps(config).encode())
         if state is not None:
             log.info("%s: going on from step %d as incarnation %d", run_dir, state.step, incarnation)
-            trim_run(run_dir, state.step)
-    broadcast_object(None)  # the others open their ledgers after the trim
+    if state is not None:
+        ledgers = broadcast_object(ledgers_of(run_dir) if rank() == 0 else None)
+        with together():
+            trim_run(run_dir, state.step, ledgers)
     return incarnation, found
 
 
