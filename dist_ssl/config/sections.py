@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
+from dist_ssl.config.encoders import TIMM
 from dist_ssl.config.heads import HeadConfig, PredictorConfig
 from dist_ssl.config.methods import OF_TWO_VIEWS, WITH_PREDICTOR, WITH_TEACHER, NTXentConfig, ObjectiveConfig
 from dist_ssl.config.section import Section
@@ -18,7 +19,9 @@ Triple = Annotated[tuple[float, float, float], Strict(False)]
 
 
 class RunConfig(Section):
-    dir: str = Field("runs/default", description="the run's directory: config, metrics, checkpoints, evaluations")
+    dir: str = Field(
+        "runs/default", min_length=1, description="the run's directory: config, metrics, checkpoints, evaluations"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of samples and every augmentation")
 
 
@@ -132,9 +135,6 @@ class AugmentConfig(ViewPolicy):
             said = ", ".join(f"{count} of {side}" for side, count in self.sizes())
             raise ValueError(f"views: expected views of one size side by side, got {said} pixels; reorder the sets")
         return self
-
-
-TIMM = "timm/"  # begins the name of an encoder that timm builds
 
 
 class ModelConfig(Section):
