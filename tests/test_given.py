@@ -41,22 +41,26 @@ def test_folders_of_that_name_are_the_parts(tmp_path: Path, test: str) -> None:
         open_source(f"folder:{tmp_path}")
 
 
-def test_of_class_folders_a_tenth_is_held_out_once(tmp_path: Path) -> None:
+def test_of_class_folders_a_tenth_is_held_out_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = photo_folder(tmp_path / "photos")
     assert counts(str(root)) == counts(f"folder:{root}") == [54, 6]
     config = configuration.with_overrides(Config(), training_overrides(str(root), LOCAL))
     assert config.data.shards == config.evaluation.train_shards == f"folder:{root}/train"
     assert config.evaluation.test_shards == f"folder:{root}/test"
     written = (root / ".dist_ssl" / "train" / "000000.idx").stat().st_mtime_ns
-    photo_folder(root / "later", 1)  # a run that goes on has the images that it had
+    assert not caplog.records
+    photo_folder(root / "later", 1)  # a run that goes on has the images that it had, and is told
     assert counts(str(root)) == [54, 6]
+    (told,) = {record.getMessage() for record in caplog.records}
+    assert told.endswith(f"for a new run on what is there now: dist-ssl shards index folder:{root} --test-fraction 0.1")
     assert (root / ".dist_ssl" / "train" / "000000.idx").stat().st_mtime_ns == written
 
 
 def test_images_without_labels_are_all_trained_on(tmp_path: Path) -> None:
     root = photo_folder(tmp_path, 1) / "class0"
     assert training_overrides(str(root), LOCAL) == [
-        f"{key}={json.dumps(f'folder:{root}')}" for key in ("data.shards", "evaluation.train_shards")
+        *(f"{key}={json.dumps(f'folder:{root}')}" for key in ("data.shards", "evaluation.train_shards")),
+        'evaluation.test_shards=""',  # the config's own is of other images
     ]
     assert counts(str(root)) == [20]
 

@@ -117,9 +117,19 @@ def test_the_page_of_keys_is_current() -> None:
         assert f"| `{key.name}`" in page.split(f"## [{key.section}]\n")[1].split("\n## ")[0]
 
 
-@pytest.mark.slow
-def test_what_a_config_may_name_is_listed() -> None:
-    listed = said("list")
+def without(tmp_path: Path, *modules: str) -> dict[str, str]:
+    """The environment of a Python in which these can't be imported."""
+    lines = [f"sys.modules[{name!r}] = None" for name in modules]
+    (tmp_path / "sitecustomize.py").write_text("\n".join(["import sys", *lines]))
+    return {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+
+def test_what_only_looks_imports_neither_torch_nor_a_store(tmp_path: Path) -> None:
+    environment = without(tmp_path, "torch", "torchvision", "timm", "deepspeed", "fsspec", "aiohttp", "botocore")
+    for arguments in (["--help"], ["config", "configs/quickstart.toml"], ["list"]):
+        done = dist_ssl(*arguments, **environment)
+        assert done.returncode == 0, done.stderr
+    listed = done.stdout
     for name in ("resnet50", "vit_s_16", "barlow_twins", "head_information", "mlp", "folder:DIR", "idx:IMAGES"):
         assert f"\n  {name}" in listed
 
@@ -130,15 +140,19 @@ MISTAKES = {
     "status none": "none: not a run",
     "runs none": "none: no such folder",
     "pretrain configs/quickstart.toml --set data.shards=": "data.shards: expected where",
+    "pretrain configs/quickstart.toml --set run.dir=": "--set: run.dir: ",
+    "pretrain configs/quickstart.toml --set model.encoder=resnet51": "model.encoder: expected one of resnet_tiny,",
+    "pretrain configs/quickstart.toml --set model.encoder=timm/convnext_ato": (
+        "model.encoder: expected timm/ and the name of a model of the timm that is installed, got 'timm/convnext_ato'; "
+        "did you mean 'timm/convnext_atto'?"
+    ),
     "pretrain configs/debug_cpu.toml --set objective.chunks=65": "train.global_batch_size: 64 is less than",
 }
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_a_mistake_that_needs_no_model_imports_no_torch(arguments: str, tmp_path: Path) -> None:
-    site = tmp_path / "sitecustomize.py"
-    site.write_text("import sys\nsys.modules['torch'] = None\n")
-    done = dist_ssl(*arguments.split(), PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = dist_ssl(*arguments.split(), **without(tmp_path, "torch"))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {MISTAKES[arguments]}")

@@ -5,6 +5,7 @@ reads a file and lays `--set section.key=value` over it, `dumps` gives the resol
 `resume_diff` says what a resumed run may not change. `environment` is apart: a launcher needs it and little else.
 """
 
+from dist_ssl.config.encoders import ENCODERS, TIMM, check_encoder
 from dist_ssl.config.heads import (
     AS_WIDE_AS_H,
     HEADS,
@@ -32,7 +33,6 @@ from dist_ssl.config.methods import (
 from dist_ssl.config.section import Section, UserError, require
 from dist_ssl.config.sections import (
     MAY_DIFFER_ON_RESUME,
-    TIMM,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -54,6 +54,7 @@ from dist_ssl.config.writing import choices, dumps, dumps_with_origins, explain,
 
 __all__ = [
     "AS_WIDE_AS_H",
+    "ENCODERS",
     "HEADS",
     "MAY_DIFFER_ON_RESUME",
     "METHODS",
@@ -92,6 +93,7 @@ __all__ = [
     "VICRegConfig",
     "ViewPolicy",
     "ViewsConfig",
+    "check_encoder",
     "choices",
     "dumps",
     "dumps_with_origins",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
+from dist_ssl.config.encoders import TIMM
 from dist_ssl.config.heads import HeadConfig, PredictorConfig
 from dist_ssl.config.methods import OF_TWO_VIEWS, WITH_PREDICTOR, WITH_TEACHER, NTXentConfig, ObjectiveConfig
 from dist_ssl.config.section import Section
@@ -25,7 +26,9 @@ Triple = Annotated[tuple[float, float, float], Strict(False)]
 
 
 class RunConfig(Section):
-    dir: str = Field("runs/default", description="the run's directory: config, metrics, checkpoints, evaluations")
+    dir: str = Field(
+        "runs/default", min_length=1, description="the run's directory: config, metrics, checkpoints, evaluations"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of samples and every augmentation")
 
 
@@ -141,9 +144,6 @@ class AugmentConfig(ViewPolicy):
         return self
 
 
-TIMM = "timm/"  # begins the name of an encoder that timm builds
-
-
 class ModelConfig(Section):
     encoder: str = Field("resnet50", description="its name; a wrong one lists what there is; timm/NAME: one of timm's")
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth, of timm's encoders only")
@@ -251,7 +251,7 @@ class EvaluationConfig(Section):
     num_seeds: int = Field(3, ge=1, description="of each probe; results are their mean and spread")
     knn_k: int = Field(20, ge=1, description="neighbours that vote")
     knn_temperature: float = Field(0.07, gt=0, description="of their votes' weights")
-    probes: list[Probe] = Field(["linear", "knn", "head_information", "geometry"], description="what is measured")
+    probes: list[Probe] = Field(["linear", "knn", "head_information"], description="what is measured")
     raw_pixels_up_to: int = Field(
         12288, ge=0, description="numbers an image (3 x side x side) up to which pixels are probed beside h; 0: never"
     )

@@ -11,10 +11,11 @@ from typing import cast
 from dist_ssl import distributed, storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.in_place_index import index_in_place
-from dist_ssl.data.manifest import MANIFEST, manifest_folder
-from dist_ssl.data.sources import PARTS
+from dist_ssl.data.manifest import MANIFEST, load_manifest, manifest_folder
+from dist_ssl.data.sources import PARTS, open_source
 
 TEST_FRACTION = 0.1  # of images that are in no `train` and `test` folder
+MAX_LOOKED_AT = 200_000  # files: a network's file system takes a minute or more to tell of those
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,9 @@ log = logging.getLogger(__name__)
 def training_overrides(data: str, config: StorageConfig) -> list[str]:
     """What `pretrain --data` sets: the training part, and both for the probes. Collective."""
     train, test = train_and_test(data, config)
-    values = {"data.shards": train, "evaluation.train_shards": train, "evaluation.test_shards": test}
-    return [f"{key}={json.dumps(place)}" for key, place in values.items() if place is not None]
+    # Without a test part an empty one: a config's own is of other images.
+    values = {"data.shards": train, "evaluation.train_shards": train, "evaluation.test_shards": test or ""}
+    return [f"{key}={json.dumps(place)}" for key, place in values.items()]
 
 
 def train_and_test(data: str, config: StorageConfig) -> tuple[str, str | None]:
@@ -62,7 +64,9 @@ def _found(data: str, config: StorageConfig) -> tuple[str, str | None]:
         log.info("%s: no class folders, so all images are trained on and none is held out", data)
         return f"folder:{folder}", None
     train, test = f"folder:{folder}/train", f"folder:{folder}/test"
-    if not (_is_indexed(train) and _is_indexed(test)):
+    if _is_indexed(train) and _is_indexed(test):
+        _tell_of_changes(f"folder:{folder}", train, config)
+    else:
         index_in_place(f"folder:{folder}", config, test_fraction=TEST_FRACTION, progress=True)
     return train, test
 
@@ -77,5 +81,20 @@ def _is_indexed(location: str) -> bool:
 
 
 def _index(location: str, config: StorageConfig) -> None:
-    if not _is_indexed(location):
+    if _is_indexed(location):
+        _tell_of_changes(location, location, config)
+    else:
         index_in_place(location, config, progress=True)
+
+
+def _tell_of_changes(folder: str, indexed: str, config: StorageConfig) -> None:
+    """A warning where a folder's files are not those of its index, which a run that goes on keeps."""
+    manifest = load_manifest(indexed, config)
+    if manifest.num_samples > MAX_LOOKED_AT or open_source(folder).fingerprint == manifest.details.get("files"):
+        return
+    fraction = manifest.details.get("test_fraction")
+    log.warning(
+        "%s: its files are not those that were indexed, and only those are used; for a new run on what is there now: "
+        "dist-ssl shards index %s%s",
+        folder, folder, f" --test-fraction {fraction:g}" if fraction else "",
+    )  # fmt: skip

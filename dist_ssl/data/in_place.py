@@ -8,6 +8,7 @@ on with other images would not be the run that was begun.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data import idx
 from dist_ssl.data.decode import BadSample, decode
-from dist_ssl.data.manifest import MemberIndex, Shard
+from dist_ssl.data.manifest import MemberIndex, Shard, load_manifest
 
 
 def read_image(shard: Shard, index: MemberIndex, member: int, config: StorageConfig) -> bytes:
@@ -72,8 +73,13 @@ def _bytes_of(shard: Shard, index: MemberIndex, member: int, config: StorageConf
 
 
 def _changed(shard: Shard, key: str, what: str) -> UserError:
+    index = f"dist-ssl shards index {shard.kind}:{shard.url}"
+    with contextlib.suppress(OSError, UserError):  # as it was made
+        made = load_manifest(os.path.dirname(shard.index_url), StorageConfig()).details
+        index += f" --test-fraction {made['test_fraction']:g}" if made.get("test_fraction") else ""
+        index += f" --seed {made['seed']}" if made.get("seed") else ""
     where = f"{shard.url}/{key}" if shard.kind == "folder" else f"{shard.url}, image {key}"
     return UserError(
         f"{where}: {what}; put it back and start again, which goes on, or, for a new run, index the images as they are "
-        f"now: dist-ssl shards index {shard.kind}:{shard.url} --rebuild"
+        f"now: {index} --rebuild"
     )

@@ -7,6 +7,7 @@ bytes: decoding and encoding again would lose quality.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import logging
 import os
@@ -319,7 +320,8 @@ def _open_torchvision(name: str, root: str) -> Any:
         raise UserError(f"torchvision:{name}:{root}: torchvision has no data set of that name")
     options: dict[str, Any] = {"root": root}
     if split:
-        options |= {"train": split == "train"} if name in ("CIFAR10", "CIFAR100", "MNIST") else {"split": split}
+        takes_train = "train" in inspect.signature(getattr(datasets, name)).parameters
+        options |= {"train": split == "train"} if takes_train else {"split": split}
     try:
         return getattr(datasets, name)(**options)
     except (RuntimeError, OSError, TypeError, ValueError) as error:

@@ -4,9 +4,10 @@
 alone; ProjectionHead.layers reads g.
 """
 
+from dist_ssl.config import ENCODERS
 from dist_ssl.models.batch_norm import GlobalBatchNorm, frozen_running_statistics, slices_of
 from dist_ssl.models.drop_path import Rows
-from dist_ssl.models.encoders import ENCODERS, build_encoder
+from dist_ssl.models.encoders import build_encoder
 from dist_ssl.models.head import ProjectionHead
 from dist_ssl.models.model import ContrastiveModel, build_model, build_teacher, kept_buffers
 

@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dist_ssl.config import TIMM, UserError
+from dist_ssl.config import ENCODERS, TIMM, check_encoder
 from dist_ssl.models.batch_norm import GlobalBatchNorm
 from dist_ssl.models.from_timm import build_timm, check_side, is_timms
 from dist_ssl.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -21,7 +21,6 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
 }
-ENCODERS = ("resnet_tiny", *_RESNETS, *(f"{name}_small" for name in _RESNETS), "vit_s_16", "vit_b_16")
 
 
 class ResNetTiny(nn.Module):
@@ -57,6 +56,7 @@ def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0)
     `timm/NAME` is timm's model of that name. `image_size` matters where there are position embeddings, which are
     resampled for other sizes; `drop_path_rate` is of timm's models only. Raises UserError for another name.
     """
+    check_encoder(name)
     if name.startswith(TIMM):
         return build_timm(name.removeprefix(TIMM), image_size, drop_path_rate)
     match name.removesuffix("_small"):
@@ -69,7 +69,7 @@ def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0)
         case "vit_b_16" if name == "vit_b_16":
             return _vit(image_size, num_heads=12, hidden_dim=768)
         case _:
-            raise UserError(f"model.encoder: expected one of {', '.join(ENCODERS)}, or {TIMM}NAME; got {name!r}")
+            raise AssertionError(f"one of {ENCODERS} is not built: {name}")
 
 
 def check_image_size(encoder: nn.Module, side: int, key: str) -> None:

@@ -8,7 +8,6 @@ Legend: B rows (views), S side of a view, D width of h.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from dist_ssl.config import TIMM, UserError, require
+from dist_ssl.config import TIMM, UserError, check_encoder
 from dist_ssl.models.batch_norm import GlobalBatchNorm
 from dist_ssl.models.drop_path import DropPath
 
@@ -26,16 +25,7 @@ def build_timm(name: str, image_size: int, drop_path_rate: float = 0.0) -> nn.Mo
 
     Raises UserError where timm is not installed, has no such model, or where it can't be what an encoder is here.
     """
-    require("timm", f"model.encoder = {TIMM}{name}")
-    import timm
-
-    known = timm.list_models()
-    if name not in known:  # which leaves out names with a tag of weights, and those that would reach for the network
-        near = difflib.get_close_matches(name.partition(".")[0], known, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"model.encoder: expected {TIMM} and the name of a model of timm {timm.__version__}, got {TIMM + name!r}; "
-            f"did you mean {TIMM + near!r}? (weights come by model.init)"
-        )
+    check_encoder(TIMM + name)
     # Options that models without position embeddings or windows don't have; the last two are for other sizes.
     options: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
     if drop_path_rate:

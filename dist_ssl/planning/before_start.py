@@ -7,13 +7,12 @@ they start any rank. A mistake then costs one line and exit code 2, and leaves n
 from __future__ import annotations
 
 from dist_ssl import storage
-from dist_ssl.config import TIMM, Config, UserError, require
+from dist_ssl.config import Config, UserError, check_encoder, require
+from dist_ssl.data.manifest import Manifest, MemberIndex, load_manifest, manifest_folder
 
 
 def check_config(config: Config, num_ranks: int) -> None:
     """Raises UserError for what the config alone tells. Needs no torch."""
-    from dist_ssl.data.manifest import manifest_folder
-
     if not config.data.shards:
         raise UserError("data.shards: expected where the training shards are, got nothing; --set data.shards=URL")
     if manifest_folder(config.data.shards) is None:
@@ -36,9 +35,8 @@ def check_config(config: Config, num_ranks: int) -> None:
 
 
 def check_extras(config: Config) -> None:
-    """Raises UserError for a package that the config needs and this environment lacks."""
-    if config.model.encoder.startswith(TIMM):
-        require("timm", f"model.encoder = {config.model.encoder}")
+    """Raises UserError for an encoder or a package that the config needs and this environment lacks. Needs no torch."""
+    check_encoder(config.model.encoder)
     if config.log.wandb_project:
         require("wandb", f"log.wandb_project = {config.log.wandb_project}", ", or leave the key out")
     if config.log.mlflow_experiment:
@@ -51,7 +49,6 @@ def check_before_start(config: Config) -> None:
     Raises UserError for what would be wrong at every start; StorageError where the store can't be reached now.
     """
     from dist_ssl import distributed, engine
-    from dist_ssl.data.manifest import load_manifest
     from dist_ssl.data.stream import check_working_set, plan_of, rank_streams
 
     world = distributed.initialize(2 * config.engine.hang_minutes)  # as the training would
@@ -62,6 +59,19 @@ def check_before_start(config: Config) -> None:
         check_extras(config)
         engine.deepspeed_config(config, 1)  # refuses raw keys
         manifest = load_manifest(config.data.shards, config.storage)
+        _check_labels(config, manifest)
         plan_of(config, manifest)
         largest = max(range(world.size), key=lambda rank: len(rank_streams(config, rank, world.size)))
         check_working_set(config, manifest, largest, world.size)
+
+
+def _check_labels(config: Config, manifest: Manifest) -> None:
+    """By the first shard's: samples are mixed before they are written."""
+    if config.objective.name != "supervised":
+        return
+    url = manifest.shards[0].index_url
+    if (MemberIndex.from_bytes(storage.read_bytes(url, config.storage), url).labels < 0).all():
+        raise UserError(
+            f"objective.name = supervised: expected labelled images, got none in {config.data.shards} with a label; "
+            "take another objective, or a folder of class folders"
+        )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dist_ssl import config as configuration
-from dist_ssl.config import TIMM
+from dist_ssl.config import ENCODERS, TIMM
 from dist_ssl.data.sources import SOURCES
-from dist_ssl.models.encoders import ENCODERS
 
 
 def names() -> Iterator[str]:

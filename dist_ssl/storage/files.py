@@ -14,8 +14,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec.asyn
-
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.storage.systems import filesystem
 from dist_ssl.storage.urls import check_url, check_writable, is_local, redact
@@ -180,6 +178,8 @@ def _upload(system: Any, method: str, num_bytes: int, config: StorageConfig, *ar
     if not system.async_impl:
         getattr(system, method)(*arguments)
         return
+    import fsspec.asyn
+
     seconds = 2 * config.timeout_seconds + num_bytes / SLOWEST_BYTES_PER_SECOND
     try:
         fsspec.asyn.sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=seconds)

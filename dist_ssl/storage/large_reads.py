@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import fsspec.asyn
 from isal import isal_zlib
 
 from dist_ssl import storage
@@ -75,6 +74,7 @@ def read_file(
     breaks off is resumed by a request for its rest, where it is `STREAMED`. `take` may run on fsspec's event loop,
     where it must not wait or call `storage`. Raises StorageError as `storage.read_bytes` does.
     """
+    import fsspec.asyn  # not above, as in `systems`
 
     def over() -> bool:
         return ended.is_set() or stop()

@@ -11,8 +11,6 @@ import threading
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
-
 from dist_ssl.config import StorageConfig, UserError, require
 from dist_ssl.storage.urls import SECRETS, check_url, local_path, redact
 
@@ -26,6 +24,8 @@ _opening = threading.Lock()
 
 def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path in it. Raises UserError for a scheme that isn't allowed."""
+    import fsspec  # not above: commands that only look for a file on the disk need it as little
+
     scheme = check_url(url)
     if (local := local_path(url)) is not None:
         return fsspec.filesystem("file"), local
@@ -39,6 +39,8 @@ def filesystem(url: str, config: StorageConfig) -> tuple[Any, str]:
 
 
 def _opened(scheme: str, config: StorageConfig) -> Any:
+    import fsspec
+
     if scheme in PACKAGES:
         require(PACKAGES[scheme], f"{scheme}://")
     for library in ("azure", "gcsfs"):  # which tell each request, and what they are
@@ -73,6 +75,8 @@ def _s3(config: StorageConfig) -> Any:
                 "storage.endpoint_url: expected http(s)://host:port, without user, password or query, "
                 f"got {redact(config.endpoint_url)!r}"
             )
+    import fsspec
+
     system = fsspec.filesystem(
         "s3",
         skip_instance_cache=True,

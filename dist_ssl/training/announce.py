@@ -64,7 +64,7 @@ class Announcement:
 
 def next_command(config: Config) -> str:
     """What one does with a complete run."""
-    without = " --data DIR, with labelled images" if config.evaluation.test_shards is None else ""
+    without = " --data DIR, with labelled images" if not config.evaluation.test_shards else ""
     return f"dist-ssl evaluate {config.run.dir}{without}"
 
 
