@@ -146,7 +146,9 @@ def _distance(kind: int, u: Array, v: Array) -> Array:
             return np.maximum(np.maximum(-v, 0.866 * u + 0.5 * v), 0.5 * v - 0.866 * u) - np.float32(0.55)
         case "star":
             sector = np.float32(np.pi / 5)
-            angle = np.abs(np.mod(np.arctan2(v, u), 2 * sector) - sector)
+            # In a wider type: numpy's float32 arctan2 gives other bits on processors with AVX-512.
+            around = np.arctan2(v.astype(np.longdouble), u.astype(np.longdouble)).astype(np.float32)
+            angle = np.abs(np.mod(around, 2 * sector) - sector)
             radius = np.hypot(u, v)
             # The edge from the tip (radius 1.1) to the notch (radius 0.45) in the folded plane.
             tip, notch = np.array([1.1, 0.0]), 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
