@@ -121,7 +121,7 @@ WEIGHT = "head.stack.1.0.weight"  # of z's layer
 
 def is_that_of_l1(plain, shrinking):
     """Whether two gradients differ by that of 0.01 sum |weight|, at the run's first weights."""
-    weight = dict(build_model(sparse("", "", 0.01)).named_parameters())[WEIGHT]
+    weight = dict(build_model(sparse("run", "", 0.01)).named_parameters())[WEIGHT]
     (expected,) = torch.autograd.grad(0.01 * weight.abs().sum(), weight)
     return torch.allclose(shrinking[WEIGHT] - plain[WEIGHT], expected.view(-1), atol=1e-6)
 

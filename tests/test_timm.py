@@ -217,6 +217,6 @@ def test_a_run_is_resumed_to_the_bit_evaluated_and_exported(tmp_path, small_shar
     x = torch.randn(2, 3, side, side)
     torch.testing.assert_close(theirs(x), resumed.encoder(x), rtol=1e-4, atol=1e-5)
     card = (tmp_path / "folder" / "README.md").read_text()
-    assert "| layer | knn |" in card
+    assert "| layer | kNN |" in card
     assert "--format timm" in card
     assert not (tmp_path / "folder" / "model.json").exists()

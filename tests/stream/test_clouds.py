@@ -27,7 +27,7 @@ def test_the_stream_is_that_of_the_files(
         for shard in manifest.shards:
             storage.write_file(shard.url, f"{scheme}://bucket/shapes/{shard.url.split('/')[-1]}", config.storage)
         pattern = f"{scheme}://bucket/shapes/*.tar"
-        there = index_shards(pattern, config.storage, output=str(tmp_path / "index"), num_workers=0)
+        there = index_shards(pattern, config.storage, output=str(tmp_path / "index"), num_workers=0, checksums=True)
         assert there.hash == manifest.hash
         assert consume(config, there, steps=4, world_size=2) == part(quiet, 0, 4 * BATCH)
         assert proxy.faults > 0
