@@ -126,6 +126,11 @@ def test_counts_at_a_thousand_ranks():
     assert few["collectives of a step"] == many["collectives of a step"]
     assert few["batch norm: collectives"] == 2 * len(sizes.batch_norm_channels)
     assert many["files of a checkpoint"] == 1026
+    sliced = configuration.load(IMAGENET, ["train.global_batch_size=4096", "model.batch_norm_images=256"])
+    for ranks_, each in ((8, 0), (16, 0), (1024, 2)):
+        found = counts.collectives(sliced, dataclasses.replace(sizes, ranks=ranks_))
+        (norms,) = (part.value for part in found if part.name == "batch norm")
+        assert norms == each * len(sizes.batch_norm_channels) + 1
 
 
 def test_the_stage_that_is_recommended_fits_and_waits_least():

@@ -2,8 +2,9 @@
 
 `tests/golden/*.json` hold the losses of configs on two CPU ranks, with the versions and the commit that made them. The
 first steps are compared to rounding; training amplifies it, so of the rest the test says how far it is.
-`quickstart.json` was made anew when a pixel of 17 of its images changed (a checksum changes the order of samples); on the
-old images that code gave the old losses. `run-0.1.0.tar.xz` is the run directory of `debug_lars.json`, as it stood after step 10.
+`quickstart.json` was made anew when a pixel of 17 of its images changed, and with the shards' checksum the order of
+samples; on the old images that code gave the old losses. `run-0.1.0.tar.xz` is the run directory of `debug_lars.json`,
+as it stood after step 10.
 """
 
 import json

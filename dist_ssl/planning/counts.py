@@ -21,10 +21,12 @@ def collectives(config: Config, sizes: Sizes) -> list[Estimate]:
     """Of a step that is not logged."""
     chunks, layers = config.objective.chunks, len(sizes.batch_norm_channels)
     passes = 3 if chunks > 1 else 2
-    norms = chunks * (passes * layers + len(sizes.teacher_channels))
+    shared = sizes.ranks > config.batch_norm_slices  # else a rank holds its slices whole
+    norms = chunks * (passes * layers + len(sizes.teacher_channels)) if shared else 0
+    norms += config.batch_norm_slices > 1
     parts = [
         _of_weights(config, sizes),
-        Estimate("batch norm", norms, "", f"chunks * {passes} L, and the teacher's L"),
+        Estimate("batch norm", norms, "", f"chunks * {passes} L, and the teacher's L; of slices, one more"),
         Estimate("loss", method_costs.collectives(config, sizes.z_dim, sizes.ranks), "", "forward"),
         Estimate("verdict", 1, "", "an all-reduce of 6 numbers"),
     ]
