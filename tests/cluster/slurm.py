@@ -199,14 +199,19 @@ class Cluster:
 
     def _start_database(self, port: int) -> None:
         data = self.root / "mariadb"
-        install = ("mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=mysql", "--skip-test-db")
+        # A server that starts removes every temporary table in its folder of temporary files, others' too.
+        temporary = self.root / "mariadb-tmp"
+        temporary.mkdir()
+        shutil.chown(temporary, "mysql")
+        places = (f"--datadir={data}", f"--tmpdir={temporary}")
+        install = ("mariadb-install-db", "--no-defaults", *places, "--user=mysql", "--skip-test-db")
         self.run(*install, "--auth-root-authentication-method=normal", timeout=60)
         self._daemon(
             "mariadbd",
             "mariadbd",
             "--no-defaults",
             "--user=mysql",
-            f"--datadir={data}",
+            *places,
             f"--socket={data}/socket",
             "--bind-address=127.0.0.1",
             f"--port={port}",
