@@ -47,8 +47,9 @@ def of_one(run: Run) -> list[str]:
     parts += [head_information(latest.values), matrix(latest.values), geometry(latest.values), _over_steps(alike)]
     for one in run.results:
         if one not in alike:
-            step = "" if one.step is None else f", step {one.step}"
-            parts.append(_probes(f"On {_data_name([one])}{step}", one.values))
+            on = f"on {_data_name([one])}" + ("" if one.step is None else f", step {one.step}")
+            parts.append(_probes(f"O{on[1:]}", one.values, explain=False))
+            parts += [show(one.values, f", {on}") for show in (head_information, matrix, geometry)]
     return parts
 
 
@@ -88,7 +89,7 @@ def _several(run: Run) -> str:
     return section("On each data set", table(head, rows), "Probes on h, top-1, 95% interval over test images.")
 
 
-def _probes(title: str, results: dict[str, Any]) -> str:
+def _probes(title: str, results: dict[str, Any], explain: bool = True) -> str:
     if not results["probes"]:
         return ""
     chance = 1 / results["data"]["num_classes"]
@@ -119,10 +120,9 @@ def _probes(title: str, results: dict[str, Any]) -> str:
         for one in results.get("comparisons", [])
     ]
     data = results["data"]
-    lead = (
-        f"Probes were fitted on {data['train_images']:,} images and scored on {data['test_images']:,} others. "
-        f"Whiskers: 95% interval over test images. Dashed: chance. {explained(results['layers'])}"
-    )
+    lead = f"Probes were fitted on {data['train_images']:,} images and scored on {data['test_images']:,} others."
+    if explain:
+        lead += f" Whiskers: 95% interval over test images. Dashed: chance. {explained(results['layers'])}"
     digest = results["encoder_digest"]
     proof = (
         f'<p class="soft">The encoder did not change: digest <code>{escape(digest["before"][:16])}</code> before, '
@@ -146,7 +146,7 @@ def _fit(value: dict[str, Any]) -> str:
     return said if converged(value) else f"<b>not converged</b>: {said}"
 
 
-def head_information(results: dict[str, Any]) -> str:
+def head_information(results: dict[str, Any], on: str = "") -> str:
     """The information picture: what a probe can still name at each depth, from h through the head to z."""
     found = results.get("head_information")
     if not found:
@@ -181,7 +181,7 @@ def head_information(results: dict[str, Any]) -> str:
         "log-loss on other images."
     )
     details = f"<details><summary>Numbers: bits / accuracy</summary>{numbers}</details>"
-    return section("What the head keeps, and what it throws away", grid(figures) + details, lead)
+    return section(f"What the head keeps, and what it throws away{on}", grid(figures) + details, lead)
 
 
 def _kept(title: str, series: list[Series], layers: list[str]) -> str:
