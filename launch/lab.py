@@ -1,6 +1,7 @@
 """The laboratory's runner: its shards, then cell after cell, each by the ordinary commands in processes of their own.
 
-A cell that is done is not run again, one that was interrupted goes on.
+A cell that is done is not run again, one that was interrupted goes on. A signal to the lab is its
+cell's, which commits first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.lab import Cell, cell_config, checked_cells, data_folder, lab_section
+from launch import child
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +95,12 @@ def _run_cell(cell: Cell, config: Config, ranks: int) -> None:
         pretrain = ["launch.local", "pretrain", str(file), "--ranks", str(ranks)]
     for command in (pretrain, ["dist_ssl.cli", "evaluate", str(cell.folder)]):
         with output.open("a") as stream:
-            code = subprocess.run(
+            code = child.run(
                 [sys.executable, "-m", *command],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"COLUMNS": "120"},
-            ).returncode
+            )
         if code == EXIT_RUN_ME_AGAIN:
             raise SystemExit(EXIT_RUN_ME_AGAIN)
         if code:
