@@ -113,6 +113,25 @@ def test_what_ends_for_good_is_not_requeued_and_a_node_that_failed_twice_is_left
     assert (updated.read_text().strip() if updated.exists() else None) == (left_out and f"ExcNodeList={left_out}")
 
 
+@pytest.mark.parametrize(
+    ("refusals", "restarts", "calls", "complaint"), [(2, 0, 3, None), (9, 0, 4, "scontrol: busy"), (9, 1, 1, None)]
+)
+def test_a_requeue_is_asked_for_again_where_slurm_refuses(tmp_path, monkeypatch, refusals, restarts, calls, complaint):
+    """Until it did so all the same: Restarts says it."""
+    asked = tmp_path / "asked"
+    program = f"""#!/bin/sh
+        if [ "$1" != requeue ]; then echo JobState=RUNNING Restarts={restarts}; exit; fi
+        echo >> {asked}
+        [ $(wc -l < {asked}) -gt {refusals} ] || {{ echo busy >&2; exit 1; }}"""
+    (tmp_path / "scontrol").write_text(program)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(supervisor, "REQUEUE_PAUSES", (0, 0, 0))
+    said = supervisor._requeue(0)
+    assert (said and said.partition(";")[0], asked.read_text().count("\n")) == (complaint, calls)
+
+
 @pytest.mark.slow
 def test_data_of_a_submission(tmp_path):
     """`--data`, relative and of images, is in the job's config as absolute parts; Slurm is programs that answer."""
