@@ -24,16 +24,18 @@ log = logging.getLogger(__name__)
 def combinations(base: Config, keys: list[str]) -> list[list[str]]:
     """Overrides of each run, its own `run.dir` included; one empty list where nothing is swept.
 
-    Raises UserError for a key without values. `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on.
+    Raises UserError for a key without values. `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on. Commas
+    within TOML's lists, tables and strings are a value's own.
     """
     if not keys:
         return [[]]
     choices = []
     for given in keys:
-        key, equals, values = given.partition("=")
-        if not equals or "." not in key or not all(values.split(",")):
+        key, equals, text = given.partition("=")
+        values = _values(text)
+        if not equals or "." not in key or not all(values):
             raise UserError(f"--sweep {given}: expected section.key=value,value")
-        choices.append([f"{key}={value}" for value in values.split(",")])
+        choices.append([f"{key}={value}" for value in values])
     short = [given.partition("=")[0].rpartition(".")[2] for given in keys]
     names = short if len(set(short)) == len(short) else [given.partition("=")[0] for given in keys]
     runs = []
@@ -42,6 +44,18 @@ def combinations(base: Config, keys: list[str]) -> list[list[str]]:
         folder = re.sub(r"[^\w=.+-]", "-", "_".join(parts))
         runs.append([*combination, f"run.dir={json.dumps(str(Path(base.run.dir) / folder))}"])
     return runs
+
+
+def _values(text: str) -> list[str]:
+    """What stands between the commas that are in no list, table or string."""
+    values, depth = [""], 0
+    for token in re.findall(r'"(?:\\.|[^"\\])*"|\'[^\']*\'|.', text):
+        depth += (token in "[{") - (token in "]}")
+        if token == "," and depth <= 0:
+            values.append("")
+        else:
+            values[-1] += token
+    return values
 
 
 def run(

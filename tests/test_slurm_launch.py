@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError, environment
-from launch import profile, queue, slurm, snapshot, supervisor, sweep
+from launch import checks, profile, queue, slurm, snapshot, supervisor, sweep
 from tests.test_shards import photo_folder
 
 
@@ -132,6 +133,16 @@ def test_a_requeue_is_asked_for_again_where_slurm_refuses(tmp_path, monkeypatch,
     assert (said and said.partition(";")[0], asked.read_text().count("\n")) == (complaint, calls)
 
 
+def test_every_local_path_of_a_submission_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = ["run.dir", "data.cache_dir", "data.shards", "model.init", "checkpoint.url", "evaluation.train_shards"]
+    keys.append("evaluation.test_shards")
+    config = checks.absolute(configuration.with_overrides(Config(), [f"{key}=here" for key in keys]))
+    assert [attrgetter(key)(config) for key in keys] == [str(tmp_path / "here")] * len(keys)
+    remote = configuration.with_overrides(config, ["model.init=s3://bucket/weights.safetensors"])
+    assert checks.absolute(remote) == remote
+
+
 @pytest.mark.slow
 def test_data_of_a_submission(tmp_path):
     """`--data`, relative and of images, is in the job's config as absolute parts; Slurm is programs that answer."""
@@ -200,6 +211,16 @@ def test_a_sweep_is_every_combination_in_folders_of_their_own():
     assert len({run.run.dir for run in runs}) == 6
     assert runs[0].run.dir == "/runs/s/temperature=0.05_kind=none"
     assert sweep.combinations(base, []) == [[]]
+    lists = 'evaluation.probes=["knn"],["linear", "knn"]'
+    runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, [lists])]
+    assert [run.evaluation.probes for run in runs] == [["knn"], ["linear", "knn"]]
+    assert runs[1].run.dir == "/runs/s/probes=--linear----knn--"
+    texts = {
+        "1,2": ["1", "2"],
+        '"a,\\",b",\'c,"\',d': ['"a,\\",b"', "'c,\"'", "d"],
+        "{a=[1,2],b=1},x": ["{a=[1,2],b=1}", "x"],
+    }
+    assert {text: sweep._values(text) for text in texts} == texts
     for wrong in ("temperature=1", "objective.temperature", "objective.temperature=", "objective.temperature=1,,2"):
         with pytest.raises(UserError, match=r"expected section\.key=value,value"):
             sweep.combinations(base, [wrong])
