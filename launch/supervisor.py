@@ -43,6 +43,7 @@ from launch import queue
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
+REQUEUE_PAUSES = (2, 4, 8, 15, 30, 60)  # seconds between tries: a controller may be restarting
 FAILURES_OF_A_NODE = 2  # after so many it is a bad one
 # What srun says of the first task that ended badly, or of a node that is gone; one node is named, no n[1-2].
 FAILED_NODE = re.compile(
@@ -289,12 +290,31 @@ def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: i
     bad = history.bad_nodes()
     if not bad:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_RUN_ME_AGAIN))
-    subprocess.run(["scontrol", "requeue", own_job_id()], check=True, timeout=60)
+    complaint = _requeue(restart)
+    if complaint:
+        _stop(history, f"Slurm did not requeue it: {complaint}; submit again to go on from step {now}")
     if bad:
         _leave_out(bad)
     else:
         time.sleep(20)
     raise SystemExit(EXIT_RUN_ME_AGAIN)
+
+
+def _requeue(restart: int) -> str | None:
+    """Have Slurm requeue this job, and what Slurm complained of last where it would not; several tries."""
+    for pause in (*REQUEUE_PAUSES, None):
+        try:
+            queue.ask("scontrol", "requeue", own_job_id())
+            return None
+        except UserError as error:
+            complaint = str(error)
+        # What failed may have been the answer alone.
+        if int(job_fields().get("Restarts", restart)) != restart:
+            return None
+        if pause is not None:
+            log.warning("%s; asking again in %d s", complaint, pause)
+            time.sleep(pause)
+    return complaint
 
 
 def _leave_out(bad: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,7 @@ class Checkpointer:
     """Saves an engine's state: training waits for one copy to host memory, a thread does the rest.
 
     At most one save is under way. The thread talks to the other ranks by a process group of its own. `last_step` is
-    that of the checkpoint that the run goes on from.
+    that of the checkpoint that the run goes on from, `first_guess_seconds` what a save takes for all that is known.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Checkpointer:
         incarnation: int,
         *,
         last_step: int = -1,
+        first_guess_seconds: float = 0.0,
     ):
         self._store, self._run_dir, self._config, self._incarnation = store, run_dir, config, incarnation
         self._fragments, self._optimizer = engine.fragments, engine.optimizer
@@ -66,6 +68,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._resumed, self._committed = last_step, set[int]()
+        self._began, self._slowest_seconds = 0.0, first_guess_seconds
         self.last_step = last_step  # the newest that is known to hold: resumed from, or committed since; -1 for none
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
 
@@ -76,6 +79,7 @@ class Checkpointer:
         Waits for the save before it; raises on all ranks where that one failed.
         """
         self.wait()
+        self._began = time.monotonic()
         tensors, table = self._held()
         for name, tensor in (teacher or {}).items():
             _take_share(
@@ -95,6 +99,15 @@ class Checkpointer:
     def failed(self) -> bool:
         """Whether the last save has failed by now; `wait` raises it. Not collective."""
         return self._failure is not None
+
+    def seconds_to_save(self) -> float:
+        """How long this rank would wait for a save from now on: for the one under way, and as for the slowest yet.
+
+        Not collective.
+        """
+        under_way = self._thread is not None and self._thread.is_alive()
+        left = self._slowest_seconds - (time.monotonic() - self._began) if under_way else 0.0
+        return self._slowest_seconds + max(left, 0.0)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises, on all ranks, what made the last save fail."""
@@ -145,6 +158,7 @@ class Checkpointer:
             self._failure = self._of_rank_0(outcome)
             if self._failure is None:
                 self.last_step = state.step
+                self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - self._began)
         except BaseException as error:
             self._failure = error
 

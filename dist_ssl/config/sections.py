@@ -218,7 +218,7 @@ class CheckpointConfig(Section):
     export_every_commits: int | None = Field(None, ge=1, description="also write export/step-<n>.safetensors")
     asynchronous: bool = Field(True, description="write while training goes on")
     wall_time_minutes: float | None = Field(
-        None, gt=0, description="commit and exit 75 before this much time has passed"
+        None, gt=0, description="commit and exit 75 before so much time since the start has passed"
     )
 
 

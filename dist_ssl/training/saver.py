@@ -55,6 +55,10 @@ class Saver:
         """Whether the last save has failed by now on this rank."""
         return self._checkpointer.failed()
 
+    def seconds_to_save(self) -> float:
+        """How long a save from now on would take, by those that there were."""
+        return self._checkpointer.seconds_to_save()
+
     def save(self, state: RunState) -> None:
         """Start a checkpoint; versions are added. Collective."""
         started = time.monotonic()
