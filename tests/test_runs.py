@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from dist_ssl.evaluation.results import write_json
 from dist_ssl.report.status import status
 from dist_ssl.training.observability import Observer
 from dist_ssl.training.run_directory import _set_aside
+from tests import template
 from tests.terminal import ROOT, dist_ssl
 
 
@@ -132,6 +135,15 @@ def test_what_only_looks_imports_neither_torch_nor_a_store(tmp_path: Path) -> No
     listed = done.stdout
     for name in ("resnet50", "vit_s_16", "barlow_twins", "head_information", "mlp", "folder:DIR", "idx:IMAGES"):
         assert f"\n  {name}" in listed
+
+
+def _has_mlflow(connection: Connection) -> None:
+    connection.send("mlflow" in sys.modules)
+
+
+def test_training_imports_no_mlflow_that_nobody_asked_for() -> None:
+    """DeepSpeed would, wherever it is installed: 1.3 s of a core a rank."""
+    assert template.fork(_has_mlflow).connection.recv() is False
 
 
 MISTAKES = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,15 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed 0.19 still calls collectives by the names that torch 2.14 warns of.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
+# DeepSpeed's autotuner, which nothing here uses, imports MLflow wherever it is installed: 1.3 s of a core a rank.
+_mlflow = sys.modules.get("mlflow")
+sys.modules["mlflow"] = None  # type: ignore[assignment]
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+
+del sys.modules["mlflow"]
+if _mlflow is not None:
+    sys.modules["mlflow"] = _mlflow
 
 # DeepSpeed asks whether the optimizer is Muon, and Muon's decorators would start torch's compiler: 2 s a rank.
 _before = os.environ.get("TORCHDYNAMO_DISABLE")
