@@ -208,10 +208,12 @@ def plan(
     import rich
 
     from dist_ssl.data.manifest import load_manifest
-    from dist_ssl.planning import counts, estimate, failures, simulation, stages
 
     checked, columns = configuration.load(config, overrides), _numbers_of_ranks(at_ranks)
+    configuration.check_encoder(checked.model.encoder)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
+    from dist_ssl.planning import counts, estimate, failures, simulation, stages  # which load torch, for seconds
+
     rates = (images_per_second, gigabits_per_second)
     classes = len(manifest.classes) if manifest is not None else 0
     sizes = estimate.Sizes.of(checked, nodes * gpus_per_node, num_classes=classes)

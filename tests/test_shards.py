@@ -435,6 +435,24 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist (installed with CI=true)")
+def test_torchvisions_fashion_mnist_is_that_of_its_files(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("images-idx3", "labels-idx1"):
+        (raw / f"t10k-{name}-ubyte").write_bytes(gzip.decompress((FASHION / f"t10k-{name}-ubyte.gz").read_bytes()))
+        (raw / f"train-{name}-ubyte").symlink_to(f"t10k-{name}-ubyte")  # torchvision wants all four to be there
+    source = open_source(f"torchvision:FashionMNIST/test:{tmp_path}")
+    ours = open_source(f"idx:{raw}/t10k-images-idx3-ubyte:{raw}/t10k-labels-idx1-ubyte")
+    assert len(source) == len(ours) == 10_000
+    assert source.classes[9] == "Ankle boot"
+    some = [0, 1, 4711, 9999]
+    for one, other in zip(source.read(some), ours.read(some), strict=True):
+        assert one.label == other.label
+        np.testing.assert_array_equal(decode(one.image, 10**6), decode(other.image, 10**6))
+    assert source.read([0])[0].label == 9
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist (installed with CI=true)")
 @pytest.mark.slow
 def test_fashion_mnist(tmp_path: Path) -> None:
     spec = f"idx:{FASHION}/t10k-images-idx3-ubyte.gz:{FASHION}/t10k-labels-idx1-ubyte.gz"

@@ -64,7 +64,10 @@ def write(
 @app.command("index")
 def index(
     location: Annotated[
-        str, typer.Argument(help="Pattern of braces or *, or a directory of tars; folder:DIR or idx:IMAGES[:LABELS].")
+        str,
+        typer.Argument(
+            help="Pattern of braces or * (no ? in a URL), or a directory of tars; folder:DIR or idx:IMAGES[:LABELS]."
+        ),
     ],
     output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
     test_fraction: Annotated[float, typer.Option(help="Of a folder: hold out this part, folder:DIR/test.")] = 0.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import cast
 
@@ -96,5 +97,5 @@ def _tell_of_changes(folder: str, indexed: str, config: StorageConfig) -> None:
     log.warning(
         "%s: its files are not those that were indexed, and only those are used; for a new run on what is there now: "
         "dist-ssl shards index %s%s",
-        folder, folder, f" --test-fraction {fraction:g}" if fraction else "",
+        folder, shlex.quote(folder), f" --test-fraction {fraction:g}" if fraction else "",
     )  # fmt: skip

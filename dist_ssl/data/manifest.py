@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -220,7 +221,7 @@ def load_manifest(location: str, config: StorageConfig) -> Manifest:
         raise UserError("data.shards is empty: expected a directory, a manifest or a brace pattern of shards")
     if (place := manifest_folder(location)) is not None:
         if not os.path.exists(url := storage.join(place, MANIFEST)):
-            raise UserError(f"{location}: not indexed yet; run `dist-ssl shards index {location}`")
+            raise UserError(f"{location}: not indexed yet; run `dist-ssl shards index {_to_index(location)}`")
         return read_manifest(url, config)
     storage.check_url(location)
     if location.endswith(".json"):
@@ -263,6 +264,14 @@ def manifest_folder(location: str) -> str | None:
     if part in ("train", "test") and not os.path.isdir(os.path.join(folder, part)):
         return os.path.join(folder, IN_PLACE, part)
     return os.path.join(folder, part, IN_PLACE)
+
+
+def _to_index(location: str) -> str:
+    """What `shards index` makes `folder:DIR` or `idx:IMAGES` of, for a shell."""
+    folder, part = os.path.split(location)
+    if part in ("train", "test") and not os.path.isdir(location.removeprefix("folder:")):
+        return f"{shlex.quote(folder)} --test-fraction 0.1"
+    return shlex.quote(location)
 
 
 def absolute_location(location: str) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -99,7 +100,7 @@ def evaluate(
             typer.echo(done[-1].folder / FILE)
     if world.rank == 0:
         show_several(done, rich.print)
-        typer.echo(f"as a page: dist-ssl report {run or subject.folder}")
+        typer.echo(f"as a page: dist-ssl report {shlex.quote(str(run or subject.folder))}")
     distributed.shutdown()
 
 
