@@ -181,6 +181,6 @@ def test_an_index_that_has_checksums_is_kept_and_one_without_is_made_anew(tmp_pa
     folder = folder_of(tmp_path, 2)
     headers = index_shards(str(folder), LOCAL, num_workers=0)
     whole = index_shards(str(folder), LOCAL, checksums=True, num_workers=0)
-    assert [shard.headers_only for shard in headers.shards + whole.shards] == [True, True, False, False]
+    assert [shard.headers_only for shard in (*headers.shards, *whole.shards)] == [True, True, False, False]
     assert index_shards(str(folder), LOCAL, num_workers=0) == whole, "it knows more than was asked for"
     assert f'"format": "{FORMAT}"' in Path(whole.url).read_text(), "which older versions read"

@@ -190,11 +190,11 @@ def _index_one(
             asked_anew = json_label is not None and bool((index.labels < 0).all())
             asked_anew |= checksums and index.headers_only
             if index.shard_bytes == num_bytes and not asked_anew:
-                return Shard.of(index, url, index_url), []
+                return index.shard(url, index_url), []
     with _opened(url, num_bytes, config, scratch if checksums else None) as (file, crc32):
         index, missing = index_tar(file, url, num_bytes, crc32, json_label)
     storage.write_bytes(index_url, index.to_bytes(), config)
-    return Shard.of(index, url, index_url), missing
+    return index.shard(url, index_url), missing
 
 
 def _verify_decoding(config: StorageConfig, max_pixels: int, shard: Shard) -> list[Damage]:

@@ -254,7 +254,7 @@ def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:
 
 def data(config: Config, manifest: Manifest, ranks: int, nodes: int, images_per_second: float | None) -> list[Estimate]:
     """Cache and store: what the shards are read with."""
-    shards = [shard.num_bytes for shard in manifest.shards]
+    shards = manifest.columns.num_bytes.tolist()
     mean, largest = sum(shards) / manifest.num_samples, max(shards)
     streams, batch = config.data.streams, config.train.global_batch_size
     # As data/stream.py counts them: a rank's streams overlap its neighbours'; a small batch comes from all of them.
