@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def combinations(base: Config, keys: list[str]) -> list[list[str]]:
     """Overrides of each run, its own `run.dir` included; one empty list where nothing is swept.
 
-    Raises UserError for a key without values. `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on. Commas
+    Raises UserError for a key without values, and for two runs of one folder. `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on. Commas
     within TOML's lists, tables and strings are a value's own.
     """
     if not keys:
@@ -43,6 +43,8 @@ def combinations(base: Config, keys: list[str]) -> list[list[str]]:
         parts = [f"{name}={choice.partition('=')[2]}" for name, choice in zip(names, combination, strict=True)]
         folder = re.sub(r"[^\w=.+-]", "-", "_".join(parts))
         runs.append([*combination, f"run.dir={json.dumps(str(Path(base.run.dir) / folder))}"])
+    if len({run[-1] for run in runs}) < len(runs):
+        raise UserError(f"--sweep {' --sweep '.join(keys)}: expected values whose letters and digits differ")
     return runs
 
 

@@ -211,6 +211,8 @@ def test_a_sweep_is_every_combination_in_folders_of_their_own():
     assert len({run.run.dir for run in runs}) == 6
     assert runs[0].run.dir == "/runs/s/temperature=0.05_kind=none"
     assert sweep.combinations(base, []) == [[]]
+    with pytest.raises(UserError, match="expected values whose letters and digits differ"):
+        sweep.combinations(base, ["model.init=a/b,a-b"])
     lists = 'evaluation.probes=["knn"],["linear", "knn"]'
     runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, [lists])]
     assert [run.evaluation.probes for run in runs] == [["knn"], ["linear", "knn"]]

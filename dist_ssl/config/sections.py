@@ -205,7 +205,9 @@ class EngineConfig(Section):
     compile: bool = Field(False, description="run the model through torch.compile")
     hang_minutes: float = Field(30.0, gt=0, description="without a step, then the process ends and shows its stacks")
     grace_seconds: float = Field(25.0, gt=0, description="between SIGTERM and a launcher's SIGKILL; holds two steps")
-    threads_per_rank: int | None = Field(None, ge=1, description="CPU only; unset: cores / ranks on the node")
+    threads_per_rank: int | None = Field(
+        None, ge=1, description="CPU only; unset: CPUs that it may use / ranks that share them"
+    )
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed keys; those that we derive are refused")
 
 

@@ -32,6 +32,7 @@ class StopRequest:
     """Set by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or the wall-time limit, from `started` on by time.monotonic.
 
     The loop asks after each step; the limit is heeded early enough for a commit before it.
+
     A signal only sets a flag: saving is collective, so it waits until all ranks agree on the step. Where the loop does
     not come to an end within `grace_seconds` of a signal (a peer died, and this rank waits for it) the process exits
     without saving.
@@ -79,7 +80,7 @@ class StopRequest:
     def reason(self) -> str:
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        return "checkpoint.wall_time_minutes" if self._is_late else "a signal to another rank"
+        return "checkpoint.wall_time_minutes" if self._is_late else "a signal to another rank, or its time limit"
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is None:

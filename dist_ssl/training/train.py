@@ -50,8 +50,8 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     started = time.monotonic()
     # Longer than the watchdog's patience, so that it, and not a time-out of some collective, says who hangs.
     world = distributed.initialize(2 * config.engine.hang_minutes)
+    engine.prepare(config, world)
     with distributed.together():
-        engine.prepare(config, world)
         manifest = load_manifest(config.data.shards, config.storage) if world.rank == 0 else None
     manifest = distributed.broadcast_object(manifest)
     plan = plan_of(config, manifest)
