@@ -100,8 +100,9 @@ def test_a_newcomers_photos(tmp_path: Path) -> None:
     options = [part for setting in settings for part in ("--set", setting)]
     done = forked("pretrain", "configs/debug_cpu.toml", "--data", str(root), *options)
     assert done.returncode == 0, done.stderr
-    first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
-    assert first.endswith("loading torch, which takes some seconds")
+    (_, first, second), last = done.stderr.splitlines()[:3], done.stderr.splitlines()[-1]
+    assert f"indexing folder:{root}: " in first  # the test part's, before torch is loaded
+    assert second.endswith("loading torch, which takes some seconds")
     assert last.endswith(f"next: dist-ssl evaluate {run_dir}")
     done = forked("evaluate", str(run_dir), "--probes", "knn")
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,8 @@ from dist_ssl.data.decode import ENDINGS, decode
 from dist_ssl.data.indexing import index_shards, verify_shards
 from dist_ssl.data.manifest import Manifest, load_manifest, read_member_index
 from dist_ssl.data.shards import LEFT_OUT, write_shards
-from dist_ssl.data.sources import open_source
+from dist_ssl.data.sources import FolderSource, open_source
+from dist_ssl.evaluation.embed import images_in
 from tests.s3 import s3_server
 
 LOCAL = StorageConfig()
@@ -328,6 +329,20 @@ def test_straight_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_sources_that_are_none(spec: str) -> None:
     with pytest.raises(UserError):
         open_source(spec)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path / "photos", 2)
+    elsewhere = photo_folder(tmp_path / "elsewhere", 1, each=5) / "class0"
+    (root / "class0" / "more").symlink_to(elsewhere)
+    (root / "class0" / "again").symlink_to(elsewhere)
+    (root / "class1" / "up").symlink_to("..")
+    (root / "class1" / "round").mkdir()
+    (root / "class1" / "round" / "about").symlink_to("..")
+    source = open_source(f"folder:{root}")
+    assert isinstance(source, FolderSource)
+    assert source.labels == [0] * 25 + [1] * 20
+    assert len(set(map(os.path.realpath, source.paths))) == len(images_in(root)) == 45
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

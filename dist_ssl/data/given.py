@@ -9,8 +9,9 @@ import shlex
 from pathlib import Path
 from typing import cast
 
-from dist_ssl import distributed, storage
+from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.config.environment import ranks_in_environment
 from dist_ssl.data.in_place_index import index_in_place
 from dist_ssl.data.manifest import MANIFEST, load_manifest, manifest_folder
 from dist_ssl.data.sources import PARTS, open_source
@@ -31,6 +32,10 @@ def training_overrides(data: str, config: StorageConfig) -> list[str]:
 
 def train_and_test(data: str, config: StorageConfig) -> tuple[str, str | None]:
     """As `_found` says, found and indexed by rank 0. Collective."""
+    if ranks_in_environment() is None:
+        return _found(data, config)  # without torch, which takes seconds
+    from dist_ssl import distributed
+
     with distributed.together():
         found = _found(data, config) if distributed.rank() == 0 else None
     return cast(tuple[str, str | None], distributed.broadcast_object(found))

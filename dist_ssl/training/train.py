@@ -25,6 +25,7 @@ from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.engine import Engine
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.models import build_model
+from dist_ssl.models.encoders import check_image_size
 from dist_ssl.models.weights import start_from
 from dist_ssl.training.announce import Announcement, next_command
 from dist_ssl.training.diagnostics import OnlineProbe
@@ -60,6 +61,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     rows_per_chunk = plan.rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
     with distributed.together():
         untrained = build_model(config)
+        check_image_size(untrained.encoder, config.evaluated_size, "evaluation.image_size")
         store = checkpoint.checkpoint_store(config)
         if config.model.init and (restart or not checkpoint.committed_steps(store)):
             start_from(untrained.encoder, config.model.init, config.storage)
