@@ -13,6 +13,7 @@ from rich.table import Table
 from dist_ssl.config import Config
 from dist_ssl.planning import method_costs
 from dist_ssl.planning.estimate import BUCKET, FLATTENED, Estimate, Sizes, bucket, checkpoint, shown, wire
+from dist_ssl.training.online_probe import exchange
 
 GROUPS = 2  # of parameters, with weight decay and without: DeepSpeed gathers one after the other
 
@@ -31,7 +32,9 @@ def collectives(config: Config, sizes: Sizes) -> list[Estimate]:
         Estimate("verdict", 1, "", "an all-reduce of 6 numbers"),
     ]
     if sizes.num_classes:
-        parts.append(Estimate("online probe", 1, "", "an all-reduce"))
+        dims, images = (sizes.h_dim, sizes.z_dim), config.train.global_batch_size
+        called = 3 if exchange(sizes.num_classes, dims, images, sizes.ranks)[0] else 1
+        parts.append(Estimate("online probe", called, "", "an all-reduce; of many classes 2 and an all-gather"))
     if config.optimizer.name == "lars" and config.engine.zero_stage:
         parts.append(Estimate("LARS", 1, "", "an all-reduce of each layer's norms"))
     return [*parts, Estimate("collectives of a step", sum(part.value for part in parts), "", "the sum")]

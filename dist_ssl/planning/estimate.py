@@ -22,6 +22,7 @@ from dist_ssl.data.manifest import Manifest
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
 from dist_ssl.planning import method_costs
 from dist_ssl.planning.method_costs import FP32, FP64
+from dist_ssl.training.online_probe import exchange
 
 BUCKET, OVERLAPPED_BUCKET = 50_000_000, 6_553_600  # elements; engine.py gives them to DeepSpeed's reductions
 FLATTENED = 500_000_000  # elements that DeepSpeed copies together for a reduction under ZeRO 0
@@ -229,15 +230,19 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
         ),
     ]  # fmt: skip
     if sizes.num_classes:
-        parts.append(online_probe(sizes))
+        parts.append(online_probe(config, sizes))
     return [*parts, Estimate("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]
 
 
-def online_probe(sizes: Sizes) -> Estimate:
+def online_probe(config: Config, sizes: Sizes) -> Estimate:
     """Bytes that one rank sends in a step for the probes of h and z."""
-    values = sum((dim + 1) * sizes.num_classes + 2 * dim + 2 for dim in (sizes.h_dim, sizes.z_dim))
-    value = 2 * FP32 * values * (sizes.ranks - 1) / sizes.ranks
-    return Estimate("online probe", value, "bytes", "2 * 4 (C (D + d + 2) + 2 (D + d + 2)) (W-1)/W, C classes, D of h")
+    images = config.train.global_batch_size
+    spread, value = exchange(sizes.num_classes, (sizes.h_dim, sizes.z_dim), images, sizes.ranks)
+    if spread:
+        formula = "features gathered, ranks share the classes: (4 (D + d + 1) + 2 * 12 * 2) N (W-1)/W, D of h"
+        return Estimate("online probe", value, "bytes", formula)
+    formula = "2 * 4 (C (D + d + 2) + 2 (D + d + 2)) (W-1)/W, C classes, D of h"
+    return Estimate("online probe", value, "bytes", formula)
 
 
 def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:

@@ -28,11 +28,11 @@ from dist_ssl.models import build_model
 from dist_ssl.models.encoders import check_image_size
 from dist_ssl.models.weights import start_from
 from dist_ssl.training.announce import Announcement, next_command
-from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.feed import Feed
 from dist_ssl.training.interrupts import StopRequest, Watchdog
 from dist_ssl.training.monitor import Monitor, Taken
 from dist_ssl.training.observability import Observer
+from dist_ssl.training.online_probe import OnlineProbe
 from dist_ssl.training.run_directory import open_run
 from dist_ssl.training.saver import Saver
 from dist_ssl.training.step import Step
@@ -78,7 +78,8 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     teacher = Teacher(config, world.device) if config.objective.name in WITH_TEACHER else None
     probe = None
     if config.diagnostics.online_probe and manifest.classes:
-        probe = OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
+        rows = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
+        probe = OnlineProbe(len(manifest.classes), model.model.widths, rows).to(world.device)
     if found is not None:
         checkpoint.load(found, model, probe, teacher.model if teacher is not None else None)
     elif teacher is not None:
