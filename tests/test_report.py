@@ -269,6 +269,7 @@ def test_charts_side_by_side_share_an_axis():
 
 @pytest.mark.browser
 @pytest.mark.skipif(not chromium.installed(), reason="Debian's chromium is not installed")
+@pytest.mark.slow
 def test_a_page_that_is_watched_follows_the_run_and_comes_to_rest(tmp_path):
     run, page = a_run(tmp_path / "mine"), tmp_path / "mine" / "report.html"
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
