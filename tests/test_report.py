@@ -301,6 +301,7 @@ def until(condition, seconds=20.0):
 
 @pytest.mark.browser
 @pytest.mark.skipif(not chromium.installed(), reason="Debian's chromium is not installed")
+@pytest.mark.slow
 def test_it_reads_well_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path):
     one = build([a_run(tmp_path / "mine", class_name=HOSTILE)])
     runs = [a_run(tmp_path / name) for name in ("a-run-with-quite-a-long-name", "b", "c")]
