@@ -13,15 +13,22 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 MANY_TESTS = 100
+# Files that take longest, in that order: begun first, none is left over for one process at the end.
+LONGEST = (
+    "test_slurm",
+    "test_modes",
+    "test_faults",
+    "test_timm",
+    "test_methods",
+    "test_lab",
+    "test_pages",
+    "test_sweep",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Where tests run in several processes, those that share what a fixture of their file makes stay in one."""
-    for item in items:
-        of_module = [name for name, found in item._fixtureinfo.name2fixturedefs.items() if found[-1].scope == "module"]
-        if of_module and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish(session):

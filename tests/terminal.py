@@ -26,11 +26,12 @@ def forked(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     """As `dist_ssl`, by a process that has all imports behind it: for what comes after the start. Sees no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder, name) for name in ("stdout", "stderr")]
-        code = template.fork(_main, arguments, environment, places).wait(300)
+        code = template.fork(main, arguments, environment, places).wait(300)
         return subprocess.CompletedProcess(arguments, code, *(place.read_text() for place in places))
 
 
-def _main(connection: Connection, arguments: tuple[str, ...], environment: dict[str, str], places: list[Path]) -> None:
+def main(connection: Connection, arguments: tuple[str, ...], environment: dict[str, str], places: list[Path]) -> None:
+    """`dist-ssl ARGUMENTS` in a process that `template.fork` made; `places` are the files of stdout and stderr."""
     os.environ |= environment
     for number, place in enumerate(places, 1):
         os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT), number)

@@ -127,11 +127,13 @@ def interpreted() -> dict[str, float]:
 
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(interpreted, case):
     assert interpreted[case] <= TOLERANCES[CASES[case][1]]
 
 
 @needs_triton
+@pytest.mark.slow
 def test_merged_statistics_in_the_interpreter(interpreted):
     assert interpreted["ranks"] <= 2e-4  # fp32 holds 1000 to 3e-5
 

@@ -133,6 +133,7 @@ def test_counts_at_a_thousand_ranks():
         assert norms == each * len(sizes.batch_norm_channels) + 1
 
 
+@pytest.mark.slow
 def test_the_stage_that_is_recommended_fits_and_waits_least():
     def of(ranks, *overrides, gigabytes=80):
         config = configuration.load(IMAGENET, overrides)

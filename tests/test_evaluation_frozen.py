@@ -317,6 +317,7 @@ def test_the_command_evaluates_anybodys_weights(labelled, tmp_path):
         assert isinstance(CliRunner().invoke(app, ["evaluate", *wrong]).exception, UserError)
 
 
+@pytest.mark.slow
 def test_several_data_sets_in_one_call_end_in_one_table(labelled, tmp_path):
     from dist_ssl.cli import app
 

@@ -114,6 +114,7 @@ def _probes_on_this_rank(x, y):
     return result.correct_sn.mean(), result.weight_decays, neighbours.numpy()
 
 
+@pytest.mark.slow
 def test_probes_on_three_ranks_are_those_of_one():
     x, y = digits()
     alone = _probes_on_this_rank(x, y)

@@ -104,6 +104,7 @@ def _tuned(data, folder, layer, labels=None):
     return tuned.correct.tolist(), tuned.rate, probe.tolist()
 
 
+@pytest.mark.slow
 def test_the_augmented_linear_protocol_learns_and_leaves_the_encoder(colours):
     correct, unchanged = _trained(colours, ["h", "g1", "z"], 100, False)
     assert unchanged

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,8 +9,8 @@ from safetensors.torch import save_file
 
 from dist_ssl.config import StorageConfig
 from dist_ssl.models import build_encoder
+from tests import template, terminal
 from tests.pool import free_port
-from tests.terminal import ROOT
 
 RANKS = 2
 
@@ -33,36 +30,35 @@ def test_an_error_of_one_rank_ends_all_of_them_and_is_said_once(failing, tmp_pat
     damaged = shards[0] if failing == 0 else shards[-1]
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
     save_file(build_encoder("resnet_tiny", 16).state_dict(), tmp_path / "theirs.safetensors")
-    command = [sys.executable, "-m", "dist_ssl.cli", "evaluate", "--weights", f"{tmp_path}/theirs.safetensors"]
+    command = ["evaluate", "--weights", f"{tmp_path}/theirs.safetensors"]
     command += ["--encoder", "resnet_tiny", "--data", str(tmp_path), "--probes", "knn"]
     for setting in ("image_size=16", "num_workers=0", "batch_size_per_rank=16"):
         command += ["--set", f"evaluation.{setting}"]
-    place = {"WORLD_SIZE": str(RANKS), "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(RANKS)}
+    place = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place["LOCAL_WORLD_SIZE"] = str(RANKS)
+    said = [tmp_path / f"stderr-{rank}" for rank in range(RANKS)]
     processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        template.fork(
+            terminal.main,
+            tuple(command),
+            place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [tmp_path / f"stdout-{rank}", said[rank]],
         )
         for rank in range(RANKS)
     ]
     try:
         ended, last = [0.0] * RANKS, time.monotonic() + 240  # on a busy machine they start slowly
-        while not all(ended):  # what they say fits into a pipe
+        while not all(ended):
             for rank, process in enumerate(processes):
                 ended[rank] = ended[rank] or (time.monotonic() if process.poll() is not None else 0.0)
             time.sleep(0.1)
             last = min([last, *(end + 20 for end in ended if end)])
             assert time.monotonic() < last, f"they wait for each other: ended {ended}"
-        said = [process.communicate() for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    errors = [stderr for _, stderr in said]
+    errors = [file.read_text() for file in said]
     codes = [process.returncode for process in processes]
     assert codes[0] == codes[1] != 0
     assert "".join(errors).count("error: ") == 1

@@ -206,6 +206,7 @@ def _geometry(data, folder):
     return found
 
 
+@pytest.mark.slow
 def test_three_ranks_find_what_one_finds(labelled, tmp_path):  # noqa: F811
     alone = _geometry(labelled, tmp_path / "one")
     assert alone["images"] == 17

@@ -95,7 +95,7 @@ def test_the_first_steps_of_the_quickstart(tmp_path, shards):
     compare(got, expected, "quickstart")
 
 
-@pytest.mark.parametrize("size", [2, 1])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_a_run_of_earlier_code_goes_on(tmp_path, shards, size):
     kept, expected = golden("debug_lars")
     with tarfile.open(GOLDEN / "run-0.1.0.tar.xz") as archive:

@@ -63,6 +63,7 @@ def interpreted() -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_kernel_in_the_interpreter(interpreted, case):
     sums, pulls = interpreted[case]
     assert sums <= 1e-6
@@ -70,6 +71,7 @@ def test_the_kernel_in_the_interpreter(interpreted, case):
 
 
 @pytest.mark.parametrize("temperature", ["0.2", "0.01"])  # the second is computed in fp64, by the tiles
+@pytest.mark.slow
 def test_the_loss_in_the_interpreter(interpreted, temperature):
     assert max(interpreted[temperature]) <= 2e-6
 

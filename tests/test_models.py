@@ -20,6 +20,7 @@ def test_encoders_give_h_of_their_width(name):
     assert encoder.eval()(torch.randn(2, 3, 32, 32)).shape == (2, WIDTHS[name])
 
 
+@pytest.mark.slow
 def test_parameter_names_are_torchvisions():
     ours = build_encoder("resnet50").state_dict()
     theirs = torchvision.models.resnet50().state_dict()

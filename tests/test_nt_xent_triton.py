@@ -94,6 +94,7 @@ def fresh_process(function: str, module: str = "tests.test_nt_xent_triton", **en
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(interpreted, case):
     sums, weighted = interpreted[case]
     assert sums <= 1e-6
@@ -102,6 +103,7 @@ def test_kernels_in_the_interpreter(interpreted, case):
 
 
 @pytest.mark.parametrize("form", ["nt_xent", "decoupled", "supervised"])
+@pytest.mark.slow
 def test_losses_in_the_interpreter(interpreted, form):
     assert max(interpreted[form]) <= 5e-6
 

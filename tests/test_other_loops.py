@@ -137,6 +137,7 @@ def test_lightning_on_two_ranks_is_the_global_batch_on_one() -> None:
         assert losses == pytest.approx(alone[1], abs=1e-6)  # logged in fp32
 
 
+@pytest.mark.slow
 def test_lightlys_example_with_our_loss() -> None:
     pytest.importorskip("lightly")
     (wanted,) = ranks(1).run(of_lightlys, "theirs")

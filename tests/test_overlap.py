@@ -37,7 +37,8 @@ def test_same_loss_and_gradient_from_equal_weights(tmp_path, small_shards, size,
         assert relative_error(other_gradient, gradient) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.slow
 def test_a_stop_and_a_resume_change_no_bit(tmp_path, small_shards, stage):
     whole, stopped = (settings(tmp_path / name, small_shards, stage) for name in ("whole", "stopped"))
     assert ranks(2).run(overlapped, trajectory.pretrain, whole) == [0, 0]

@@ -5,6 +5,8 @@ import platform
 import time
 from unittest import mock
 
+import pytest
+
 from dist_ssl import distributed
 from dist_ssl.report.curves import curves
 from dist_ssl.report.runs import read_run
@@ -28,6 +30,7 @@ def with_a_slow_rank(config, slow_rank: int) -> tuple[list[str], int]:
     return said, len(count.collectives)
 
 
+@pytest.mark.slow
 def test_a_straggler_is_named_by_a_gather_when_a_step_is_logged(small_shards, tmp_path):
     overrides = ["train.steps=6", "log.every_steps=2", "checkpoint.every_steps=6", "diagnostics.online_probe=false"]
     config = small_config(tmp_path / "run", small_shards, *overrides)

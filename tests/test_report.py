@@ -270,6 +270,7 @@ def test_charts_side_by_side_share_an_axis():
 
 @pytest.mark.browser
 @pytest.mark.skipif(not chromium.installed(), reason="Debian's chromium is not installed")
+@pytest.mark.slow
 def test_a_page_that_is_watched_follows_the_run_and_comes_to_rest(tmp_path):
     run, page = a_run(tmp_path / "mine"), tmp_path / "mine" / "report.html"
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -301,6 +302,7 @@ def until(condition, seconds=20.0):
 
 @pytest.mark.browser
 @pytest.mark.skipif(not chromium.installed(), reason="Debian's chromium is not installed")
+@pytest.mark.slow
 def test_it_reads_well_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path):
     one = build([a_run(tmp_path / "mine", class_name=HOSTILE)])
     runs = [a_run(tmp_path / name) for name in ("a-run-with-quite-a-long-name", "b", "c")]

@@ -50,6 +50,7 @@ def test_factors_are_complete_and_cover_their_range() -> None:
         assert high - 0.01 * (high - low) < drawn.max() <= high
 
 
+@pytest.mark.slow
 def test_factors_tell_what_is_in_the_picture() -> None:
     """On plain shapes without noise: the place, the hue and the area that the pixels show."""
     pixels, factors = shapes.render(0, range(3000), 64)

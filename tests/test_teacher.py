@@ -99,7 +99,8 @@ def test_it_is_the_moving_average_of_the_students_that_were(tmp_path, small_shar
     assert json.loads((tmp_path / "e.json").read_text())["teacher"] is True
 
 
-@pytest.mark.parametrize("name", ["byol", pytest.param("moco_v3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["byol", "moco_v3"])
 def test_killed_and_resumed_it_is_the_same_bits(tmp_path, small_shards, run, name):
     config = settings(tmp_path / "run", small_shards, name, "checkpoint.every_steps=2")
     launch = ForkedLaunch(config, 2)
@@ -159,6 +160,7 @@ def test_each_rank_writes_its_share_and_plan_knows_of_it(run):
     assert taught == {name for name in student if not name.startswith("predictor.")}
 
 
+@pytest.mark.slow
 def test_student_and_teacher_are_probed_apart(tmp_path, run):
     overrides, folder = ['evaluation.probes=["knn"]', "evaluation.num_workers=0"], run("byol").run.dir
     for extra, name in (([], None), (["evaluation.teacher=true"], None), (["evaluation.teacher=true"], "again")):

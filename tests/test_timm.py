@@ -23,8 +23,8 @@ from tests.test_trajectory import relative_error
 from tests.trajectory import small_config
 
 # (name, side, drop path): the smallest of a family, at the smallest size that works.
-QUICK = [("vit_tiny_patch16_224", 32, 0.2)]
-SLOW = [
+FAMILIES = [
+    ("vit_tiny_patch16_224", 32, 0.2),
     ("mobilenetv3_small_050", 32, 0.2),
     ("resnet18", 32, 0.0),
     ("resnet26d", 32, 0.2),
@@ -47,8 +47,7 @@ ASKED = [  # 2 minutes more: DIST_SSL_EVERY_FAMILY=1 pytest tests/test_timm.py
     ("repvit_m0_9", 32, 0.0),
 ]
 if os.environ.get("DIST_SSL_EVERY_FAMILY"):
-    SLOW += ASKED
-FAMILIES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    FAMILIES += ASKED
 TINY = "timm/vit_tiny_patch16_224"
 NORMED = "timm/mobilenetv3_small_050"
 
@@ -58,6 +57,7 @@ def timm_config(run_dir, shards, encoder, side=32, *overrides):
     return small_config(run_dir, shards, *values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side", "drop"), FAMILIES)
 def test_a_step_on_two_ranks_is_that_of_one(tmp_path, small_shards, name, side, drop):
     overrides = [f"model.drop_path_rate={drop}", "augment.min_scale=0.5"]

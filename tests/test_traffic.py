@@ -28,8 +28,7 @@ CASES = {
 }
 
 
-SLOW = [case for case in CASES if case != (64, "fused")]
-EACH = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+EACH = [pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 @pytest.fixture(scope="module", params=EACH, ids="{0[0]} ranks, {0[1]}".format)

@@ -70,7 +70,7 @@ def test_what_does_not_match_is_one_line(tmp_path):
         start_from(build_encoder("resnet18"), "ftp://host/a.safetensors", HERE)
 
 
-@pytest.mark.parametrize("method", ["nt_xent", "byol"])
+@pytest.mark.parametrize("method", [pytest.param("nt_xent", marks=pytest.mark.slow), "byol"])
 def test_a_run_starts_from_them_once(tmp_path, small_shards, method):
     """At step 0 student and teacher have the weights; a resume does not read them again, nor go on from others."""
     torch.manual_seed(5)

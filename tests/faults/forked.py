@@ -23,24 +23,28 @@ from tests import template
 from tests.faults.harness import Launch, children, write_config
 from tests.pool import free_port
 
-GRACE_SECONDS = 30.0  # between SIGTERM to the survivors of a dead rank and SIGKILL, as torch's elastic agent has it
 _context = multiprocessing.get_context("fork")
 
 
 class ForkedLaunch(Launch):
-    """As `Launch`, without the imports, and without restarts."""
+    """As `Launch`, without the imports, and without restarts.
 
-    def __init__(self, config: Config, size: int, **environment: str):
+    `grace_seconds`, as torch's elastic agent has them, are between SIGTERM to the survivors of a dead rank and SIGKILL.
+    """
+
+    def __init__(self, config: Config, size: int, grace_seconds: float = 30.0, **environment: str):
         path = write_config(config)
         self.run_dir = Path(config.run.dir)
         self.output = path.parent / f"launch-{time.monotonic_ns()}.log"
-        self.process = template.fork(_launch, path, size, self.output, environment)
+        self.process = template.fork(_launch, path, size, self.output, grace_seconds, environment)
 
     def ranks(self) -> list[psutil.Process]:
         return sorted(children(self.process.pid), key=lambda process: process.pid)
 
 
-def _launch(connection: Connection, path: Path, size: int, output: Path, environment: dict[str, str]) -> None:
+def _launch(
+    connection: Connection, path: Path, size: int, output: Path, grace_seconds: float, environment: dict[str, str]
+) -> None:
     """Run the ranks; take the others down with one that fails; exit as the first of them did."""
     os.setsid()
     os.environ |= environment
@@ -61,7 +65,7 @@ def _launch(connection: Connection, path: Path, size: int, output: Path, environ
     while True:
         running = any(process.exitcode is None for process in ranks)
         if not first and (first := next((process.exitcode for process in ranks if process.exitcode), 0)):
-            kill_at = time.monotonic() + GRACE_SECONDS
+            kill_at = time.monotonic() + grace_seconds
             pass_on(signal.SIGTERM, None)
         if not running:
             sys.exit(first if first >= 0 else 128 - first)

@@ -130,7 +130,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, small_shards):
 
 def test_a_hanging_rank_is_found_and_its_stack_shown(tmp_path, small_shards):
     config = settings(tmp_path, small_shards, "engine.hang_minutes=0.1", "engine.grace_seconds=2")
-    launch = ForkedLaunch(config, 2)
+    launch = ForkedLaunch(config, 2, grace_seconds=1)  # a rank that is stopped hears no SIGTERM
     launch.wait_for_step(3)
     send(launch.ranks()[1:], signal.SIGSTOP)
     assert launch.wait(60) != 0

@@ -50,7 +50,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_bad_samples_are_replaced_by_rule(hostile: Path, workers: int) -> None:
     config, listed = config_of(num_workers=workers), load_manifest(str(hostile), StorageConfig())
     bad = {

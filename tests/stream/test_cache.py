@@ -96,7 +96,8 @@ def held(folder: Path) -> Held:
     return Held(sum(files.values()), max(descriptors.values(), default=0))
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.slow
 def test_the_disk_never_holds_more_than_the_bound(
     server: S3Server, shapes: Path, tmp_path: Path, num_workers: int
 ) -> None:

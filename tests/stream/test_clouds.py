@@ -16,6 +16,7 @@ from tests.stream.consumed import BATCH, Ledger, config_of, consume, part
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["az", "gs"])
 def test_the_stream_is_that_of_the_files(
     scheme: str, manifest: Manifest, quiet: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
