@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(command: list[str], **streams: Any) -> int:
@@ -28,7 +28,7 @@ def run(command: list[str], **streams: Any) -> int:
         if process is not None and not (number == signal.SIGINT and _in_the_foreground()):
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         process = subprocess.Popen(command, **streams)
         if told:  # before there was anybody to tell

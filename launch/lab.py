@@ -1,7 +1,7 @@
 """The laboratory's runner: its shards, then cell after cell, each by the ordinary commands in processes of their own.
 
-A cell that is done is not run again, one that was interrupted goes on. A signal to the lab is its
-cell's, which commits first.
+A cell that is done is not run again, one that was interrupted goes on. A signal to the lab is its cell's,
+which commits first.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 def combinations(base: Config, keys: list[str]) -> list[list[str]]:
     """Overrides of each run, its own `run.dir` included; one empty list where nothing is swept.
 
-    Raises UserError for a key without values, and for two runs of one folder. `a.b=1,2` and `c.d=x,y` give four runs,
-    RUN/b=1_d=x and so on. Commas within TOML's lists, tables and strings are a value's own.
+    `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on. Commas within TOML's lists, tables and strings are a
+    value's own. Raises UserError for a key without values, and for two runs of one folder.
     """
     if not keys:
         return [[]]

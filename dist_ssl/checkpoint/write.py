@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,7 @@ class Checkpointer:
     """Saves an engine's state: training waits for one copy to host memory, a thread does the rest.
 
     At most one save is under way. The thread talks to the other ranks by a process group of its own. `last_step` is
-    that of the checkpoint that the run goes on from, `first_guess_seconds` what a save takes for all that is known.
+    that of the checkpoint that the run goes on from, `first_guess_seconds` what a save may take before any was made.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._resumed, self._committed = last_step, set[int]()
-        self._began, self._slowest_seconds = 0.0, first_guess_seconds
+        self._began, self._seconds, self._first_guess = 0.0, deque[float](maxlen=16), first_guess_seconds
         self.last_step = last_step  # the newest that is known to hold: resumed from, or committed since; -1 for none
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
 
@@ -101,13 +102,14 @@ class Checkpointer:
         return self._failure is not None
 
     def seconds_to_save(self) -> float:
-        """How long this rank would wait for a save from now on: for the one under way, and as for the slowest yet.
+        """How long this rank would wait for a save from now on: as for the slowest of the last, and for one under way.
 
         Not collective.
         """
+        slowest = max(self._seconds, default=self._first_guess)
         under_way = self._thread is not None and self._thread.is_alive()
-        left = self._slowest_seconds - (time.monotonic() - self._began) if under_way else 0.0
-        return self._slowest_seconds + max(left, 0.0)
+        left = slowest - (time.monotonic() - self._began) if under_way else 0.0
+        return slowest + max(left, 0.0)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises, on all ranks, what made the last save fail."""
@@ -158,7 +160,7 @@ class Checkpointer:
             self._failure = self._of_rank_0(outcome)
             if self._failure is None:
                 self.last_step = state.step
-                self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - self._began)
+                self._seconds.append(time.monotonic() - self._began)
         except BaseException as error:
             self._failure = error
 
