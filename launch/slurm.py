@@ -313,9 +313,9 @@ def _write_job(
 
 
 def _evaluation_command(profile: str | None, partition: str | None) -> list[str]:
-    options = [
-        *(["--profile", str(Path(profile).absolute()) if profile.endswith(".toml") else profile] if profile else [])
-    ]
+    options = []
+    if profile:
+        options = ["--profile", str(Path(profile).absolute()) if profile.endswith(".toml") else profile]
     options += ["--partition", partition] if partition else []
     return [sys.executable, "-m", "launch.slurm", "evaluate", *options]
 

@@ -112,9 +112,7 @@ def evaluate(command: list[str], run_dir: str, step: int | None) -> None:
         if (results.step_folder(run_dir, step) / results.FILE).exists():
             log.info("step %d has been evaluated", step)
             return
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
-    environment["MASTER_PORT"] = str(_free_port())
-    code = subprocess.run([*command, "--checkpoint", str(step)], env=environment).returncode
+    code = subprocess.run([*command, "--checkpoint", str(step)], env=_environment_of_ranks()).returncode
     if code != 0:
         raise SystemExit(code)
 
@@ -200,13 +198,11 @@ def _run_ranks(job: Job, config: Config) -> tuple[int, str | None]:
 
     Submits evaluations of what the ranks export meanwhile.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
-    environment["MASTER_PORT"] = str(_free_port())
     num_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     size = [f"--nodes={num_nodes}", f"--ntasks={num_nodes * job.tasks_per_node}"]
     command = ["srun", *size, *job.srun, *job.python, "-m", "dist_ssl.cli", "pretrain", job.config, *job.options]
     log.info("%s", " ".join(command))
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=_environment_of_ranks(), stderr=subprocess.PIPE)
     assert process.stderr is not None
     told = _Told(process.stderr)
 
@@ -241,10 +237,17 @@ def _submit_evaluations(job: Job, config: Config, submitted: set[int]) -> set[in
             environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
         for step in sorted(exported - submitted):
             command = [*job.evaluation, str(step)]
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
                 log.info("evaluation of step %d: %s", step, (done.stdout or done.stderr).strip())
+            except subprocess.TimeoutExpired as error:
+                log.warning("evaluation of step %d was not submitted: %s", step, error)
     return exported
+
+
+def _environment_of_ranks() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
+    return kept | {"MASTER_PORT": str(_free_port())}
 
 
 def _free_port() -> int:

@@ -203,7 +203,9 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of autocast; weights and reductions are fp32")
     deterministic: bool = Field(False, description="bit-identical on CUDA too, slower")
     compile: bool = Field(False, description="run the model through torch.compile")
-    hang_minutes: float = Field(30.0, gt=0, description="without a step, then the process ends and shows its stacks")
+    hang_minutes: float = Field(
+        30.0, gt=0, description="without a step or a save; the process then shows its stacks and ends"
+    )
     grace_seconds: float = Field(25.0, gt=0, description="between SIGTERM and a launcher's SIGKILL; holds two steps")
     threads_per_rank: int | None = Field(
         None, ge=1, description="CPU only; unset: CPUs that it may use / ranks that share them"

@@ -120,7 +120,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While a save is waited for: a slow store may take its time, and what hangs has time-outs of its own."""
+        """While a save is waited for: a disk may take its time, and an object store has time-outs of its own."""
         self._paused = True
         try:
             yield
