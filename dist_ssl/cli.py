@@ -315,6 +315,8 @@ def run(app: typer.Typer) -> None:
     except (FileNotFoundError, PermissionError) as error:
         problem = f"{error}; expected a path that exists and that you may read or write"
         problem += ", by the credentials in the environment" if "://" in problem else ""
+    except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        problem = f"{error}; expected another path: a file is where a folder would be, or a folder where a file would"
     except MemoryError as error:
         problem = f"out of memory: {error}; lower train.global_batch_size, augment.crop_size or data.num_workers"
     except StorageError as error:

@@ -13,6 +13,7 @@ MISTAKES = [
     ("dist_ssl.cli", "pretrain", "Missing argument 'config'"),
     ("dist_ssl.cli", "pretrain none.toml", "none.toml: no such config file"),
     ("dist_ssl.cli", "shards write shapes:9 x --seed one", "'--seed'"),
+    ("dist_ssl.cli", "shards write shapes:9 LICENSE/x --workers 0", "a file is where a folder would be"),
     ("dist_ssl.cli", "export none encoder.safetensors", "not a run directory"),
     ("dist_ssl.cli", "export none encoder.pth", "a name that ends in .safetensors"),
     ("dist_ssl.cli", "pretrain configs/debug_cpu.toml --set train.stepz=3", "--set: unknown key 'train.stepz'"),

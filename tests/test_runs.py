@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -175,24 +176,33 @@ def test_a_mistake_that_needs_no_model_imports_no_torch(arguments: str, tmp_path
     assert line.startswith(f"error: {MISTAKES[arguments]}")
 
 
+@pytest.mark.parametrize("store", ["files", "server"])
 def test_mlflow_gets_the_metrics_of_one_run_over_all_its_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
+    """The store of the package that is installed, and a server of the whole one, which is large, where one is named."""
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    if store == "server" and "DIST_SSL_TEST_MLFLOW" not in os.environ:
+        pytest.skip("needs `mlflow server`, and its URL in DIST_SSL_TEST_MLFLOW")
+    place = os.environ["DIST_SSL_TEST_MLFLOW"] if store == "server" else (tmp_path / "mlflow").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    settings = ["log.mlflow_experiment=heads"]
+    heads = f"heads-{uuid.uuid4()}"
+    settings = [f"log.mlflow_experiment={heads}"]
     config = configuration.with_overrides(configuration.load(a_run(tmp_path / "run", 0) / "config.toml"), settings)
     for step in (5, 10):
         with Observer(config, 20, step - 5) as observer:
             observer.log(step, {"loss": 7.0 - step / 5, "gradient_norm": float("nan")}, 0.0, time.monotonic())
     client = MlflowClient()
-    (run,) = client.search_runs([client.get_experiment_by_name("heads").experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name(heads).experiment_id])
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(one.step, one.value) for one in history] == [(5, 6.0), (10, 5.0)]
     assert "gradient_norm" not in run.data.metrics
+    assert client.list_artifacts(run.info.run_id)[0].path == "config.toml"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at-all")
-    with pytest.raises(UserError, match=r"log\.mlflow_experiment = heads: MLflow, at what MLFLOW_TRACKING_URI names"):
+    with pytest.raises(
+        UserError, match=rf"log\.mlflow_experiment = {heads}: MLflow, at what MLFLOW_TRACKING_URI names"
+    ):
         Observer(config, 20, 10)

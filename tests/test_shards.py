@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from dist_ssl.data.decode import ENDINGS, decode
 from dist_ssl.data.indexing import index_shards, verify_shards
 from dist_ssl.data.manifest import Manifest, load_manifest, read_member_index
 from dist_ssl.data.shards import LEFT_OUT, write_shards
-from dist_ssl.data.sources import FolderSource, open_source
+from dist_ssl.data.sources import FolderSource, folders_in, open_source
 from dist_ssl.evaluation.embed import images_in
 from tests.s3 import s3_server
 
@@ -344,6 +345,16 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert isinstance(source, FolderSource)
     assert source.labels == [0] * 25 + [1] * 20
     assert len(set(map(os.path.realpath, source.paths))) == len(images_in(root)) == 45
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = photo_folder(tmp_path, 2, each=2)
+    found = folders_in(root)
+    next(found)
+    shutil.rmtree(root / "class0")  # root may read everything that is there
+    assert [Path(parent).name for parent, _ in found] == ["class1"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f"{root}/class0: left out with all that is in it: No such file or directory"
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

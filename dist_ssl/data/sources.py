@@ -209,9 +209,14 @@ def folders_in(folder: str | Path, below: Path | None = None) -> Iterator[tuple[
     """Each folder under one, itself first, with its files' names, sorted; hidden folders are passed over.
 
     Links to folders are followed, but no folder is given twice, nor `below`: a link that leads up would have no end.
+    One that can't be read is left out, with a warning.
     """
+
+    def left_out(error: OSError) -> None:
+        log.warning("%s: left out with all that is in it: %s", error.filename, error.strerror)
+
     seen = {_identity(below)} if below is not None else set()
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
+    for parent, subfolders, files in os.walk(folder, followlinks=True, onerror=left_out):
         subfolders[:] = sorted(one for one in subfolders if not one.startswith("."))
         if (here := _identity(parent)) in seen:
             subfolders.clear()

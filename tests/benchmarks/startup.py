@@ -59,6 +59,16 @@ def main() -> None:
                 [*DIST_SSL, "pretrain", "configs/quickstart.toml", "--set", "train.stepz=1"],
                 None,
             ),
+            (
+                "an unknown encoder of timm, to `plan`",
+                [*DIST_SSL, "plan", "configs/quickstart.toml", "--set", "model.encoder=timm/convnext_ato"],
+                None,
+            ),
+            (
+                "`--data` that is not there",
+                [*DIST_SSL, "pretrain", "configs/quickstart.toml", "--data", f"{place}/none"],
+                None,
+            ),
         ]
         print("| command | seconds |\n|---|---|")
         for name, command, until in rows:
