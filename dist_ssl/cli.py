@@ -19,7 +19,13 @@ import typer
 from dist_ssl import __version__
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
-from dist_ssl.config.environment import EXIT_FENCED, EXIT_USERS_MISTAKE, rank_in_environment, started_by_local_launcher
+from dist_ssl.config.environment import (
+    EXIT_FENCED,
+    EXIT_USERS_MISTAKE,
+    rank_in_environment,
+    ranks_in_environment,
+    started_by_local_launcher,
+)
 from dist_ssl.data.commands import DataFolder, Overrides
 from dist_ssl.data.commands import app as shards_app
 from dist_ssl.evaluation.commands import app as evaluation_app
@@ -75,9 +81,12 @@ def pretrain(
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     from dist_ssl.planning.before_start import check_before_start, check_config, check_extras
 
-    if data is None:
-        check_config(checked, 1)  # by all ranks, before torch is imported, which takes seconds
+    # Before torch is imported, which takes seconds, by all ranks; images are found then by one that is alone.
     check_extras(checked)
+    if ranks_in_environment() is None:
+        checked, data = _with_data(checked, data), None
+    if data is None:
+        check_config(checked, 1)
     if rank_in_environment() == 0 and not started_by_local_launcher():  # which has said so
         log.info("%s: loading torch, which takes some seconds", config)
     checked = _with_data(checked, data)
@@ -96,10 +105,12 @@ def _with_data(config: Config, data: str | None) -> Config:
     """With the parts of `--data`, which rank 0 indexes first where they are images that nobody indexed."""
     if data is None:
         return config
-    from dist_ssl import distributed
     from dist_ssl.data.given import training_overrides
 
-    distributed.initialize(2 * config.engine.hang_minutes)  # as the training would
+    if ranks_in_environment() is not None:
+        from dist_ssl import distributed
+
+        distributed.initialize(2 * config.engine.hang_minutes)  # as the training would
     return configuration.with_overrides(config, training_overrides(data, config.storage))
 
 
@@ -208,10 +219,12 @@ def plan(
     import rich
 
     from dist_ssl.data.manifest import load_manifest
-    from dist_ssl.planning import counts, estimate, failures, simulation, stages
 
     checked, columns = configuration.load(config, overrides), _numbers_of_ranks(at_ranks)
+    configuration.check_encoder(checked.model.encoder)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
+    from dist_ssl.planning import counts, estimate, failures, simulation, stages  # which load torch, for seconds
+
     rates = (images_per_second, gigabits_per_second)
     classes = len(manifest.classes) if manifest is not None else 0
     sizes = estimate.Sizes.of(checked, nodes * gpus_per_node, num_classes=classes)

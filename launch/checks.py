@@ -27,6 +27,8 @@ def absolute(config: Config) -> Config:
     keys = {
         "run.dir": config.run.dir,
         "data.shards": config.data.shards,
+        "data.cache_dir": config.data.cache_dir,
+        "model.init": config.model.init,
         "checkpoint.url": config.checkpoint.url,
         "evaluation.train_shards": config.evaluation.train_shards,
         "evaluation.test_shards": config.evaluation.test_shards,

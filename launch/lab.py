@@ -1,19 +1,25 @@
 """The laboratory's runner: its shards, then cell after cell, each by the ordinary commands in processes of their own.
 
-A cell that is done is not run again, one that was interrupted goes on.
+A cell that is done is not run again, one that was interrupted goes on. A signal to the lab is its cell's,
+which commits first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.lab import Cell, cell_config, checked_cells, data_folder, lab_section
+from launch import child
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +59,31 @@ def _prepare_data(config: Config) -> None:
     if described.startswith("shapes:") and described.count(":") == 1:
         described = f"{described}:{lab.source_image_size}"
     source = open_source(described, config.run.seed, config.storage)
-    if (folder / "test" / "manifest.json").exists():
-        details = load_manifest(str(folder / "test"), config.storage).details
-        if (details.get("source"), details.get("files")) != (source.name, source.fingerprint):
-            raise UserError(
-                f"{folder}: holds shards of {details['source']}, or of other files than are there now; lab.source is "
-                f"{lab.source}: name another folder by run.dir"
-            )
-        return
-    write_shards(
-        source, str(folder), config.storage, seed=config.run.seed, test_fraction=lab.test_fraction, progress=True
-    )
+    with _alone(folder):
+        if (folder / "test" / "manifest.json").exists():
+            details = load_manifest(str(folder / "test"), config.storage).details
+            if (details.get("source"), details.get("files")) != (source.name, source.fingerprint):
+                raise UserError(
+                    f"{folder}: holds shards of {details['source']}, or of other files than are there now; lab.source "
+                    f"is {lab.source}: name another folder by run.dir"
+                )
+            return
+        write_shards(
+            source, str(folder), config.storage, seed=config.run.seed, test_fraction=lab.test_fraction, progress=True
+        )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of a job array's cells, which start at once, one writes to `folder` and the others wait for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("a") as lock:  # the kernel frees it when its holder dies
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: waiting for another cell, which writes it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _run_cell(cell: Cell, config: Config, ranks: int) -> None:
@@ -75,12 +95,12 @@ def _run_cell(cell: Cell, config: Config, ranks: int) -> None:
         pretrain = ["launch.local", "pretrain", str(file), "--ranks", str(ranks)]
     for command in (pretrain, ["dist_ssl.cli", "evaluate", str(cell.folder)]):
         with output.open("a") as stream:
-            code = subprocess.run(
+            code = child.run(
                 [sys.executable, "-m", *command],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"COLUMNS": "120"},
-            ).returncode
+            )
         if code == EXIT_RUN_ME_AGAIN:
             raise SystemExit(EXIT_RUN_ME_AGAIN)
         if code:

@@ -34,9 +34,8 @@ class Profile(Section):
     setup: list[str] = Field([])  # shell lines before anything else
     modules: list[str] = Field([])  # `module load` each
     environment: dict[str, str] = Field({})
-    container: list[str] = Field(
-        []
-    )  # a command put before python on every rank: ["apptainer", "exec", "--nv", "IMAGE"]
+    # A command put before python on every rank: ["apptainer", "exec", "--nv", "IMAGE"]
+    container: list[str] = Field([])
     python: str | None = None  # the ranks' interpreter; None: the one that submits
     srun: list[str] = Field([])  # further options of srun, such as Pyxis' --container-image
     sbatch: dict[str, str | bool] = Field({})  # further options of sbatch

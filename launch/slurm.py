@@ -76,7 +76,8 @@ def pretrain(
     gpus = queue.gpus_of_a_node(name) if gpus_per_node is None else gpus_per_node
     tasks = tasks_per_node or max(1, gpus)
     base = checks.absolute(checks.with_data(configuration.load(config, overrides), data))
-    runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, sweep_keys)]
+    combined = sweep.combinations(base, sweep_keys)
+    runs = [checks.absolute(configuration.with_overrides(base, combination)) for combination in combined]
     for run in runs:
         checks.check_run(run, nodes * tasks, same_environment=chosen.python is None)
     root = Path(base.run.dir)
@@ -312,9 +313,9 @@ def _write_job(
 
 
 def _evaluation_command(profile: str | None, partition: str | None) -> list[str]:
-    options = [
-        *(["--profile", str(Path(profile).absolute()) if profile.endswith(".toml") else profile] if profile else [])
-    ]
+    options = []
+    if profile:
+        options = ["--profile", str(Path(profile).absolute()) if profile.endswith(".toml") else profile]
     options += ["--partition", partition] if partition else []
     return [sys.executable, "-m", "launch.slurm", "evaluate", *options]
 

@@ -43,6 +43,7 @@ from launch import queue
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
+REQUEUE_PAUSES = (2, 4, 8, 15, 30, 60)  # seconds between tries: a controller may be restarting
 FAILURES_OF_A_NODE = 2  # after so many it is a bad one
 # What srun says of the first task that ended badly, or of a node that is gone; one node is named, no n[1-2].
 FAILED_NODE = re.compile(
@@ -111,9 +112,7 @@ def evaluate(command: list[str], run_dir: str, step: int | None) -> None:
         if (results.step_folder(run_dir, step) / results.FILE).exists():
             log.info("step %d has been evaluated", step)
             return
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
-    environment["MASTER_PORT"] = str(_free_port())
-    code = subprocess.run([*command, "--checkpoint", str(step)], env=environment).returncode
+    code = subprocess.run([*command, "--checkpoint", str(step)], env=_environment_of_ranks()).returncode
     if code != 0:
         raise SystemExit(code)
 
@@ -199,13 +198,11 @@ def _run_ranks(job: Job, config: Config) -> tuple[int, str | None]:
 
     Submits evaluations of what the ranks export meanwhile.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
-    environment["MASTER_PORT"] = str(_free_port())
     num_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     size = [f"--nodes={num_nodes}", f"--ntasks={num_nodes * job.tasks_per_node}"]
     command = ["srun", *size, *job.srun, *job.python, "-m", "dist_ssl.cli", "pretrain", job.config, *job.options]
     log.info("%s", " ".join(command))
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=_environment_of_ranks(), stderr=subprocess.PIPE)
     assert process.stderr is not None
     told = _Told(process.stderr)
 
@@ -240,10 +237,17 @@ def _submit_evaluations(job: Job, config: Config, submitted: set[int]) -> set[in
             environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
         for step in sorted(exported - submitted):
             command = [*job.evaluation, str(step)]
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
                 log.info("evaluation of step %d: %s", step, (done.stdout or done.stderr).strip())
+            except subprocess.TimeoutExpired as error:
+                log.warning("evaluation of step %d was not submitted: %s", step, error)
     return exported
+
+
+def _environment_of_ranks() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
+    return kept | {"MASTER_PORT": str(_free_port())}
 
 
 def _free_port() -> int:
@@ -289,12 +293,31 @@ def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: i
     bad = history.bad_nodes()
     if not bad:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_RUN_ME_AGAIN))
-    subprocess.run(["scontrol", "requeue", own_job_id()], check=True, timeout=60)
+    complaint = _requeue(restart)
+    if complaint:
+        _stop(history, f"Slurm did not requeue it: {complaint}; submit again to go on from step {now}")
     if bad:
         _leave_out(bad)
     else:
         time.sleep(20)
     raise SystemExit(EXIT_RUN_ME_AGAIN)
+
+
+def _requeue(restart: int) -> str | None:
+    """Have Slurm requeue this job, and what Slurm complained of last where it would not; several tries."""
+    for pause in (*REQUEUE_PAUSES, None):
+        try:
+            queue.ask("scontrol", "requeue", own_job_id())
+            return None
+        except UserError as error:
+            complaint = str(error)
+        # What failed may have been the answer alone.
+        if int(job_fields().get("Restarts", restart)) != restart:
+            return None
+        if pause is not None:
+            log.warning("%s; asking again in %d s", complaint, pause)
+            time.sleep(pause)
+    return complaint
 
 
 def _leave_out(bad: list[str]) -> None:

@@ -6,8 +6,6 @@ import itertools
 import json
 import logging
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.results import converged, newest, stored
 from dist_ssl.planning.before_start import check_config
 from dist_ssl.report.status import last_line, status
+from launch import child
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +24,18 @@ log = logging.getLogger(__name__)
 def combinations(base: Config, keys: list[str]) -> list[list[str]]:
     """Overrides of each run, its own `run.dir` included; one empty list where nothing is swept.
 
-    Raises UserError for a key without values. `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on.
+    `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on. Commas within TOML's lists, tables and strings are a
+    value's own. Raises UserError for a key without values, and for two runs of one folder.
     """
     if not keys:
         return [[]]
     choices = []
     for given in keys:
-        key, equals, values = given.partition("=")
-        if not equals or "." not in key or not all(values.split(",")):
+        key, equals, text = given.partition("=")
+        values = _values(text)
+        if not equals or "." not in key or not all(values):
             raise UserError(f"--sweep {given}: expected section.key=value,value")
-        choices.append([f"{key}={value}" for value in values.split(",")])
+        choices.append([f"{key}={value}" for value in values])
     short = [given.partition("=")[0].rpartition(".")[2] for given in keys]
     names = short if len(set(short)) == len(short) else [given.partition("=")[0] for given in keys]
     runs = []
@@ -42,7 +43,21 @@ def combinations(base: Config, keys: list[str]) -> list[list[str]]:
         parts = [f"{name}={choice.partition('=')[2]}" for name, choice in zip(names, combination, strict=True)]
         folder = re.sub(r"[^\w=.+-]", "-", "_".join(parts))
         runs.append([*combination, f"run.dir={json.dumps(str(Path(base.run.dir) / folder))}"])
+    if len({run[-1] for run in runs}) < len(runs):
+        raise UserError(f"--sweep {' --sweep '.join(keys)}: expected values whose letters and digits differ")
     return runs
+
+
+def _values(text: str) -> list[str]:
+    """What stands between the commas that are in no list, table or string."""
+    values, depth = [""], 0
+    for token in re.findall(r'"(?:\\.|[^"\\])*"|\'[^\']*\'|.', text):
+        depth += (token in "[{") - (token in "]}")
+        if token == "," and depth <= 0:
+            values.append("")
+        else:
+            values[-1] += token
+    return values
 
 
 def run(
@@ -68,7 +83,7 @@ def run(
             commands.append(["launch.local", "evaluate", str(folder), *(["--ranks", str(ranks)] if ranks else [])])
         log.info("run %d of %d: %s%s", number, len(configs), folder, "" if commands else ", which is complete")
         for command in commands:
-            code = _passing_signals_on([sys.executable, "-m", *command])
+            code = child.run([sys.executable, "-m", *command])
             if code == EXIT_RUN_ME_AGAIN:
                 raise SystemExit(EXIT_RUN_ME_AGAIN)
             if code:
@@ -76,30 +91,6 @@ def run(
                 failed.append(folder)
                 break
     return failed
-
-
-def _passing_signals_on(command: list[str]) -> int:
-    """Run a command and return its exit code; what this process is told to do, the command does: it commits first.
-
-    75 where it was told to end, however the command did: one that was about to be complete, or an evaluation, exits
-    with another code, and nothing is to be run after it.
-    """
-    told: list[int] = []
-    with subprocess.Popen(command) as process:
-
-        def pass_on(number: int, frame: Any) -> None:
-            told.append(number)
-            # Ctrl-C reaches both, being of one terminal; killing the ranks would lose what they are about to commit.
-            if number == signal.SIGTERM:
-                process.send_signal(number)
-
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            code = process.wait()
-            return EXIT_RUN_ME_AGAIN if told else code
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def table(folder: str | Path) -> str:

@@ -107,6 +107,7 @@ def save(config: Config, model: engine.Engine, steps: int, last_step: int | None
     state = RunState(steps, steps * 4, config_module.dumps(config), "data")
     checkpointer.save(state, dict(model.model.named_buffers()))
     checkpointer.wait()
+    assert checkpointer.seconds_to_save() > 0
 
 
 def go_on_and_save(config: Config, steps: int) -> int:

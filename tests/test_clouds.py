@@ -89,15 +89,16 @@ def test_what_a_cloud_refuses_is_told_at_once_and_in_one_line(cloud: Cloud, monk
     with pytest.raises(FileNotFoundError, match="://nobucket/none") as missing:
         storage.write_bytes(url, b"x", QUICK)
     assert "\n" not in str(missing.value)
-    hint = "AZURE_STORAGE_CONNECTION_STRING" if cloud.scheme == "az" else "credentials were not found"
+    hint = "AZURE_STORAGE_CONNECTION_STRING" if cloud.scheme == "az" else "credentials were not found; log in by"
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
     monkeypatch.setenv("CLOUDSDK_CONFIG", "/nonexistent")
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     for name in cloud.environment_at(cloud.port):
         monkeypatch.delenv(name)
-    with pytest.raises(UserError, match=hint) as refused:
-        storage.read_bytes(f"{cloud.scheme}://bucket/x", QUICK)
-    assert "\n" not in str(refused.value)
+    for call in (storage.read_bytes, storage.filesystem):
+        with pytest.raises(UserError, match=hint) as refused:
+            call(f"{cloud.scheme}://bucket/x", QUICK)
+        assert "\n" not in str(refused.value)
     assert time.monotonic() - started < 15
 
 

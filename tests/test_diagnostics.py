@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dist_ssl.training.diagnostics import OnlineProbe, alarms, diagnose, effective_rank
+from dist_ssl.training.diagnostics import alarms, diagnose, effective_rank
+from dist_ssl.training.online_probe import OnlineProbe, exchange
+from tests.counting import Count, wire_bytes
 from tests.pool import ranks
 
 
@@ -107,6 +109,58 @@ def test_online_probe_learns_and_is_the_same_on_any_number_of_ranks():
     restored = OnlineProbe(5, {"h": 12, "z": 4})
     restored.load_state_dict(alone)
     assert restored.metrics() == metrics
+
+
+def _spread_probe(rows_per_rank, state):
+    """A probe of 150 classes after 8 steps: its whole state, what it says, and the collectives of a step."""
+    from dist_ssl.distributed import rank
+
+    probe = OnlineProbe(150, {"h": 12, "z": 4}, rows_per_rank)
+    if state:
+        probe.load_state_dict(state)
+    start = sum(rows_per_rank[: rank()])
+    mine = slice(start, start + rows_per_rank[rank()])
+    generator = torch.Generator().manual_seed(len(state))
+    for _ in range(8):
+        h = torch.randn(64, 12, generator=generator)
+        labels = torch.randint(-1, 150, (64,), generator=generator)
+        labels[:9] = 0  # of equal logits, which all are at first, the first is the answer
+        with Count() as count:
+            probe.update({"h": 3 * h[mine] + 2, "z": h[mine, :4]}, labels[mine])
+    return dict(probe.whole_state()), probe.metrics(), count.collectives, probe.h_weight.shape[1]
+
+
+@pytest.mark.parametrize("rows", [[40, 24], [30, 1, 33], [16] * 4])
+def test_ranks_that_share_classes_learn_what_one_learns(rows):
+    size = len(rows)
+    alone, metrics, called, _ = _spread_probe([64], {})
+    assert called == []
+    assert metrics["online_accuracy_h"] > 0.01
+    spread, sent = exchange(150, (12, 4), 64, size)
+    assert spread
+    found = ranks(size).run(_spread_probe, rows, {})
+    assert [held for *_, held in found] == [150 * (r + 1) // size - 150 * r // size for r in range(size)]
+    for state, told, called, _ in found:
+        assert told == pytest.approx(metrics)
+        for name, value in alone.items():
+            assert torch.allclose(state[name], value, rtol=1e-3, atol=1e-5), name
+        assert [name for name, _ in called] == ["allgather_base", "allreduce", "allreduce"]
+        padded = (size * max(rows) - 64) * 17 * 4 * (size - 1) / size
+        assert wire_bytes(called, size) == pytest.approx(sent + padded)
+    # What several ranks saved one goes on with, and the other way round.
+    goes_on = _spread_probe([64], found[0][0])[0]
+    for state, *_ in ranks(size).run(_spread_probe, rows, alone):
+        assert all(torch.allclose(state[name], value, rtol=1e-3, atol=1e-5) for name, value in goes_on.items())
+
+
+def test_classes_are_shared_where_that_sends_less():
+    few, many = (exchange(classes, (2048, 128), 4096, 1024) for classes in (1000, 21_841))
+    assert not few[0]
+    assert many[0]
+    assert few[1] == pytest.approx(17.4e6, rel=0.01)
+    assert many[1] == pytest.approx(35.8e6, rel=0.01)  # where the gradients' all-reduce would send 380 MB
+    assert not exchange(21_841, (2048, 128), 4096, 1)[0]
+    assert not exchange(6, (2048, 128), 8, 8)[0], "a class a rank at least"
 
 
 def test_online_probe_takes_no_gradient_and_ignores_unlabelled_batches():

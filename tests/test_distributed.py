@@ -9,7 +9,15 @@ import torch
 
 from dist_ssl import distributed
 from dist_ssl.distributed import as_on_gpu
-from dist_ssl.models import GlobalBatchNorm, batch_norm, build_encoder, build_model, frozen_running_statistics
+from dist_ssl.models import (
+    GlobalBatchNorm,
+    batch_norm,
+    build_encoder,
+    build_model,
+    frozen_running_statistics,
+    moments,
+)
+from tests.counting import Count
 from tests.pool import RankFailed, ranks
 from tests.terminal import ROOT, run
 from tests.trajectory import small_config
@@ -50,6 +58,42 @@ def test_batch_norm_equals_one_process(size, shape):
     for answer in answers:
         torch.testing.assert_close(answer[3], oracle.running_mean, rtol=1e-12, atol=0)
         torch.testing.assert_close(answer[4], oracle.running_var, rtol=1e-9, atol=0)
+
+
+def by_reductions(function, *arguments):
+    """What it returns, and the collectives, where no gather is small enough."""
+    with mock.patch.object(moments, "GATHERED_BYTES", -1), Count() as seen:
+        return function(*arguments), seen.collectives
+
+
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_batch_norm_of_many_ranks_merges_by_reductions(way, size):
+    channels, offset = 5, 1000.0 if way == "cpu" else 3.0  # fp32 loses what is far from its mean in any way
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 11, channels, 4, 4, dtype=torch.float64)
+    x = x + offset
+    if way == "gpu":
+        x, g = x.float(), g.float()
+        answers = ranks(size).run(by_reductions, on_gpus, batch_norm_of_rows, x, g)
+    else:
+        answers = ranks(size).run(by_reductions, batch_norm_on_ranks, 11, (channels, 4, 4), offset)
+    leaf = x.double().requires_grad_()
+    oracle = torch.nn.BatchNorm2d(channels).double()
+    y = oracle(leaf)
+    y.backward(g.double())
+    tolerance = 1e-9 if way == "cpu" else 2e-6
+    for k, expected in ((0, y.detach()), (1, leaf.grad)):
+        found = torch.cat([answer[k] for answer, _ in answers]).double()
+        assert float((found - expected).norm() / expected.norm()) < tolerance
+    first = answers[0][0]
+    mean, variance = (3, 4) if way == "cpu" else (4, 5)
+    assert float((first[variance].double() / oracle.running_var - 1).abs().max()) < tolerance
+    for answer, called in answers:
+        assert torch.equal(answer[mean], first[mean]), "the same bits on all ranks"
+        assert torch.equal(answer[variance], first[variance]), "the same bits on all ranks"
+        forward = [("allreduce", 8 * (channels + 1)), ("allreduce", 8 * channels)]
+        assert called == [*forward, ("allreduce", 2 * channels * x.element_size())]
 
 
 def fp32_batch_norm(x: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from dist_ssl.evaluation.geometry import (
     alignment_and_uniformity,
     directions,
     lidar,
+    matrix_entropy,
     matrix_information,
     trained_on,
 )
@@ -97,6 +98,14 @@ def test_matrix_information_is_that_of_renyis_entropies():
     entropies = [-np.log((np.linalg.eigvalsh(gram / 30) ** 2).sum()) for gram in (*grams, grams[0] * grams[1])]
     assert matrix_information(a, b) == pytest.approx(entropies[0] + entropies[1] - entropies[2], rel=1e-5)
     assert matrix_information(torch.eye(30), torch.eye(30)) == pytest.approx(math.log(30))
+    same = torch.ones(30, 5) + 0.1 * a  # all rows much alike: I(a; b) is below H(a), though I(a; a) is lower still
+    found = [matrix_information(same, other) for other in (b, same)]
+    assert found[1] < found[0] <= matrix_entropy(_gram(same))
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    return unit @ unit.T
 
 
 def test_a_factors_weight_is_how_far_the_layer_moves_along_it():

@@ -74,6 +74,19 @@ def test_what_is_no_folder(data: str, expected: str, tmp_path: Path, monkeypatch
         train_and_test(data, LOCAL)
 
 
+def test_labels_are_not_asked_of_images_without_any(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path, 1) / "class0"
+    settings = [f"run.dir={json.dumps(str(tmp_path / 'run'))}", "objective.name=supervised"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = forked("pretrain", "configs/debug_cpu.toml", "--data", str(root), *options)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: objective.name = supervised: expected labelled images, got none in folder:{root} with a label; take "
+        "another objective, or a folder of class folders"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_newcomers_photos(tmp_path: Path) -> None:
     """Two commands from a folder to numbers."""
@@ -87,8 +100,9 @@ def test_a_newcomers_photos(tmp_path: Path) -> None:
     options = [part for setting in settings for part in ("--set", setting)]
     done = forked("pretrain", "configs/debug_cpu.toml", "--data", str(root), *options)
     assert done.returncode == 0, done.stderr
-    first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
-    assert first.endswith("loading torch, which takes some seconds")
+    (_, first, second), last = done.stderr.splitlines()[:3], done.stderr.splitlines()[-1]
+    assert f"indexing folder:{root}: " in first  # the test part's, before torch is loaded
+    assert second.endswith("loading torch, which takes some seconds")
     assert last.endswith(f"next: dist-ssl evaluate {run_dir}")
     done = forked("evaluate", str(run_dir), "--probes", "knn")
     assert done.returncode == 0, done.stderr

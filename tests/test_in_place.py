@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -127,6 +128,42 @@ def test_what_changed_since_is_named_and_ends_the_run(photos: Path, change: str)
     assert damage.key == "class1/3.JPEG"
 
 
+@pytest.mark.parametrize(
+    "options", [[], ["--output", "the index"], ["--test-fraction", "0.3", "--seed", "2", "--output", "two"]], ids=str
+)
+def test_the_command_that_a_changed_folder_advises_lists_it_anew(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = photos.rename(tmp_path / "my photos")
+    assert CliRunner().invoke(app, ["index", f"folder:{root}", "--rebuild", *options]).exit_code == 0
+    place = f"folder:{root}" if not options else "two/train" if "--seed" in options else options[1]
+    before = load_manifest(place, LOCAL)
+    keys = set(keys_and_bytes(before))
+    key = read_member_index(before.shards[0], LOCAL).keys[0]
+    (root / key).write_bytes((root / key).read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"is not the image that was indexed; put it back and start again") as told:
+        keys_and_bytes(before)
+    command = shlex.split(str(told.value).split("as they are now: ")[1])
+    assert command[:3] == ["dist-ssl", "shards", "index"]
+    done = CliRunner().invoke(app, command[2:])
+    assert done.exit_code == 0, done.output
+    after = load_manifest(place, LOCAL)
+    assert set(keys_and_bytes(after)) == keys
+    assert after.details == before.details | {"files": after.details["files"]}
+
+
+def test_the_command_that_an_unindexed_folder_advises_indexes_it(photos: Path, tmp_path: Path) -> None:
+    root = photos.rename(tmp_path / "my photos")
+    shutil.rmtree(root / ".dist_ssl")
+    for place in (f"folder:{root}", f"folder:{root}/test"):
+        with pytest.raises(UserError, match="not indexed yet") as told:
+            load_manifest(place, LOCAL)
+        command = shlex.split(str(told.value).split("`")[1])
+        assert CliRunner().invoke(app, command[2:]).exit_code == 0
+        assert load_manifest(place, LOCAL).num_samples == (6 if place.endswith("test") else 60)
+
+
 def test_an_interrupted_index_goes_on_and_one_of_a_changed_folder_does_not_lie(photos: Path) -> None:
     place = photos / ".dist_ssl"
     before = load_manifest(f"folder:{photos}", LOCAL)
@@ -221,8 +258,9 @@ def test_an_idx_file_gives_the_pixels_that_its_shards_would(tmp_path: Path, zipp
     from dist_ssl.data import idx
 
     idx.read.cache_clear()
-    with pytest.raises(UserError, match="images, image 00000003: is not the image that was indexed"):
+    with pytest.raises(UserError, match="images, image 00000003: is not the image that was indexed") as told:
         keys_and_bytes(in_place)
+    assert str(told.value).endswith(f": dist-ssl shards index {spec} --rebuild")
 
 
 def test_a_place_that_cannot_be_written_to_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +276,7 @@ def test_command_line_and_what_else_reads_the_place(photos: Path, monkeypatch: p
     assert done.exit_code == 0, done.output
     assert f"{photos}/.dist_ssl/train/manifest.json: 48 samples in 3 shards of 16 to 16" in done.output
     verified = run.invoke(app, ["verify", f"folder:{photos}/test", "--decode", "--workers", "0"])
-    assert verified.output.endswith(f"folder:{photos}/test: whole\n")
+    assert verified.output.endswith("whole: every byte of 1 shards was compared, every image was decoded\n")
     config = config_for(photos)
     check_config(config, 1)
     assert [finding.remedy for finding in store(config)] == [None, None]

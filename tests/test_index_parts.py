@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.commands import app
 from dist_ssl.data.decode import BadSample
-from dist_ssl.data.indexing import index_shards, verify_shards
+from dist_ssl.data.indexing import compared, index_shards, verify_shards
 from dist_ssl.data.manifest import FORMAT, load_manifest, read_member_index
 from dist_ssl.data.parts import merge, parse
 from dist_ssl.data.reader import Reader
@@ -181,6 +181,8 @@ def test_an_index_that_has_checksums_is_kept_and_one_without_is_made_anew(tmp_pa
     folder = folder_of(tmp_path, 2)
     headers = index_shards(str(folder), LOCAL, num_workers=0)
     whole = index_shards(str(folder), LOCAL, checksums=True, num_workers=0)
-    assert [shard.headers_only for shard in headers.shards + whole.shards] == [True, True, False, False]
+    assert [shard.headers_only for shard in (*headers.shards, *whole.shards)] == [True, True, False, False]
+    assert compared(headers, False).startswith("headers are those that were indexed: of 2 of 2 shards")
+    assert compared(whole, True).startswith("whole: every byte of 2 shards")
     assert index_shards(str(folder), LOCAL, num_workers=0) == whole, "it knows more than was asked for"
     assert f'"format": "{FORMAT}"' in Path(whole.url).read_text(), "which older versions read"

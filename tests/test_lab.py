@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import threading
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -166,6 +170,33 @@ def test_a_real_grid_goes_on_where_it_stopped_and_is_summed_up(tmp_path):
         assert "was made by another config (train.steps: 2 -> 3); name another folder" in str(other.exception)
     with pytest.raises(UserError, match=r"holds shards of shapes:96:20.*lab.source is shapes:90"):
         laboratory.run(tiny(tmp_path / "lab", num_seeds=1, source="shapes:90"))
+
+
+def test_a_signal_to_the_lab_is_its_cells_and_ends_both(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\ntrap 'echo told; exit 0' USR1\nkill -USR1 $PPID\nsleep 9 & wait\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    config = tiny(tmp_path / "lab")
+    cell = lab.cells(config)[0]
+    with pytest.raises(SystemExit, match="75"):
+        laboratory._run_cell(cell, lab.cell_config(config, cell), 1)
+    assert cell.beside(".log").read_text() == "told\n"
+
+
+@pytest.mark.slow
+def test_of_the_cells_of_a_job_array_one_writes_the_data_and_the_others_wait(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = tiny(tmp_path / "lab", source="shapes:8:8")
+    (tmp_path / "lab").mkdir()
+    cell = threading.Thread(target=laboratory._prepare_data, args=[config])
+    with (tmp_path / "lab" / "data.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        cell.start()
+        while cell.is_alive() and "waiting for another cell" not in caplog.text:
+            time.sleep(0.01)
+        assert not lab.data_folder(config).exists()
+    cell.join()
+    assert (lab.data_folder(config) / "test" / "manifest.json").exists()
 
 
 def test_an_empty_laboratory_has_a_page(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ssl import distributed, objective
 from dist_ssl.objective import contrastive
@@ -61,6 +62,32 @@ def ours(form, z, tau, ids, labels, **rows):
     if form == "supervised":
         return objective.supervised_views(z, tau, labels, **rows)
     return getattr(objective, f"{form}_views")(z, tau, sample_ids=ids, **rows)
+
+
+class Precisions(TorchDispatchMode):
+    """What products of fp32 are allowed to be, at each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_products = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if "mm" in function.name():
+            self.of_products.append(torch.get_float32_matmul_precision())
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize("num_views", [2, 3])
+def test_products_inside_are_not_those_that_a_bf16_run_allows(num_views):
+    z, ids, labels = batch(12, num_views, torch.float32)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Precisions() as seen:
+            ours("nt_xent", z.requires_grad_(), 0.1, ids, labels).backward()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen.of_products == ["highest"] * (3 * (num_views - 1))  # of three views also those within an image
 
 
 def on_ranks(form, num_views, sizes, dtype):

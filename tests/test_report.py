@@ -114,6 +114,7 @@ def test_one_run_says_its_numbers(tmp_path):
         "A linear probe on h of step 600 names the class of 80.0 % of 300 test images",
         "60.0% on z, which the loss saw",
         "On cifar10, step 600",
+        "What the head keeps, and what it throws away, on cifar10, step 600",
         "Over training",
         "What the head keeps",
         "1.00 / 90.0%",

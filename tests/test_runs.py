@@ -158,6 +158,11 @@ MISTAKES = {
         "model.encoder: expected timm/ and the name of a model of the timm that is installed, got 'timm/convnext_ato'; "
         "did you mean 'timm/convnext_atto'?"
     ),
+    "plan configs/quickstart.toml --set model.encoder=timm/convnext_ato": "model.encoder: expected timm/ and the name",
+    "plan configs/quickstart.toml --set data.shards=none": "none: no manifest.json there",
+    "plan configs/quickstart.toml --num-images 9 --at-ranks 8,x": "--at-ranks 8,x: expected numbers of ranks",
+    "pretrain configs/debug_cpu.toml --data none": "--data none: no such folder; expected one of images",
+    "evaluate --weights none --encoder resnet50 --data none": "--data none: no such folder; expected one of images",
     "pretrain configs/debug_cpu.toml --set objective.chunks=65": "train.global_batch_size: 64 is less than",
 }
 

@@ -25,7 +25,8 @@ from dist_ssl.data.decode import ENDINGS, decode
 from dist_ssl.data.indexing import index_shards, verify_shards
 from dist_ssl.data.manifest import Manifest, load_manifest, read_member_index
 from dist_ssl.data.shards import LEFT_OUT, write_shards
-from dist_ssl.data.sources import open_source
+from dist_ssl.data.sources import FolderSource, open_source
+from dist_ssl.evaluation.embed import images_in
 from tests.s3 import s3_server
 
 LOCAL = StorageConfig()
@@ -330,6 +331,21 @@ def test_sources_that_are_none(spec: str) -> None:
         open_source(spec)
 
 
+@pytest.mark.timeout(30)  # without an end a test would not end either
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path / "photos", 2)
+    elsewhere = photo_folder(tmp_path / "elsewhere", 1, each=5) / "class0"
+    (root / "class0" / "more").symlink_to(elsewhere)
+    (root / "class0" / "again").symlink_to(elsewhere)
+    (root / "class1" / "up").symlink_to("..")
+    (root / "class1" / "round").mkdir()
+    (root / "class1" / "round" / "about").symlink_to("..")
+    source = open_source(f"folder:{root}")
+    assert isinstance(source, FolderSource)
+    assert source.labels == [0] * 25 + [1] * 20
+    assert len(set(map(os.path.realpath, source.paths))) == len(images_in(root)) == 45
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no jpg"):
         open_source(f"folder:{tmp_path}")
@@ -432,6 +448,27 @@ def test_idx_files_that_are_none(tmp_path: Path) -> None:
 
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist (installed with CI=true)")
+def test_torchvisions_fashion_mnist_is_that_of_its_files(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, head, each in (("images-idx3", 16, 784), ("labels-idx1", 8, 1)):
+        whole = gzip.decompress((FASHION / f"t10k-{name}-ubyte.gz").read_bytes())
+        (raw / f"t10k-{name}-ubyte").write_bytes(whole)
+        few = whole[:4] + (5).to_bytes(4, "big") + whole[8 : head + 5 * each]
+        (raw / f"train-{name}-ubyte").write_bytes(few)  # torchvision wants all four to be there
+    source = open_source(f"torchvision:FashionMNIST/test:{tmp_path}")
+    ours = open_source(f"idx:{raw}/t10k-images-idx3-ubyte:{raw}/t10k-labels-idx1-ubyte")
+    assert len(source) == len(ours) == 10_000
+    assert len(open_source(f"torchvision:FashionMNIST:{tmp_path}")) == 5
+    assert source.classes[9] == "Ankle boot"
+    some = [0, 1, 4711, 9999]
+    for one, other in zip(source.read(some), ours.read(some), strict=True):
+        assert one.label == other.label
+        np.testing.assert_array_equal(decode(one.image, 10**6), decode(other.image, 10**6))
+    assert source.read([0])[0].label == 9
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist (installed with CI=true)")

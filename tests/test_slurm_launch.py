@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError, environment
-from launch import profile, queue, slurm, snapshot, supervisor, sweep
+from launch import checks, profile, queue, slurm, snapshot, supervisor, sweep
 from tests.test_shards import photo_folder
 
 
@@ -113,6 +114,35 @@ def test_what_ends_for_good_is_not_requeued_and_a_node_that_failed_twice_is_left
     assert (updated.read_text().strip() if updated.exists() else None) == (left_out and f"ExcNodeList={left_out}")
 
 
+@pytest.mark.parametrize(
+    ("refusals", "restarts", "calls", "complaint"), [(2, 0, 3, None), (9, 0, 4, "scontrol: busy"), (9, 1, 1, None)]
+)
+def test_a_requeue_is_asked_for_again_where_slurm_refuses(tmp_path, monkeypatch, refusals, restarts, calls, complaint):
+    """Until it did so all the same: Restarts says it."""
+    asked = tmp_path / "asked"
+    program = f"""#!/bin/sh
+        if [ "$1" != requeue ]; then echo JobState=RUNNING Restarts={restarts}; exit; fi
+        echo >> {asked}
+        [ $(wc -l < {asked}) -gt {refusals} ] || {{ echo busy >&2; exit 1; }}"""
+    (tmp_path / "scontrol").write_text(program)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(supervisor, "REQUEUE_PAUSES", (0, 0, 0))
+    said = supervisor._requeue(0)
+    assert (said and said.partition(";")[0], asked.read_text().count("\n")) == (complaint, calls)
+
+
+def test_every_local_path_of_a_submission_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = ["run.dir", "data.cache_dir", "data.shards", "model.init", "checkpoint.url", "evaluation.train_shards"]
+    keys.append("evaluation.test_shards")
+    config = checks.absolute(configuration.with_overrides(Config(), [f"{key}=here" for key in keys]))
+    assert [attrgetter(key)(config) for key in keys] == [str(tmp_path / "here")] * len(keys)
+    remote = configuration.with_overrides(config, ["model.init=s3://bucket/weights.safetensors"])
+    assert checks.absolute(remote) == remote
+
+
 @pytest.mark.slow
 def test_data_of_a_submission(tmp_path):
     """`--data`, relative and of images, is in the job's config as absolute parts; Slurm is programs that answer."""
@@ -181,6 +211,18 @@ def test_a_sweep_is_every_combination_in_folders_of_their_own():
     assert len({run.run.dir for run in runs}) == 6
     assert runs[0].run.dir == "/runs/s/temperature=0.05_kind=none"
     assert sweep.combinations(base, []) == [[]]
+    with pytest.raises(UserError, match="expected values whose letters and digits differ"):
+        sweep.combinations(base, ["model.init=a/b,a-b"])
+    lists = 'evaluation.probes=["knn"],["linear", "knn"]'
+    runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, [lists])]
+    assert [run.evaluation.probes for run in runs] == [["knn"], ["linear", "knn"]]
+    assert runs[1].run.dir == "/runs/s/probes=--linear----knn--"
+    texts = {
+        "1,2": ["1", "2"],
+        '"a,\\",b",\'c,"\',d': ['"a,\\",b"', "'c,\"'", "d"],
+        "{a=[1,2],b=1},x": ["{a=[1,2],b=1}", "x"],
+    }
+    assert {text: sweep._values(text) for text in texts} == texts
     for wrong in ("temperature=1", "objective.temperature", "objective.temperature=", "objective.temperature=1,,2"):
         with pytest.raises(UserError, match=r"expected section\.key=value,value"):
             sweep.combinations(base, [wrong])

@@ -74,6 +74,7 @@ def test_credentials_in_urls_are_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(UserError) as caught:
         storage.check_url(url)
     assert "hunter2pw" not in str(caught.value)
+    assert "name many files by * or {0000..1023}, since a ? begins a query string" in str(caught.value)
     with pytest.raises(UserError) as caught:
         storage.filesystem("s3://bucket/x", StorageConfig(endpoint_url=url))
     assert "hunter2pw" not in str(caught.value)

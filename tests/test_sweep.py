@@ -15,7 +15,6 @@ import pytest
 from dist_ssl.config import StorageConfig
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
-from launch import sweep
 from tests.terminal import ROOT, run
 
 
@@ -60,13 +59,24 @@ def test_a_grid_is_stopped_goes_on_and_names_the_run_that_fails(shapes: Path) ->
     assert f"run 1 of 1: {first}, which is complete" in done.stderr
 
 
-@pytest.mark.parametrize("code", [0, 143])
-def test_what_is_told_to_end_is_the_last(code: int) -> None:
+def test_what_is_told_to_end_is_told_so_itself_and_is_the_last() -> None:
     """A run that was about to be complete, an evaluation: neither exits with 75."""
-    ends = f"signal.signal(signal.SIGTERM, lambda *_: os._exit({code})); os.kill(os.getppid(), signal.SIGTERM)"
-    program = f"import os, signal, time; {ends}; time.sleep(20)"
-    assert sweep._passing_signals_on([sys.executable, "-c", program]) == 75
-    assert sweep._passing_signals_on([sys.executable, "-c", f"raise SystemExit({code})"]) == code
+    told = "import os, signal, sys, time; number, code = map(int, sys.argv[1:]); "
+    told += "signal.signal(number, lambda *_: (os.write(1, b'%d ' % number), os._exit(code))); "
+    told += "os.kill(os.getppid(), number); time.sleep(20)"
+    numbers = [int(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)]
+    runner = f"""if True:
+        import sys
+        from launch import child
+        for number in {numbers}:
+            for code in (0, 143):
+                assert child.run([sys.executable, "-c", {told!r}, str(number), str(code)]) == 75
+                assert child.run([sys.executable, "-c", f"raise SystemExit({{code}})"]) == code
+    """
+    # In a session of its own, so that it has no terminal whose Ctrl-C reaches both.
+    done = subprocess.run([sys.executable, "-c", runner], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    assert done.returncode == 0
+    assert done.stdout.split() == [b"%d" % number for number in numbers for _ in range(2)]
 
 
 def test_a_combination_that_no_config_takes_runs_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from dist_ssl.training.step import dropping_seed
 from tests import trajectory
 from tests.pool import ranks
 from tests.trajectory import small_config
@@ -77,3 +78,10 @@ def test_activation_checkpointing_is_exact(tmp_path, small_shards, stage):
     second = ranks(2).run(trajectory.loss_and_gradient, recomputing)[0]
     assert first[0] == second[0]
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_no_two_seeds_steps_chunks_or_ranks_drop_alike():
+    counters = [counter for length in (3, 4) for counter in itertools.product(range(4), repeat=length)]
+    seeds = {dropping_seed(*counter) for counter in counters}
+    assert len(seeds) == len(counters)
+    assert max(seeds) < 2**63

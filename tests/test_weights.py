@@ -91,10 +91,13 @@ def test_a_run_starts_from_them_once(tmp_path, small_shards, method):
     assert all("model.init: " in said for said in ranks(2).run(trajectory.pretrain_error, other))
 
 
-def test_weights_that_do_not_match_leave_no_run_directory(tmp_path, small_shards):
+def test_weights_that_do_not_match_and_sizes_leave_no_run_directory(tmp_path, small_shards):
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
     config = small_config(tmp_path / "run", small_shards, f"model.init={tmp_path}/w.safetensors")
     assert all("nothing in it has the name" in said for said in ranks(2).run(trajectory.pretrain_error, config))
+    sizes = ["model.encoder=vit_s_16", "augment.crop_size=32", "evaluation.image_size=40"]
+    config = small_config(tmp_path / "run", small_shards, *sizes)
+    assert all("evaluation.image_size: " in said for said in ranks(2).run(trajectory.pretrain_error, config))
     assert not (tmp_path / "run").exists()
 
 

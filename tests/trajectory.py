@@ -131,7 +131,7 @@ def loss_and_gradient(config: Config) -> tuple[float, dict[str, Tensor]]:
             if not model.fragments[0].replicated:
                 dist.all_reduce(whole)
     measured = torch.cat(list(gradients.values())).double().norm()  # in fp32 it is 4e-4 off over 5M elements
-    assert abs(norm - measured) <= 1e-5 * measured
+    assert abs(norm - measured) <= 2e-5 * measured  # the engine's, of sums in fp32: 1.1e-5 off for swin's 28M
     return float(loss), gradients
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +49,7 @@ class Checkpointer:
     """Saves an engine's state: training waits for one copy to host memory, a thread does the rest.
 
     At most one save is under way. The thread talks to the other ranks by a process group of its own. `last_step` is
-    that of the checkpoint that the run goes on from.
+    that of the checkpoint that the run goes on from, `first_guess_seconds` what a save may take before any was made.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Checkpointer:
         incarnation: int,
         *,
         last_step: int = -1,
+        first_guess_seconds: float = 0.0,
     ):
         self._store, self._run_dir, self._config, self._incarnation = store, run_dir, config, incarnation
         self._fragments, self._optimizer = engine.fragments, engine.optimizer
@@ -66,6 +69,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._resumed, self._committed = last_step, set[int]()
+        self._began, self._seconds, self._first_guess = 0.0, deque[float](maxlen=16), first_guess_seconds
         self.last_step = last_step  # the newest that is known to hold: resumed from, or committed since; -1 for none
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
 
@@ -76,6 +80,7 @@ class Checkpointer:
         Waits for the save before it; raises on all ranks where that one failed.
         """
         self.wait()
+        self._began = time.monotonic()
         tensors, table = self._held()
         for name, tensor in (teacher or {}).items():
             _take_share(
@@ -95,6 +100,16 @@ class Checkpointer:
     def failed(self) -> bool:
         """Whether the last save has failed by now; `wait` raises it. Not collective."""
         return self._failure is not None
+
+    def seconds_to_save(self) -> float:
+        """How long this rank would wait for a save from now on: as for the slowest of the last, and for one under way.
+
+        Not collective.
+        """
+        slowest = max(self._seconds, default=self._first_guess)
+        under_way = self._thread is not None and self._thread.is_alive()
+        left = slowest - (time.monotonic() - self._began) if under_way else 0.0
+        return slowest + max(left, 0.0)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises, on all ranks, what made the last save fail."""
@@ -145,6 +160,7 @@ class Checkpointer:
             self._failure = self._of_rank_0(outcome)
             if self._failure is None:
                 self.last_step = state.step
+                self._seconds.append(time.monotonic() - self._began)
         except BaseException as error:
             self._failure = error
 

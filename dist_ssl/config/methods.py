@@ -12,7 +12,7 @@ NAME = "which method trains; it decides what other keys there are"
 
 
 class _Method(Section):
-    chunks: int = Field(1, ge=1, description="GradCache: encoder passes a step, for large batches on few ranks")
+    chunks: int = Field(1, ge=1, description="gradient accumulation, exact (GradCache): encoder passes a step")
 
 
 class _Contrastive(_Method):

@@ -203,9 +203,13 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of autocast; weights and reductions are fp32")
     deterministic: bool = Field(False, description="bit-identical on CUDA too, slower")
     compile: bool = Field(False, description="run the model through torch.compile")
-    hang_minutes: float = Field(30.0, gt=0, description="without a step, then the process ends and shows its stacks")
+    hang_minutes: float = Field(
+        30.0, gt=0, description="without a step or a save; the process then shows its stacks and ends"
+    )
     grace_seconds: float = Field(25.0, gt=0, description="between SIGTERM and a launcher's SIGKILL; holds two steps")
-    threads_per_rank: int | None = Field(None, ge=1, description="CPU only; unset: cores / ranks on the node")
+    threads_per_rank: int | None = Field(
+        None, ge=1, description="CPU only; unset: CPUs that it may use / ranks that share them"
+    )
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed keys; those that we derive are refused")
 
 
@@ -218,7 +222,7 @@ class CheckpointConfig(Section):
     export_every_commits: int | None = Field(None, ge=1, description="also write export/step-<n>.safetensors")
     asynchronous: bool = Field(True, description="write while training goes on")
     wall_time_minutes: float | None = Field(
-        None, gt=0, description="commit and exit 75 before this much time has passed"
+        None, gt=0, description="commit and exit 75 before so much time since the start has passed"
     )
 
 

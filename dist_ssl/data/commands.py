@@ -64,7 +64,10 @@ def write(
 @app.command("index")
 def index(
     location: Annotated[
-        str, typer.Argument(help="Pattern of braces or *, or a directory of tars; folder:DIR or idx:IMAGES[:LABELS].")
+        str,
+        typer.Argument(
+            help="Pattern of braces or * (no ? in a URL), or a directory of tars; folder:DIR or idx:IMAGES[:LABELS]."
+        ),
     ],
     output: Annotated[str | None, typer.Option(help="Where manifest and indexes go; next to the shards.")] = None,
     test_fraction: Annotated[float, typer.Option(help="Of a folder: hold out this part, folder:DIR/test.")] = 0.0,
@@ -156,15 +159,17 @@ def verify(
     Example: dist-ssl shards verify s3://bucket/photos/train --decode
     """
     from dist_ssl.config import Config, with_overrides
-    from dist_ssl.data.indexing import verify_shards
+    from dist_ssl.data.indexing import compared, verify_shards
+    from dist_ssl.data.manifest import load_manifest
 
     config = with_overrides(Config(), overrides)
+    manifest = load_manifest(location, config.storage)
     damages = verify_shards(
-        location, config.storage, max_pixels=config.data.max_pixels if decode else None, num_workers=workers,
+        manifest, config.storage, max_pixels=config.data.max_pixels if decode else None, num_workers=workers,
         progress=True,
     )  # fmt: skip
     for damage in damages:
         typer.echo(str(damage))
     if damages:
         raise typer.Exit(1)
-    typer.echo(f"{location}: whole")
+    typer.echo(f"{location}: {compared(manifest, decode)}")

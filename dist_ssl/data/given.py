@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import cast
 
-from dist_ssl import distributed, storage
+from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.config.environment import ranks_in_environment
 from dist_ssl.data.in_place_index import index_in_place
 from dist_ssl.data.manifest import MANIFEST, load_manifest, manifest_folder
 from dist_ssl.data.sources import PARTS, open_source
@@ -30,6 +32,10 @@ def training_overrides(data: str, config: StorageConfig) -> list[str]:
 
 def train_and_test(data: str, config: StorageConfig) -> tuple[str, str | None]:
     """As `_found` says, found and indexed by rank 0. Collective."""
+    if ranks_in_environment() is None:
+        return _found(data, config)  # without torch, which takes seconds
+    from dist_ssl import distributed
+
     with distributed.together():
         found = _found(data, config) if distributed.rank() == 0 else None
     return cast(tuple[str, str | None], distributed.broadcast_object(found))
@@ -96,5 +102,5 @@ def _tell_of_changes(folder: str, indexed: str, config: StorageConfig) -> None:
     log.warning(
         "%s: its files are not those that were indexed, and only those are used; for a new run on what is there now: "
         "dist-ssl shards index %s%s",
-        folder, folder, f" --test-fraction {fraction:g}" if fraction else "",
+        folder, shlex.quote(folder), f" --test-fraction {fraction:g}" if fraction else "",
     )  # fmt: skip

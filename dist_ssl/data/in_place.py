@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 from collections.abc import Iterator
+from typing import Any
 
 from isal import isal_zlib
 from PIL import Image
@@ -20,7 +22,7 @@ from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data import idx
 from dist_ssl.data.decode import BadSample, decode
-from dist_ssl.data.manifest import MemberIndex, Shard, load_manifest
+from dist_ssl.data.manifest import MemberIndex, Shard, load_manifest, manifest_folder
 
 
 def read_image(shard: Shard, index: MemberIndex, member: int, config: StorageConfig) -> bytes:
@@ -73,11 +75,17 @@ def _bytes_of(shard: Shard, index: MemberIndex, member: int, config: StorageConf
 
 
 def _changed(shard: Shard, key: str, what: str) -> UserError:
-    index = f"dist-ssl shards index {shard.kind}:{shard.url}"
+    made: dict[str, Any] = {}
+    place = os.path.dirname(shard.index_url)
     with contextlib.suppress(OSError, UserError):  # as it was made
-        made = load_manifest(os.path.dirname(shard.index_url), StorageConfig()).details
-        index += f" --test-fraction {made['test_fraction']:g}" if made.get("test_fraction") else ""
-        index += f" --seed {made['seed']}" if made.get("seed") else ""
+        made = load_manifest(place, StorageConfig()).details
+    images = f"{shard.kind}:{shard.url}"
+    index = f"dist-ssl shards index {shlex.quote(made.get('source', images) if shard.kind == 'idx' else images)}"
+    if made.get("test_fraction"):
+        index += f" --test-fraction {made['test_fraction']:g}"
+        place = os.path.dirname(place)
+    index += f" --seed {made['seed']}" if made.get("seed") else ""
+    index += f" --output {shlex.quote(place)}" if place != manifest_folder(images) else ""
     where = f"{shard.url}/{key}" if shard.kind == "folder" else f"{shard.url}, image {key}"
     return UserError(
         f"{where}: {what}; put it back and start again, which goes on, or, for a new run, index the images as they are "

@@ -91,7 +91,7 @@ def _index_part(
         with suppress(FileNotFoundError, UserError):
             index = MemberIndex.from_bytes(storage.read_bytes(index_url, config), index_url)
             if _same(index, rows, source):
-                return Shard.of(index, url, index_url, kind), []
+                return index.shard(url, index_url, kind), []
     kept, sizes, crcs, bad = [], [], [], []
     for row, data in zip(rows, _contents(source, rows), strict=True):
         try:
@@ -111,7 +111,7 @@ def _index_part(
     # Without the checksum at its end: that of bytes and their own checksum is the same for all.
     index = replace(index, shard_crc32=isal_zlib.crc32(index.to_bytes()[:-4]))
     storage.write_bytes(index_url, index.to_bytes(), config)
-    return Shard.of(index, url, index_url, kind), bad
+    return index.shard(url, index_url, kind), bad
 
 
 def _kind(source: FolderSource | IdxSource) -> Kind:

@@ -135,7 +135,7 @@ def index_shards(
 
 
 def verify_shards(
-    location: str,
+    location: str | Manifest,
     config: StorageConfig,
     *,
     max_pixels: int | None = None,
@@ -146,8 +146,7 @@ def verify_shards(
 
     With `max_pixels` every image is decoded too, in processes, under that limit: what training would replace is told.
     """
-    manifest = load_manifest(location, config)
-    jobs = list(manifest.shards)
+    jobs = list((load_manifest(location, config) if isinstance(location, str) else location).shards)
     with _Scratch() as scratch:
         if max_pixels is None:
             found = in_threads(partial(_verify_one, config, scratch, None), jobs, num_workers)
@@ -155,6 +154,19 @@ def verify_shards(
             found = in_processes(partial(_verify_decoding, config, max_pixels), jobs, num_workers)
         with closing(found):
             return [damage for one in track(found, len(jobs), "verifying", progress) for damage in one]
+
+
+def compared(manifest: Manifest, decoded: bool) -> str:
+    """What `verify_shards` held against the manifest when it found nothing, in words."""
+    of_headers = sum(shard.headers_only for shard in manifest.shards)
+    told = "every image was decoded" if decoded else "no image was decoded"
+    if of_headers == 0:
+        return f"whole: every byte of {len(manifest.shards)} shards was compared, {told}"
+    return (
+        f"headers are those that were indexed: of {of_headers} of {len(manifest.shards)} shards names, sizes and "
+        "places were compared, not the images' bytes, which their index does not know (shards index --checksums); "
+        f"{told}"
+    )
 
 
 def _indexed(
@@ -190,11 +202,11 @@ def _index_one(
             asked_anew = json_label is not None and bool((index.labels < 0).all())
             asked_anew |= checksums and index.headers_only
             if index.shard_bytes == num_bytes and not asked_anew:
-                return Shard.of(index, url, index_url), []
+                return index.shard(url, index_url), []
     with _opened(url, num_bytes, config, scratch if checksums else None) as (file, crc32):
         index, missing = index_tar(file, url, num_bytes, crc32, json_label)
     storage.write_bytes(index_url, index.to_bytes(), config)
-    return Shard.of(index, url, index_url), missing
+    return index.shard(url, index_url), missing
 
 
 def _verify_decoding(config: StorageConfig, max_pixels: int, shard: Shard) -> list[Damage]:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 from isal import isal_zlib
@@ -22,14 +25,14 @@ from numpy.typing import NDArray
 from dist_ssl import storage
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.patterns import absolute, expand
+from dist_ssl.data.shard_list import KINDS, Kind, Shard, Shards
 
 MANIFEST = "manifest.json"
 IN_PLACE = ".dist_ssl"  # the folder of a manifest inside a folder of images, and the ending of one beside an IDX file
 FORMAT = "dist_ssl manifest 1"
 FORMAT_OF_HEADERS = "dist_ssl manifest 2"  # some shards of which were indexed by their headers alone
 
-Kind = Literal["tar", "folder", "idx"]
-
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a file: that says nothing of where it is
 _MAGIC = b"DSSLIDX1"
 _MAGIC_OF_HEADERS = b"DSSLIDX2"
 _BLOCK = 512  # of a tar: a header's bytes
@@ -61,6 +64,10 @@ class MemberIndex:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def shard(self, url: str, index_url: str, kind: Kind = "tar") -> Shard:
+        """Whose member index this is, as a manifest lists it."""
+        return Shard(url, index_url, self.shard_bytes, len(self), self.shard_crc32, kind, self.headers_only)
 
     @property
     def table_crc32(self) -> int:
@@ -140,27 +147,6 @@ class _Keys(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class Shard:
-    url: str  # of the tar; of the folder or the IDX file of which it lists a part
-    index_url: str
-    num_bytes: int
-    num_samples: int
-    crc32: int  # of its bytes; with `headers_only` of its member table
-    kind: Kind = "tar"
-    headers_only: bool = False
-
-    @staticmethod
-    def of(index: MemberIndex, url: str, index_url: str, kind: Kind = "tar") -> Shard:
-        return Shard(url, index_url, index.shard_bytes, len(index), index.shard_crc32, kind, index.headers_only)
-
-    @property
-    def name(self) -> str:
-        if self.kind == "tar":
-            return self.url.rsplit("/", 1)[-1].removesuffix(".tar")
-        return self.index_url.rsplit("/", 1)[-1].removesuffix(".idx")
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The shards of a data set, in order. `hash` covers order, names, counts and checksums, not where they lie.
 
@@ -168,19 +154,26 @@ class Manifest:
     """
 
     url: str
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]  # `Shards`, whatever it is made of
     classes: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)  # how it was made, for people
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", Shards.of(self.shards))
+
+    @property
+    def columns(self) -> Shards:
+        return cast(Shards, self.shards)
+
     @property
     def counts(self) -> NDArray[np.int64]:
-        return np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
+        return self.columns.num_samples
 
     @property
     def num_samples(self) -> int:
         return int(self.counts.sum())
 
-    @property
+    @cached_property
     def hash(self) -> str:
         digest = hashlib.sha256()
         for shard in self.shards:
@@ -220,7 +213,7 @@ def load_manifest(location: str, config: StorageConfig) -> Manifest:
         raise UserError("data.shards is empty: expected a directory, a manifest or a brace pattern of shards")
     if (place := manifest_folder(location)) is not None:
         if not os.path.exists(url := storage.join(place, MANIFEST)):
-            raise UserError(f"{location}: not indexed yet; run `dist-ssl shards index {location}`")
+            raise UserError(f"{location}: not indexed yet; run `dist-ssl shards index {_to_index(location)}`")
         return read_manifest(url, config)
     storage.check_url(location)
     if location.endswith(".json"):
@@ -238,14 +231,16 @@ def load_manifest(location: str, config: StorageConfig) -> Manifest:
         return read_manifest(url, config)
     urls = [absolute(url) for url in expand(location)]
     manifest = read_manifest(storage.join(common_directory(urls), MANIFEST), config)
-    listed = {shard.url: shard for shard in manifest.shards}
+    listed = {url: number for number, url in enumerate(manifest.columns.urls())}
+    if urls == list(listed):
+        return manifest
     missing = [url for url in urls if url not in listed]
     if missing:
         raise UserError(
             f"{manifest.url} does not list {missing[0]} and {len(missing) - 1} more of {len(urls)}; "
             f"run `dist-ssl shards index '{location}'`"
         )
-    shards = tuple(listed[url] for url in urls)
+    shards = [manifest.shards[listed[url]] for url in urls]
     return Manifest(manifest.url, shards, manifest.classes, manifest.details)
 
 
@@ -263,6 +258,14 @@ def manifest_folder(location: str) -> str | None:
     if part in ("train", "test") and not os.path.isdir(os.path.join(folder, part)):
         return os.path.join(folder, IN_PLACE, part)
     return os.path.join(folder, part, IN_PLACE)
+
+
+def _to_index(location: str) -> str:
+    """What `shards index` makes `folder:DIR` or `idx:IMAGES` of, for a shell."""
+    folder, part = os.path.split(location)
+    if part in ("train", "test") and not os.path.isdir(location.removeprefix("folder:")):
+        return f"{shlex.quote(folder)} --test-fraction 0.1"
+    return shlex.quote(location)
 
 
 def absolute_location(location: str) -> str:
@@ -290,11 +293,11 @@ def read_manifest(url: str, config: StorageConfig) -> Manifest:
         values = json.loads(storage.read_bytes(url, config))
         if values["format"] not in (FORMAT, FORMAT_OF_HEADERS):
             raise UserError(f"{url}: expected {FORMAT!r} or {FORMAT_OF_HEADERS!r}, got {values['format']!r}")
-        base = url.rsplit("/", 1)[0]
-        shards = tuple(
+        resolve = _resolver(url.rsplit("/", 1)[0])
+        shards = Shards.of(
             Shard(
-                _resolve(base, str(one["url"])),
-                _resolve(base, str(one["index"])),
+                resolve(str(one["url"])),
+                resolve(str(one["index"])),
                 int(one["bytes"]),
                 int(one["samples"]),
                 int(one["headers_crc32" if "headers_crc32" in one else "crc32"]),
@@ -306,7 +309,7 @@ def read_manifest(url: str, config: StorageConfig) -> Manifest:
         manifest = Manifest(url, shards, tuple(map(str, values.get("classes", ()))), dict(values.get("details", {})))
     except FileNotFoundError:
         raise UserError(f"{url}: no such manifest; run `dist-ssl shards index` on the shards") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{url}: not a manifest of shards: {type(error).__name__}: {error}") from None
@@ -315,6 +318,21 @@ def read_manifest(url: str, config: StorageConfig) -> Manifest:
             f"{url}: its shards do not add up to its hash; it was edited or damaged: index the shards again"
         )
     return manifest
+
+
+def _resolver(base: str) -> Callable[[str], str]:
+    """`_resolve` for many URLs of few folders, each of which is looked at once."""
+    folders: dict[str, str] = {}
+
+    def resolve(url: str) -> str:
+        folder, slash, name = url.rpartition("/")
+        if not _PLAIN_NAME.fullmatch(name):
+            return _resolve(base, url)
+        if (folder := folder + slash) not in folders:
+            folders[folder] = _resolve(base, f"{folder}_").removesuffix("_")
+        return folders[folder] + name
+
+    return resolve
 
 
 def _resolve(base: str, url: str) -> str:
@@ -330,8 +348,8 @@ def _relative(url: str, base: str) -> str:
 
 def _kind(values: dict[str, Any]) -> Kind:
     kind: Any = values.get("kind", "tar")
-    if kind not in get_args(Kind):
-        raise ValueError(f"expected a kind of shard of {', '.join(get_args(Kind))}, got {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind of shard of {', '.join(KINDS)}, got {kind!r}")
     return kind
 
 

@@ -35,7 +35,7 @@ class Reader:
 
     def __init__(self, manifest: Manifest, storage_config: StorageConfig, data: DataConfig):
         self.manifest, self._storage, self._data = manifest, storage_config, data
-        self.remote = not all(storage.is_local(shard.url) for shard in manifest.shards)
+        self.remote = bool(manifest.columns.remote.any())
         self._reset()
 
     def _reset(self) -> None:
@@ -43,11 +43,10 @@ class Reader:
         self._files: dict[int, int] = {}
         self._aimed: set[int] = set()
         self._targets: list[list[Shard]] = []
-        self._began = False
         self._cache: ShardCache | None = None
         self._ahead: FetchAhead | None = None
         self._requests: ThreadPoolExecutor | None = None
-        self._first = set(range(len(self.manifest.shards)))  # shards that the start needs
+        self._first: set[int] | None = None  # shards that the start needs: all, before it is known
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -76,8 +75,7 @@ class Reader:
         self._aimed = {*now, *later}
         if not self.remote:
             return
-        self._first = self._first & set(now) if self._began else set(now)
-        self._began = True
+        self._first = set(now) if self._first is None else self._first & set(now)
         listed = ([self.manifest.shards[shard] for shard in part] for part in (now, later))
         self._targets = [[shard for shard in part if not storage.is_local(shard.url)] for part in listed]
         if self._ahead is not None:
@@ -196,7 +194,7 @@ class Reader:
     def _fetch_now(self, shard: int, wanted_bytes: int) -> bool:
         """Bring a shard in before going on; not at the start, unless a good part of it is wanted."""
         listed = self.manifest.shards[shard]
-        if read_in_ranges(shard in self._first, wanted_bytes, listed.num_bytes):
+        if read_in_ranges(self._first is None or shard in self._first, wanted_bytes, listed.num_bytes):
             return False
         try:
             self._opened_cache().fetch(listed, wait=True)

@@ -206,7 +206,7 @@ def _write_one(source: Source, config: StorageConfig, checks: _Checks, job: _Job
             bad = []
             if len(index) < len(job.indices) and storage.exists(left_out_url, config):
                 bad = [json.loads(line) for line in storage.read_bytes(left_out_url, config).splitlines()]
-            return Shard.of(index, job.url, index_url), bad
+            return index.shard(job.url, index_url), bad
     except (FileNotFoundError, UserError):
         pass
     good, bad = [], []
@@ -223,7 +223,7 @@ def _write_one(source: Source, config: StorageConfig, checks: _Checks, job: _Job
     if bad:
         storage.write_bytes(left_out_url, "".join(json.dumps(one) + "\n" for one in bad).encode(), config)
     storage.write_bytes(index_url, index.to_bytes(), config)
-    return Shard.of(index, job.url, index_url), bad
+    return index.shard(job.url, index_url), bad
 
 
 def tar_bytes(samples: Iterable[SourceSample]) -> bytes:

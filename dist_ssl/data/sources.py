@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,9 +152,8 @@ class FolderSource:
                 others["beside the class folders"] += 1
                 examples.setdefault("beside the class folders", str(loose))
         for label, folder in enumerate(folders or ["."]):
-            for parent, subfolders, files in os.walk(root / folder, followlinks=True):
-                subfolders[:] = sorted(one for one in subfolders if not one.startswith("."))
-                for file in sorted(files):
+            for parent, files in folders_in(root / folder, below=root if folders else None):
+                for file in files:
                     path = os.path.join(parent, file)
                     if _extension(file) not in ENDINGS:
                         if not file.startswith("."):
@@ -204,6 +203,26 @@ class FolderSource:
 
     def digests(self, indices: Sequence[int]) -> list[bytes]:
         return [hashlib.sha256(Path(self.paths[index]).read_bytes()).digest() for index in indices]
+
+
+def folders_in(folder: str | Path, below: Path | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Each folder under one, itself first, with its files' names, sorted; hidden folders are passed over.
+
+    Links to folders are followed, but no folder is given twice, nor `below`: a link that leads up would have no end.
+    """
+    seen = {_identity(below)} if below is not None else set()
+    for parent, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders[:] = sorted(one for one in subfolders if not one.startswith("."))
+        if (here := _identity(parent)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(here)
+        yield parent, sorted(files)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 class TorchvisionSource:

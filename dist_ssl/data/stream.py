@@ -25,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dist_ssl import storage as storage_module
 from dist_ssl.augment import crop_box, draw
 from dist_ssl.augment.parameters import NUM_UNIFORMS
 from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
@@ -330,15 +329,15 @@ def evaluation_batches(
 
 def check_working_set(config: Config, manifest: Manifest, rank: int, world_size: int) -> None:
     """Raise UserError where the shards that this node reads at a time don't fit into its cache."""
-    remote = [shard.num_bytes for shard in manifest.shards if not storage_module.is_local(shard.url)]
-    if not remote:
+    remote = manifest.columns.num_bytes[manifest.columns.remote]
+    if not len(remote):
         return
-    data, largest = config.data, max(remote)
+    data, largest = config.data, int(remote.max())
     ranks_here = min(ranks_on_this_node(), world_size)
     streams = min(len(rank_streams(config, rank, world_size)) * ranks_here, data.streams)
     # A stream that begins in the middle of a shard reads one more; none reads more than its part of the epoch.
     block = min(data.block_shards, -(-len(remote) // data.streams) + 1)
-    needed, room = min(streams * block * largest, sum(remote)), data.cache_gb * 1e9
+    needed, room = min(streams * block * largest, int(remote.sum())), data.cache_gb * 1e9
     if needed > room:
         fits = max(int(room // (largest * block)) * world_size // ranks_here, 1)
         raise UserError(

@@ -45,6 +45,7 @@ from dist_ssl.config import Config, UserError  # noqa: E402
 from dist_ssl.distributed import Verdict, World, on_gpu, world_size  # noqa: E402
 from dist_ssl.engine import partition  # noqa: E402
 from dist_ssl.engine.optimizers import LARS, build_optimizer  # noqa: E402
+from dist_ssl.engine.threads import threads_of_this_rank  # noqa: E402
 from dist_ssl.models import ContrastiveModel  # noqa: E402
 
 BUCKET = 50_000_000  # elements that are reduced or gathered at once
@@ -242,9 +243,9 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
 
 
 def prepare(config: Config, world: World) -> None:
-    """Threads, precision and determinism of this process, by the config."""
+    """Threads, precision and determinism of this process, by the config. Collective on a CPU."""
     if world.device.type == "cpu":
-        torch.set_num_threads(config.engine.threads_per_rank or max(1, (os.cpu_count() or 1) // world.local_size))
+        torch.set_num_threads(config.engine.threads_per_rank or threads_of_this_rank(world.local_size))
         _keep_freed_memory()
     # TF32 rounds fp32 to ten bits: never where the config says fp32, neither in products nor in convolutions.
     tf32 = config.engine.precision == "bf16"

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from dist_ssl.config import Config, StorageConfig, UserError, load, with_overrides
-from dist_ssl.config.environment import rank_in_environment, started_by_local_launcher
+from dist_ssl.config.environment import rank_in_environment, ranks_in_environment, started_by_local_launcher
 from dist_ssl.data.commands import Overrides
 from dist_ssl.storage.layout import config_path
 
@@ -72,6 +73,8 @@ def evaluate(
     given = _given(data, name, several_excludes=[train_shards, test_shards])
     if run is not None:
         config_path(run)  # where there is none, before torch is imported, which takes seconds
+    alone = ranks_in_environment() is None
+    sets = [_found(one, train_shards, test_shards) for one in given] if alone else []  # all before the first is begun
     if rank_in_environment() == 0 and not started_by_local_launcher():
         log.info("%s: loading torch, which takes some seconds", run or weights)
     import rich
@@ -81,7 +84,7 @@ def evaluate(
     from dist_ssl.evaluation.results import FILE, show, show_several
 
     world, done = distributed.initialize(), []
-    for one in [_found(one, train_shards, test_shards) for one in given]:  # all of them before the first is begun
+    for one in sets or [_found(one, train_shards, test_shards) for one in given]:
         settings = [*overrides, *_settings(one, probes, teacher)]
         if run is not None:
             subject = evaluation.run_subject(run, checkpoint, settings, one.name, one.called)
@@ -99,7 +102,7 @@ def evaluate(
             typer.echo(done[-1].folder / FILE)
     if world.rank == 0:
         show_several(done, rich.print)
-        typer.echo(f"as a page: dist-ssl report {run or subject.folder}")
+        typer.echo(f"as a page: dist-ssl report {shlex.quote(str(run or subject.folder))}")
     distributed.shutdown()
 
 

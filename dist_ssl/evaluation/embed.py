@@ -30,6 +30,7 @@ from dist_ssl.checkpoint import load_run
 from dist_ssl.config import Config, UserError
 from dist_ssl.data.decode import ENDINGS, BadSample, centre_crop, channels_first, decode
 from dist_ssl.data.progress import Progress
+from dist_ssl.data.sources import folders_in
 from dist_ssl.evaluation.frozen import Readable
 from dist_ssl.storage.store import Store
 
@@ -61,8 +62,7 @@ def load_encoder(
 def images_in(folder: str | Path) -> list[str]:
     """Paths of all images under a folder by their endings, sorted; hidden folders are passed over."""
     found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, files in folders_in(folder):
         found += [
             os.path.join(parent, name) for name in files if name.lower().endswith(tuple(f".{e}" for e in ENDINGS))
         ]

@@ -57,7 +57,7 @@ def geometry(test: Split, features: Features, readable: Readable) -> dict[str, A
         steps = {name: moved - h for name, moved in stepped.items()} | {"another image": h.roll(1, 0) - h}
         found["head"] = {
             "information": matrix_information(of_views["h"][:, 0], of_views["z"][:, 0]),
-            "information_of_h": matrix_information(of_views["h"][:, 0], of_views["h"][:, 0]),
+            "entropy_of_h": matrix_entropy(_cosines(of_views["h"][:, 0])),
             "gains": gains(readable.head, h, steps),
             "trained_on": sorted(trained_on(test.config)),
         }
@@ -104,12 +104,20 @@ def lidar(views_nvd: Tensor) -> float:
 def matrix_information(a_nd: Tensor, b_nd: Tensor) -> float:
     """Matrix mutual information of order 2 in nats, as Ouyang et al. 2025 computed it: H(A) + H(B) - H(A o B).
 
-    A and B are the Gram matrices of rows of unit length, H(K) = -log |K / n|_F^2 is Renyi's entropy of order 2 of
-    K / n's eigenvalues, o the elementwise product. Between 0 and log n.
+    A and B are the Gram matrices of rows of unit length, o the elementwise product. Between 0 and the lower entropy.
     """
-    gram_a, gram_b = (unit @ unit.T for unit in (F.normalize(rows.double(), dim=1) for rows in (a_nd, b_nd)))
-    entropies = [-2 * math.log(float(gram.norm()) / len(gram)) for gram in (gram_a, gram_b, gram_a * gram_b)]
-    return entropies[0] + entropies[1] - entropies[2]
+    a, b = _cosines(a_nd), _cosines(b_nd)
+    return matrix_entropy(a) + matrix_entropy(b) - matrix_entropy(a * b)
+
+
+def matrix_entropy(gram: Tensor) -> float:
+    """Renyi's entropy of order 2 of the eigenvalues of K / n, whose diagonal is 1: -log |K / n|_F^2, 0 to log n."""
+    return -2 * math.log(float(gram.norm()) / len(gram))
+
+
+def _cosines(rows_nd: Tensor) -> Tensor:
+    unit = F.normalize(rows_nd.double(), dim=1)
+    return unit @ unit.T
 
 
 def directions(config: Config) -> dict[str, ViewPolicy]:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_ssl.distributed import HAS_TRITON, Peers, all_gather_single, everyone, in_backward, on_gpu, peers, world_size
-from dist_ssl.models import batch_norm_cuda, fused_batch_norm
+from dist_ssl.distributed import HAS_TRITON, Peers, everyone, in_backward, on_gpu, peers, world_size
+from dist_ssl.models import batch_norm_cuda, fused_batch_norm, moments
 
 MOMENTS_BLOCK = 2**17  # elements
 _statistics_frozen = False
@@ -80,8 +80,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     1979), never as E[x^2] - E[x]^2. On a CPU they are taken and merged in fp64: rounded to fp32 they then are the same
     bits however the rows are spread over ranks, and so is all that the forward makes of them. In fp32 a last bit turns
     a ReLU over now and then, which moves a small net's gradient by 1e-4 to 3e-3. On a GPU see `fused_batch_norm`.
-    Collective in training mode, among those who share a slice: one all-gather of 2C + 1 numbers forward, one all-reduce
-    of 2C numbers backward.
+    Collective in training mode, among those who share a slice: one all-gather of 2C + 1 numbers forward or, of many
+    ranks, two all-reduces (`moments`); one all-reduce of 2C numbers backward.
     """
 
     slices: Slices | None = None
@@ -139,14 +139,14 @@ class GlobalBatchNorm(nn.BatchNorm2d):
                 return _added(batch_norm_cuda.batch_norm(x, *of_channels, among), residual, relu)
             # Statistics of bf16 activations are taken in fp32.
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-            y, *moments = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps, among)
-        _track(running, moments, momentum)
+            y, *found = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps, among)
+        _track(running, found, momentum)
         return _added(y.to(x.dtype), residual, relu)
 
 
 @torch.no_grad()
-def _track(running: Sequence[Tensor | None], moments: Sequence[Tensor], momentum: float) -> None:
-    mean, variance, count = moments
+def _track(running: Sequence[Tensor | None], found: Sequence[Tensor], momentum: float) -> None:
+    mean, variance, count = found
     unbiased = variance * (count / (count - 1).clamp(min=1))
     for buffer, value in zip(running, (mean, unbiased), strict=True):
         if buffer is not None:
@@ -198,10 +198,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
         mean, centred = _moments(x)
         count = mean.new_full((1,), x.numel() / x.shape[1])
         if among.size > 1:
-            sent = torch.cat([mean, centred, count])
-            received = sent.new_empty(among.size * sent.numel())
-            all_gather_single(received, sent, among.group)
-            means_wc, centred_wc, counts_w1 = received.view(among.size, -1).split([x.shape[1], x.shape[1], 1], dim=1)
+            parts = moments.exchange(torch.cat([mean, centred, count]), among)
+            means_wc, centred_wc, counts_w1 = parts.split([x.shape[1], x.shape[1], 1], dim=1)
             count = counts_w1.sum(dim=0)
             mean, centred = _merge(means_wc, centred_wc, counts_w1)
         mean, variance, count = mean.to(x.dtype), (centred / count).to(x.dtype), count.to(x.dtype)

@@ -5,7 +5,7 @@ backward.
 On a CPU the kernels exist only where a test brings them. They are called directly: as custom operators they would cost
 25 to 75 microseconds more of host time a call (measured). `torch.compile` needs the fake forms below.
 
-Legend: W peers, B rows of a tensor on this rank, C channels.
+Legend: W peers, or 1 where their moments are merged, B rows of a tensor on this rank, C channels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_ssl.distributed import Peers, all_gather_single
+from dist_ssl.models import moments
 
 
 def batch_norm(
@@ -33,7 +34,7 @@ def batch_norm(
 ) -> Tensor:
     """(B, C) or (B, C, H, W), normalised by the statistics of the peers' rows; updates the running ones if given.
 
-    Collective among more than one: one all-gather of 2C + 1 numbers forward, one all-reduce of 2C backward.
+    Collective among more than one: what `moments` says forward, one all-reduce of 2C numbers backward.
     """
     if among.size == 1:
         if running_mean is None:
@@ -60,10 +61,16 @@ class _BatchNorm(torch.autograd.Function):
         x = x.contiguous(memory_format=_format(x))
         channels = x.shape[1]
         mean, inverse_std = torch.batch_norm_stats(x, eps)
-        sent = torch.cat([mean, inverse_std, _constant(x.numel() // channels, mean.dtype, mean.device)])
-        received = sent.new_empty(among.size * len(sent))
-        all_gather_single(received, sent, among.group)
-        means_wc, inverse_stds_wc, counts_w1 = received.view(among.size, -1).split([channels, channels, 1], dim=1)
+        count = _constant(x.numel() // channels, mean.dtype, mean.device)
+        if moments.is_gathered(channels, among.size, mean.element_size()):
+            sent = torch.cat([mean, inverse_std, count])
+            received = sent.new_empty(among.size * len(sent))
+            all_gather_single(received, sent, among.group)
+            means_wc, inverse_stds_wc, counts_w1 = received.view(among.size, -1).split([channels, channels, 1], dim=1)
+        else:
+            part = torch.cat([mean, count * (inverse_std.pow(-2) - eps), count])
+            means_wc, centred_wc, counts_w1 = moments.exchange(part, among).split([channels, channels, 1], dim=1)
+            inverse_stds_wc = (centred_wc / counts_w1 + eps).rsqrt()
         counts_w = counts_w1.squeeze(1)
         # From its first argument torch takes the dtype of counts where there are no running statistics (a bf16 x would
         # want them in bf16), and whether 32 bits index what it reads: of the means, W x C of them, they do.

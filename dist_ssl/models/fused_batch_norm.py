@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_ssl.distributed import Peers, all_gather_single
+from dist_ssl.distributed import Peers
+from dist_ssl.models import moments
 
 
 def batch_norm(
@@ -34,8 +35,8 @@ def batch_norm(
     """relu(norm(x) + residual), (B, C) or (B, C, H, W) in channels-last format, copied to it where they are not.
 
     bf16, fp16 or fp32, with statistics in fp32 of the peers' rows; updates the running ones if given. The gradients of
-    weight and bias are those of this rank's rows. Collective among more than one: one all-gather of 2C + 1 fp32
-    numbers forward, one all-reduce of 2C backward.
+    weight and bias are those of this rank's rows. Collective among more than one: `moments.exchange` forward, one
+    all-reduce of 2C numbers backward.
     """
     if residual is not None:
         residual = residual.to(x.dtype)
@@ -61,10 +62,7 @@ class _BatchNorm(torch.autograd.Function):
         kernels, x = _kernels(), _channels_last(x)
         parts = kernels.moments(x)
         if among.size > 1:
-            sent = kernels.merge(parts)
-            received = sent.new_empty(among.size * len(sent))
-            all_gather_single(received, sent, among.group)
-            parts = received.view(among.size, -1)
+            parts = moments.exchange(kernels.merge(parts), among)
         mean, inverse_std, count = kernels.statistics(parts, eps, momentum, running_mean, running_var)
         if residual is not None:
             residual = _channels_last(residual)

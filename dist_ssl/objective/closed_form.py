@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,16 +25,23 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@contextlib.contextmanager
+def exact_products(device_type: str) -> Iterator[None]:
+    """In here products of fp32 are fp32's: neither autocast's nor TF32's, which a bf16 run allows the model."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 class _Scalar(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.autocast(inputs[0].device.type, enabled=False):
-                loss, *gradients = compute(*inputs)
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        with exact_products(inputs[0].device.type):
+            loss, *gradients = compute(*inputs)
         ctx.save_for_backward(*gradients)
         ctx.dtype = inputs[0].dtype
         return loss.to(wide(ctx.dtype))

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from dist_ssl import distributed
 from dist_ssl.distributed import HAS_TRITON, on_gpu
 from dist_ssl.objective import checks, tiles
+from dist_ssl.objective.closed_form import exact_products
 
 CHUNK_VIEWS = 8192
 
@@ -152,7 +153,7 @@ def _contrast(
         ids = torch.where(labels.to(device) < 0, -1 - ids, labels.to(device, torch.int64))
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(value)
-    with torch.autocast(device.type, enabled=False):
+    with exact_products(device.type):
         loss: Tensor = _Contrast.apply(form, temperature, 1.0 / value, ids, tuple(rows_per_rank), validate, *views)
     return loss
 
@@ -210,7 +211,7 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         z, inverse_norm, key, ids, weight, pull, temperature = ctx.saved_tensors
         num_views = ctx.num_views
-        with torch.autocast(z.device.type, enabled=False):
+        with exact_products(z.device.type):
             du = _kernels(z).weighted_sums(z, inverse_norm, key, weight, ctx.own, ctx.scale)
             # u_k is pulled as an anchor and as a positive. Of more views than two each pulls in full.
             pulls = pull + pull.view(-1, 2).flip(1).flatten() if num_views == 2 else 2 * pull

@@ -11,30 +11,40 @@ from dataclasses import replace
 from rich.table import Table
 
 from dist_ssl.config import Config
+from dist_ssl.models import moments
 from dist_ssl.planning import method_costs
-from dist_ssl.planning.estimate import BUCKET, FLATTENED, Estimate, Sizes, bucket, checkpoint, shown, wire
+from dist_ssl.planning.estimate import BUCKET, FLATTENED, FP64, Estimate, Sizes, bucket, checkpoint, shown, wire
+from dist_ssl.training.online_probe import exchange
 
 GROUPS = 2  # of parameters, with weight decay and without: DeepSpeed gathers one after the other
 
 
 def collectives(config: Config, sizes: Sizes) -> list[Estimate]:
     """Of a step that is not logged."""
-    chunks, layers = config.objective.chunks, len(sizes.batch_norm_channels)
-    passes = 3 if chunks > 1 else 2
-    shared = sizes.ranks > config.batch_norm_slices  # else a rank holds its slices whole
-    norms = chunks * (passes * layers + len(sizes.teacher_channels)) if shared else 0
+    chunks, peers = config.objective.chunks, max(1, sizes.ranks // config.batch_norm_slices)
+    forwards, norms = 2 if chunks > 1 else 1, 0
+    if peers > 1:  # else a rank holds its slices whole
+        norms = chunks * forwards * _of_moments(sizes.batch_norm_channels, peers)
+        norms += chunks * (_of_moments(sizes.teacher_channels, peers) + len(sizes.batch_norm_channels))
     norms += config.batch_norm_slices > 1
     parts = [
         _of_weights(config, sizes),
-        Estimate("batch norm", norms, "", f"chunks * {passes} L, and the teacher's L; of slices, one more"),
+        Estimate("batch norm", norms, "", "a layer 1 or 2 a forward, 1 backward; of slices, one"),
         Estimate("loss", method_costs.collectives(config, sizes.z_dim, sizes.ranks), "", "forward"),
         Estimate("verdict", 1, "", "an all-reduce of 6 numbers"),
     ]
     if sizes.num_classes:
-        parts.append(Estimate("online probe", 1, "", "an all-reduce"))
+        dims, images = (sizes.h_dim, sizes.z_dim), config.train.global_batch_size
+        called = 3 if exchange(sizes.num_classes, dims, images, sizes.ranks)[0] else 1
+        parts.append(Estimate("online probe", called, "", "an all-reduce; of many classes 2 and an all-gather"))
     if config.optimizer.name == "lars" and config.engine.zero_stage:
         parts.append(Estimate("LARS", 1, "", "an all-reduce of each layer's norms"))
     return [*parts, Estimate("collectives of a step", sum(part.value for part in parts), "", "the sum")]
+
+
+def _of_moments(channels: Sequence[int], ranks: int) -> int:
+    """Of a forward: a gather a layer or, of many ranks, two reductions."""
+    return sum(1 if moments.is_gathered(each, ranks, FP64) else 2 for each in channels)
 
 
 def _of_weights(config: Config, sizes: Sizes) -> Estimate:

@@ -227,7 +227,7 @@ def store(config: Config) -> Iterator[Finding]:
         yield Finding("shards", storage.redact(str(error)), local if is_local else remote)
         return
     yield Finding("shards", f"{manifest.num_samples} images in {len(manifest.shards)} shards")
-    mean = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_samples
+    mean = int(manifest.columns.num_bytes.sum()) / manifest.num_samples
     rate = read / seconds
     yield Finding(
         "read rate", f"{rate / 1e6:.0f} MB/s by one reader, {rate / mean:,.0f} images/s of {mean / 1e3:.0f} kB"

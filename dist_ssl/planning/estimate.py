@@ -19,9 +19,10 @@ from torch import Tensor
 from dist_ssl import config as configuration
 from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.manifest import Manifest
-from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model
+from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model, moments
 from dist_ssl.planning import method_costs
 from dist_ssl.planning.method_costs import FP32, FP64
+from dist_ssl.training.online_probe import exchange
 
 BUCKET, OVERLAPPED_BUCKET = 50_000_000, 6_553_600  # elements; engine.py gives them to DeepSpeed's reductions
 FLATTENED = 500_000_000  # elements that DeepSpeed copies together for a reduction under ZeRO 0
@@ -209,13 +210,13 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
         2: (2 * chunks + 1, "all-reduce of each chunk's gradients, all-gather of weights: (2 chunks + 1) 4 P (W-1)/W"),
         3: (2, "all-gather of weights, reduce-scatter of gradients: 2 * 4 P (W-1)/W"),
     }[stage]
-    channels, layers = sum(sizes.batch_norm_channels), len(sizes.batch_norm_channels)
+    channels = sum(sizes.batch_norm_channels)
     peers = max(1, w // config.batch_norm_slices)  # who share a slice of the batch, all ranks where it is not cut
-    gathered = (2 * channels + layers) * FP64 * (peers - 1)
+    by_student = sum(moments.sent_bytes(each, peers, FP64) for each in sizes.batch_norm_channels)
+    by_teacher = sum(moments.sent_bytes(each, peers, FP64) for each in sizes.teacher_channels)
     # GradCache runs the encoder twice forward and once backward for every chunk.
     passes, forwards = config.objective.chunks, 2 if config.objective.chunks > 1 else 1
-    gathered_by_teacher = (2 * sum(sizes.teacher_channels) + len(sizes.teacher_channels)) * FP64 * (peers - 1)
-    norms = passes * (forwards * gathered + gathered_by_teacher + 2 * 2 * channels * FP32 * (peers - 1) / peers)
+    norms = passes * (forwards * by_student + by_teacher + 2 * 2 * channels * FP32 * (peers - 1) / peers)
     if config.batch_norm_slices > 1:
         norms += 2 * sizes.buffer_bytes * (2 if sizes.teacher_channels else 1) * share
     what, loss_sends, loss_formula = method_costs.sent(config, config.augment.num_views, width, w)
@@ -224,20 +225,25 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
         Estimate(what, loss_sends, "bytes", loss_formula),
         Estimate(
             "batch norm", norms, "bytes",
-            "8 (2C + L) (G-1) forward, 2 * 4 * 2C (G-1)/G backward; C channels of L layers, the teacher's forward too; "
-            "G ranks to a slice of model.batch_norm_images, else W; of slices, 2 * buffers (W-1)/W as well",
+            "8 (2c + 1) (G-1) a layer forward or, where that exceeds 1 MiB, 2 * 8 (2c + 1) (G-1)/G; 2 * 4 * 2c (G-1)/G "
+            "backward; c channels, the teacher's forward too; G ranks to a slice of model.batch_norm_images, or W; "
+            "of slices, 2 * buffers (W-1)/W as well",
         ),
     ]  # fmt: skip
     if sizes.num_classes:
-        parts.append(online_probe(sizes))
+        parts.append(online_probe(config, sizes))
     return [*parts, Estimate("wire a rank and step", sum(part.value for part in parts), "bytes", "the sum")]
 
 
-def online_probe(sizes: Sizes) -> Estimate:
+def online_probe(config: Config, sizes: Sizes) -> Estimate:
     """Bytes that one rank sends in a step for the probes of h and z."""
-    values = sum((dim + 1) * sizes.num_classes + 2 * dim + 2 for dim in (sizes.h_dim, sizes.z_dim))
-    value = 2 * FP32 * values * (sizes.ranks - 1) / sizes.ranks
-    return Estimate("online probe", value, "bytes", "2 * 4 (C (D + d + 2) + 2 (D + d + 2)) (W-1)/W, C classes, D of h")
+    images = config.train.global_batch_size
+    spread, value = exchange(sizes.num_classes, (sizes.h_dim, sizes.z_dim), images, sizes.ranks)
+    if spread:
+        formula = "features gathered, ranks share the classes: (4 (D + d + 1) + 2 * 12 * 2) N (W-1)/W, D of h"
+        return Estimate("online probe", value, "bytes", formula)
+    formula = "2 * 4 (C (D + d + 2) + 2 (D + d + 2)) (W-1)/W, C classes, D of h"
+    return Estimate("online probe", value, "bytes", formula)
 
 
 def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:
@@ -254,7 +260,7 @@ def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:
 
 def data(config: Config, manifest: Manifest, ranks: int, nodes: int, images_per_second: float | None) -> list[Estimate]:
     """Cache and store: what the shards are read with."""
-    shards = [shard.num_bytes for shard in manifest.shards]
+    shards = manifest.columns.num_bytes.tolist()
     mean, largest = sum(shards) / manifest.num_samples, max(shards)
     streams, batch = config.data.streams, config.train.global_batch_size
     # As data/stream.py counts them: a rank's streams overlap its neighbours'; a small batch comes from all of them.

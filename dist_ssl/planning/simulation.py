@@ -97,7 +97,7 @@ class Simulation:
         self._config, self._manifest, self._store, self._steps = config, manifest, store, steps
         self._world = nodes * ranks_per_node
         self._plan = plan_of(config, manifest)
-        self._bytes = [shard.num_bytes for shard in manifest.shards]
+        self._bytes = manifest.columns.num_bytes.tolist()
         self._nodes = [_Node() for _ in range(nodes)]
         self._num_readers = max(config.data.num_workers, 1)
         self._readers = [

@@ -18,10 +18,10 @@ TOLD = {
 }
 
 
-def matrix(results: dict[str, Any]) -> str:
-    """Accuracy of every layer on every task, the winner bold; nothing where only one layer was read."""
+def matrix(results: dict[str, Any], on: str = "") -> str:
+    """Accuracy of every layer on every task, the winner bold; nothing of one layer or one task."""
     found = accuracy_matrix(results)
-    if not found:
+    if len(found) < 2:
         return ""
     layers = list(dict.fromkeys(layer for task in found.values() for layer in task["accuracy"]))
     rows = []
@@ -35,10 +35,12 @@ def matrix(results: dict[str, Any]) -> str:
         f"be chance. Won: {', '.join(wins)}."
     )
     body = table(["task", *layers], rows)
-    return section("Which layer knows what", f"<details><summary>{len(rows)} tasks</summary>{body}</details>", lead)
+    return section(
+        f"Which layer knows what{on}", f"<details><summary>{len(rows)} tasks</summary>{body}</details>", lead
+    )
 
 
-def geometry(results: dict[str, Any]) -> str:
+def geometry(results: dict[str, Any], on: str = "") -> str:
     """Spectra, a table of numbers a layer, and the head's gains."""
     found = results.get("geometry")
     if not found:
@@ -61,7 +63,7 @@ def geometry(results: dict[str, Any]) -> str:
         f"Spectrum, rank, condition and RankMe of all test images; the others of {found['images']} images, "
         f"{found['views']} views each. Definitions: docs/laboratory.md."
     )
-    return section("Geometry of each layer", grid([spectra, _gains(found)]) + table(head, rows), lead)
+    return section(f"Geometry of each layer{on}", grid([spectra, _gains(found)]) + table(head, rows), lead)
 
 
 def _gains(found: dict[str, Any]) -> str:
@@ -75,7 +77,7 @@ def _gains(found: dict[str, Any]) -> str:
     ]
     said = (
         "How long the head makes a step of h, by a random step's: below 1 it is shrunk. Blue: what training's views "
-        f"are moved by. I(h; z) = {head['information']:.2f} nats, of {head['information_of_h']:.2f} in h."
+        f"are moved by. I(h; z) = {head['information']:.2f} nats, of at most {head['entropy_of_h']:.2f}."
     )
     chart = dot_chart(dots, label="gains", reference=1.0, percent=False)
     return figure("What the head does to augmentations", chart, said)

@@ -3,6 +3,7 @@ the run has nothing to show there."""
 
 from __future__ import annotations
 
+import shlex
 from html import escape
 from itertools import cycle
 from typing import Any
@@ -30,7 +31,7 @@ from dist_ssl.report.svg import Dot, Series, legend, line_chart
 
 
 def not_evaluated(run: Run) -> str:
-    command = f"dist-ssl evaluate {run.folder}"
+    command = f"dist-ssl evaluate {shlex.quote(str(run.folder))}"
     return (
         f'<p class="warning">{escape(run.name)} is not evaluated yet: run <code>{escape(command)}</code>, then this '
         "report again.</p>"
@@ -47,8 +48,9 @@ def of_one(run: Run) -> list[str]:
     parts += [head_information(latest.values), matrix(latest.values), geometry(latest.values), _over_steps(alike)]
     for one in run.results:
         if one not in alike:
-            step = "" if one.step is None else f", step {one.step}"
-            parts.append(_probes(f"On {_data_name([one])}{step}", one.values))
+            on = f"on {_data_name([one])}" + ("" if one.step is None else f", step {one.step}")
+            parts.append(_probes(f"O{on[1:]}", one.values, explain=False))
+            parts += [show(one.values, f", {on}") for show in (head_information, matrix, geometry)]
     return parts
 
 
@@ -88,7 +90,7 @@ def _several(run: Run) -> str:
     return section("On each data set", table(head, rows), "Probes on h, top-1, 95% interval over test images.")
 
 
-def _probes(title: str, results: dict[str, Any]) -> str:
+def _probes(title: str, results: dict[str, Any], explain: bool = True) -> str:
     if not results["probes"]:
         return ""
     chance = 1 / results["data"]["num_classes"]
@@ -119,10 +121,9 @@ def _probes(title: str, results: dict[str, Any]) -> str:
         for one in results.get("comparisons", [])
     ]
     data = results["data"]
-    lead = (
-        f"Probes were fitted on {data['train_images']:,} images and scored on {data['test_images']:,} others. "
-        f"Whiskers: 95% interval over test images. Dashed: chance. {explained(results['layers'])}"
-    )
+    lead = f"Probes were fitted on {data['train_images']:,} images and scored on {data['test_images']:,} others."
+    if explain:
+        lead += f" Whiskers: 95% interval over test images. Dashed: chance. {explained(results['layers'])}"
     digest = results["encoder_digest"]
     proof = (
         f'<p class="soft">The encoder did not change: digest <code>{escape(digest["before"][:16])}</code> before, '
@@ -146,7 +147,7 @@ def _fit(value: dict[str, Any]) -> str:
     return said if converged(value) else f"<b>not converged</b>: {said}"
 
 
-def head_information(results: dict[str, Any]) -> str:
+def head_information(results: dict[str, Any], on: str = "") -> str:
     """The information picture: what a probe can still name at each depth, from h through the head to z."""
     found = results.get("head_information")
     if not found:
@@ -181,7 +182,7 @@ def head_information(results: dict[str, Any]) -> str:
         "log-loss on other images."
     )
     details = f"<details><summary>Numbers: bits / accuracy</summary>{numbers}</details>"
-    return section("What the head keeps, and what it throws away", grid(figures) + details, lead)
+    return section(f"What the head keeps, and what it throws away{on}", grid(figures) + details, lead)
 
 
 def _kept(title: str, series: list[Series], layers: list[str]) -> str:
@@ -329,26 +330,29 @@ def reproduce(runs: list[Run]) -> str:
     lines, rows = [], []
     for run in runs:
         if run.curves or run.ranks:
-            lines.append(_on_ranks(f"pretrain {run.folder}/config.toml --set run.dir=NEW_DIR", run.ranks))
+            config = shlex.quote(f"{run.folder}/config.toml")
+            lines.append(_on_ranks(f"pretrain {config} --set run.dir=NEW_DIR", run.ranks))
         latest = [run.on(data)[-1] for data in run.data()]
-        lines += [_evaluation(run, one) for one in latest] or [f"dist-ssl evaluate {run.folder}"]
+        lines += [_evaluation(run, one) for one in latest] or [f"dist-ssl evaluate {shlex.quote(str(run.folder))}"]
         if latest:
             versions = latest[0].values["versions"]
             rows.append([escape(run.name), escape(", ".join(f"{k} {v}" for k, v in versions.items()))])
-    commands = escape("\n".join([*lines, "dist-ssl report " + " ".join(str(run.folder) for run in runs)]))
+    commands = escape("\n".join([*lines, "dist-ssl report " + shlex.join(str(run.folder) for run in runs)]))
     body = f"<pre><code>{commands}</code></pre>" + (table(["run", "versions"], rows, 9) if rows else "")
     return section("How to reproduce", body)
 
 
 def _evaluation(run: Run, one: Stored) -> str:
     """The command that gave these results."""
-    values, data = one.values, one.values["data"]
+    values, data, folder = one.values, one.values["data"], shlex.quote(str(run.folder))
     if one.step is None:
-        what = f"evaluate --weights {values['checkpoint']} --encoder {values['encoder']} --output {run.folder}"
+        weights = shlex.quote(str(values["checkpoint"]))
+        what = f"evaluate --weights {weights} --encoder {values['encoder']} --output {folder}"
     else:
-        what = f"evaluate {run.folder} --checkpoint {one.step}"
+        what = f"evaluate {folder} --checkpoint {one.step}"
     if (one.step is None or one.name) and "train_shards" in data:
-        what += f" --train-shards {data['train_shards']} --test-shards {data['test_shards']}"
+        train, test = (shlex.quote(data[f"{part}_shards"]) for part in ("train", "test"))
+        what += f" --train-shards {train} --test-shards {test}"
     if values.get("teacher"):
         what += " --teacher"
         return _on_ranks(what + _named(one.name.removeprefix(TEACHER).removeprefix("-")), values.get("ranks"))

@@ -14,9 +14,11 @@ from typing import Any
 
 import aiohttp
 from gcsfs.core import GCSFileSystem
+from google.auth.exceptions import DefaultCredentialsError
 
 from dist_ssl.config import UserError
 
+_LOG_IN = "log in by `gcloud auth application-default login`"
 _MAY_PASS = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 
 
@@ -24,12 +26,16 @@ class GoogleFileSystem(GCSFileSystem):
     """Objects of Google's buckets. A path is BUCKET/OBJECT."""
 
     def __init__(self, timeout_seconds: float, anonymous: bool, **options: Any):
-        super().__init__(
-            token="anon" if anonymous or os.environ.get("STORAGE_EMULATOR_HOST") else "google_default",
-            requests_timeout=aiohttp.ClientTimeout(sock_connect=timeout_seconds, sock_read=timeout_seconds),
-            use_listings_cache=False,
-            **options,
-        )
+        try:
+            super().__init__(
+                token="anon" if anonymous or os.environ.get("STORAGE_EMULATOR_HOST") else "google_default",
+                requests_timeout=aiohttp.ClientTimeout(sock_connect=timeout_seconds, sock_read=timeout_seconds),
+                use_listings_cache=False,
+                **options,
+            )
+        except DefaultCredentialsError as error:
+            told = str(error).splitlines()[0].split(". ")[0]
+            raise UserError(f"gs://: {told}; {_LOG_IN}, or set GOOGLE_APPLICATION_CREDENTIALS") from None
 
     async def open_range(self, path: str, start: int, stop: int) -> aiohttp.ClientResponse:
         """The answer to a request for bytes [start, stop); its body is yet to be read, and it to be closed."""
@@ -79,7 +85,7 @@ async def _check(response: aiohttp.ClientResponse, path: str) -> None:
     if status == HTTPStatus.NOT_FOUND:
         raise FileNotFoundError(told)
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise PermissionError(f"{told}; log in by `gcloud auth application-default login`")
+        raise PermissionError(f"{told}; {_LOG_IN}")
     if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         raise OSError(errno.EINVAL, "the range lies beyond the end")
     if status < 500 and status not in _MAY_PASS:

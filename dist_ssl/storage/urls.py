@@ -37,7 +37,8 @@ def check_url(url: str) -> str:
     if match[1].lower() != "file" and (parts.username or parts.password or parts.query):
         raise UserError(
             f"{redact(url)}: credentials and query strings don't belong in a URL, which is logged and saved; "
-            "give them by the store's environment variables, files or roles"
+            "give them by the store's environment variables, files or roles, and name many files by * or {0000..1023}, "
+            "since a ? begins a query string"
         )
     return match[1].lower()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 
 from torch import nn
@@ -65,7 +66,7 @@ class Announcement:
 def next_command(config: Config) -> str:
     """What one does with a complete run."""
     without = " --data DIR, with labelled images" if not config.evaluation.test_shards else ""
-    return f"dist-ssl evaluate {config.run.dir}{without}"
+    return f"dist-ssl evaluate {shlex.quote(config.run.dir)}{without}"
 
 
 def _millions(*parts: nn.Module) -> str:

@@ -1,17 +1,13 @@
-"""What the training loop watches beside the loss: geometry of h and z, alarms, linear probes trained beside the run.
+"""What the training loop watches beside the loss: geometry of h and z, and alarms.
 
-How the loop calls it, all three outside the encoder's graph and outside DeepSpeed:
+How the loop calls it, outside the encoder's graph and outside DeepSpeed, every diagnostics.every_steps:
 
-    every diagnostics.every_steps:  metrics = diagnose(h, z, loss=..., temperature=..., num_views=V * B)
-                                    for alarm in alarms(metrics | {"step": step}): log.warning(alarm)
-    every step, with labels:        probe = OnlineProbe(num_classes, {"h": D, "z": d}).to(device)
-                                    probe.update({"h": h[:, 0], "z": z[:, 0]}, labels)  # collective: one all-reduce
-    when it logs:                   probe.metrics()                            # {"online_accuracy_h": ..., ...}
+    metrics = diagnose(h, z, loss=..., temperature=..., num_views=V * B)
+    for alarm in alarms(metrics | {"step": step}): log.warning(alarm)
 
-`diagnose` sees this rank's rows only and calls no collective; its values are those of a sample of this rank. The
-probe's buffers are replicated (every rank holds the same), so rank 0's `state_dict()` is the whole state.
+`diagnose` sees this rank's rows only and calls no collective; its values are those of a sample of this rank.
 
-Legend: n images of this rank, V views of each, v = V n, D the encoder's width, d the head's, C classes.
+Legend: n images of this rank, V views of each, v = V n, D the encoder's width, d the head's.
 """
 
 from __future__ import annotations
@@ -20,11 +16,8 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-from dist_ssl.distributed import world_size
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -142,96 +135,3 @@ def alarms(metrics: Mapping[str, float]) -> list[str]:
             "optimizer.base_learning_rate or a longer warm-up"
         )
     return found
-
-
-class OnlineProbe(nn.Module):
-    """Linear classifiers on detached features, trained beside the run by Adam, the same on every rank and ZeRO stage.
-
-    All its state is in buffers: it is no part of the model, DeepSpeed never sees it, and `state_dict()` restores it.
-    Features are standardised by running statistics that all ranks share. Accuracy is measured on each batch before
-    the update that learns from it (prequential), and smoothed over about 1 / (1 - smoothing) updates.
-    """
-
-    accuracy: Tensor
-    updates: Tensor
-
-    def __init__(
-        self, num_classes: int, dims: Mapping[str, int], learning_rate: float = 2e-3, smoothing: float = 0.98
-    ) -> None:
-        super().__init__()
-        self.num_classes, self.dims = num_classes, dict(dims)
-        self.learning_rate, self.smoothing = learning_rate, smoothing
-        for layer, dim in self.dims.items():
-            for name in ("weight", "exp_avg", "exp_avg_sq"):
-                self.register_buffer(f"{layer}_{name}", torch.zeros(dim + 1, num_classes))
-            self.register_buffer(f"{layer}_mean", torch.zeros(dim))
-            self.register_buffer(f"{layer}_variance", torch.ones(dim))
-        self.register_buffer("accuracy", torch.zeros(len(self.dims)))
-        self.register_buffer("updates", torch.zeros(()))
-
-    @torch.no_grad()
-    def update(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """One step on features {layer: (n, dim)} and labels (n,); -1 marks a row without a label.
-
-        Collective: one all-reduce of all layers' gradients, feature sums and counts. No host synchronisation.
-        """
-        device = labels.device
-        with torch.autocast(device.type, enabled=False):
-            parts = [self._local_sums(layer, features[layer].detach().float(), labels) for layer in self.dims]
-            flat = torch.cat([part for parts_of_layer in parts for part in parts_of_layer])
-            if world_size() > 1:
-                dist.all_reduce(flat)
-            sums = flat.split([self._size(layer) for layer in self.dims])
-            count = sums[0][-1]
-            # An update of no labelled row anywhere changes nothing: every factor below carries `seen`.
-            seen = (count > 0).float()
-            self.updates += seen
-            for position, layer in enumerate(self.dims):
-                self._learn(position, layer, sums[position], count.clamp(min=1), seen)
-
-    def metrics(self) -> dict[str, float]:
-        """{"online_accuracy_h": ...}: smoothed top-1 accuracy in [0, 1]; empty before the first labelled batch."""
-        updates = float(self.updates)
-        if updates == 0:
-            return {}
-        unbias = 1 - self.smoothing**updates
-        values = (self.accuracy / unbias).tolist()
-        return {f"online_accuracy_{layer}": value for layer, value in zip(self.dims, values, strict=True)}
-
-    def _size(self, layer: str) -> int:
-        return (self.dims[layer] + 1) * self.num_classes + 2 * self.dims[layer] + 2
-
-    def _local_sums(self, layer: str, x: Tensor, labels: Tensor) -> list[Tensor]:
-        known = labels >= 0
-        mask = known.float()[:, None]
-        centred = (x - self._buffer(layer, "mean")) * mask
-        normal = centred * self._buffer(layer, "variance").add(1e-5).rsqrt()
-        inputs = torch.cat([normal, mask], dim=1)  # the last column is the bias
-        logits = inputs @ self._buffer(layer, "weight")
-        targets = labels.clamp(min=0)
-        gradient = logits.softmax(dim=1)
-        gradient[torch.arange(len(targets), device=x.device), targets] -= 1
-        gradient *= mask
-        correct = ((logits.argmax(dim=1) == targets) & known).float().sum()
-        sums = [(inputs.T @ gradient).flatten(), centred.sum(0), centred.square().sum(0)]
-        return [*sums, correct[None], mask.sum()[None]]
-
-    def _learn(self, position: int, layer: str, sums: Tensor, count: Tensor, seen: Tensor) -> None:
-        dim = self.dims[layer]
-        gradient, total, squares, correct, _ = sums.split([(dim + 1) * self.num_classes, dim, dim, 1, 1])
-        gradient = gradient.view(dim + 1, self.num_classes) / count
-        exp_avg, exp_avg_sq = self._buffer(layer, "exp_avg"), self._buffer(layer, "exp_avg_sq")
-        exp_avg.lerp_(gradient, 0.1 * seen)
-        exp_avg_sq.lerp_(gradient.square(), 0.01 * seen)
-        first = exp_avg / (1 - 0.9 ** self.updates.clamp(min=1))
-        second = exp_avg_sq / (1 - 0.99 ** self.updates.clamp(min=1))
-        self._buffer(layer, "weight").sub_(self.learning_rate * seen * first / (second.sqrt() + 1e-8))
-        # The first batch sets the statistics, later ones move them by a tenth.
-        rate = torch.where(self.updates <= 1, 1.0, 0.1) * seen
-        shift = total / count
-        self._buffer(layer, "variance").lerp_((squares / count - shift.square()).clamp(min=0), rate)
-        self._buffer(layer, "mean").add_(rate * shift)
-        self.accuracy[position].lerp_(correct[0] / count, (1 - self.smoothing) * seen)
-
-    def _buffer(self, layer: str, name: str) -> Tensor:
-        return self.get_buffer(f"{layer}_{name}")

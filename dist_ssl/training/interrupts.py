@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -10,6 +11,9 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +23,26 @@ from dist_ssl.distributed import rank
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# What a rank asks for is heard when the next step is queued, and the commit follows that step's end: two steps. The
+# third, and half of a save, are for those that take longer than any before.
+STEPS_BEFORE_COMMIT, SAVES_BEFORE_LIMIT = 3, 1.5
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or the wall-time limit; the loop asks after each step.
+    """Set by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or the wall-time limit, from `started` on by time.monotonic.
+
+    The loop asks after each step; the limit is heeded early enough for a commit before it.
 
     A signal only sets a flag: saving is collective, so it waits until all ranks agree on the step. Where the loop does
     not come to an end within `grace_seconds` of a signal (a peer died, and this rank waits for it) the process exits
     without saving.
     """
 
-    def __init__(self, grace_seconds: float, wall_time_minutes: float | None):
+    def __init__(self, grace_seconds: float, wall_time_minutes: float | None, started: float):
         self._grace_seconds = grace_seconds
-        self._deadline = time.monotonic() + wall_time_minutes * 60 if wall_time_minutes else None
+        self._limit = started + wall_time_minutes * 60 if wall_time_minutes else float("inf")
+        self._asked_at: deque[float] = deque(maxlen=16)  # a first step that was slow to compile is forgotten
+        self._is_late = False
         self._signal: int | None = None
         self._agreed = False
         self._timer: threading.Timer | None = None
@@ -57,16 +68,19 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __bool__(self) -> bool:
-        return self._signal is not None or self._is_late()
+    def is_due(self, seconds_to_save: float) -> bool:
+        """Whether to stop; call once a step. A save from now on would take so many seconds."""
+        now = time.monotonic()
+        self._asked_at.append(now)
+        slowest_step = max((later - one for one, later in pairwise(self._asked_at)), default=0.0)
+        reserve = STEPS_BEFORE_COMMIT * slowest_step + SAVES_BEFORE_LIMIT * seconds_to_save
+        self._is_late |= now + reserve > self._limit
+        return self._signal is not None or self._is_late
 
     def reason(self) -> str:
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        return "checkpoint.wall_time_minutes" if self._is_late() else "a signal to another rank"
-
-    def _is_late(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
+        return "checkpoint.wall_time_minutes" if self._is_late else "a signal to another rank, or its time limit"
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is None:
@@ -90,7 +104,7 @@ class Watchdog:
     """Ends the process, with the stacks of its threads on stderr, when `beat` was not called for `minutes`."""
 
     def __init__(self, minutes: float):
-        self._seconds = minutes * 60
+        self._seconds, self._paused = minutes * 60, False
         self._last, self._step = time.monotonic(), 0
         self._done = threading.Event()
 
@@ -104,9 +118,18 @@ class Watchdog:
     def beat(self, step: int) -> None:
         self._last, self._step = time.monotonic(), step
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a save is waited for: a disk may take its time, and an object store has time-outs of its own."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._last, self._paused = time.monotonic(), False
+
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._last > self._seconds:
+            if not self._paused and time.monotonic() - self._last > self._seconds:
                 stderr = sys.__stderr__.fileno() if sys.__stderr__ else 2
                 os.write(
                     stderr,

@@ -14,6 +14,7 @@ from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import Verdict, rank
 from dist_ssl.training import diagnostics, method, verdict
 from dist_ssl.training.observability import Observer
+from dist_ssl.training.online_probe import OnlineProbe
 from dist_ssl.training.pace import Pace
 from dist_ssl.training.step import StepResult
 from dist_ssl.training.verdict import Asked, Outcome
@@ -48,7 +49,7 @@ class Monitor:
         self,
         config: Config,
         observer: Observer,
-        probe: diagnostics.OnlineProbe | None,
+        probe: OnlineProbe | None,
         num_samples: int,
         skipped_steps: int,
         pace: Pace,

@@ -14,7 +14,7 @@ from dist_ssl import checkpoint
 from dist_ssl import config as config_module
 from dist_ssl.checkpoint import Checkpoint, RunState
 from dist_ssl.config import Config, UserError
-from dist_ssl.distributed import broadcast_object, raise_together, rank, together
+from dist_ssl.distributed import broadcast_object, rank, together
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import checkpoint_store, committed_steps, take_incarnation
@@ -30,38 +30,43 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
     checkpoints.
     """
     run_dir = Path(config.run.dir)
-    error: UserError | None = None
-    if rank() == 0:
-        try:
-            if restart:
-                _set_aside(config, run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as cause:
-            error = UserError(f"run.dir = {run_dir}: expected a directory that can be written: {cause}")
-    raise_together(error)
+    with together():
+        if rank() == 0:
+            _make(config, run_dir, restart)
     store = checkpoint_store(config)
     found = checkpoint.newest_valid(store)
-    if found is None and (run_dir / "metrics.jsonl").exists():
-        raise UserError(
-            f"{store.root}: {run_dir} has been trained but no checkpoint is there; "
-            "put it back, or begin anew with --restart"
-        )
-    state = found.state() if found is not None else None
-    if state is not None:
-        _check_goes_on(config, manifest, state, extend)
+    state, incarnation = None, 0
+    with together():
+        if found is None and (run_dir / "metrics.jsonl").exists():
+            raise UserError(
+                f"{store.root}: {run_dir} has been trained but no checkpoint is there; "
+                "put it back, or begin anew with --restart"
+            )
+        if found is not None:
+            state = found.state()
+            _check_goes_on(config, manifest, state, extend)
     # Only now, when nothing refuses this start any more: taking the number stops whoever runs here.
     with together():
-        incarnation = take_incarnation(run_dir) if rank() == 0 else 0
+        if rank() == 0:
+            incarnation = take_incarnation(run_dir)
+            Store(str(run_dir), config.storage).write("config.toml", config_module.dumps(config).encode())
     incarnation = broadcast_object(incarnation)
-    if rank() == 0:
-        Store(str(run_dir), config.storage).write("config.toml", config_module.dumps(config).encode())
-        if state is not None:
-            log.info("%s: going on from step %d as incarnation %d", run_dir, state.step, incarnation)
+    if rank() == 0 and state is not None:
+        log.info("%s: going on from step %d as incarnation %d", run_dir, state.step, incarnation)
     if state is not None:
         ledgers = broadcast_object(ledgers_of(run_dir) if rank() == 0 else None)
         with together():
             trim_run(run_dir, state.step, ledgers)
     return incarnation, found
+
+
+def _make(config: Config, run_dir: Path, restart: bool) -> None:
+    try:
+        if restart:
+            _set_aside(config, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise UserError(f"run.dir = {run_dir}: expected a directory that can be written: {cause}") from None
 
 
 def _set_aside(config: Config, run_dir: Path) -> None:

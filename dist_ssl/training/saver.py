@@ -14,7 +14,7 @@ from dist_ssl.config import Config
 from dist_ssl.distributed import rank
 from dist_ssl.engine import Engine
 from dist_ssl.models import kept_buffers
-from dist_ssl.training.diagnostics import OnlineProbe
+from dist_ssl.training.online_probe import OnlineProbe
 from dist_ssl.training.run_directory import versions
 from dist_ssl.training.teacher import Teacher
 from dist_ssl.training.verdict import Asked
@@ -55,12 +55,18 @@ class Saver:
         """Whether the last save has failed by now on this rank."""
         return self._checkpointer.failed()
 
+    def seconds_to_save(self) -> float:
+        """How long a save from now on would take, by those that there were."""
+        return self._checkpointer.seconds_to_save()
+
     def save(self, state: RunState) -> None:
         """Start a checkpoint; versions are added. Collective."""
         started = time.monotonic()
         replicated = kept_buffers(self._model.model)
         if self._probe is not None:
-            replicated |= {f"{PROBE}{name}": tensor for name, tensor in self._probe.state_dict().items()}
+            for name, tensor in self._probe.whole_state():
+                if rank() == 0:  # at once to the host: a device may have no room for all of them
+                    replicated[f"{PROBE}{name}"] = tensor.cpu()
         spread: dict[str, Tensor] = {}
         if self._teacher is not None:
             spread = dict(self._teacher.model.named_parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_ssl.augment import augment
 from dist_ssl.config import Config
+from dist_ssl.data.random import key_of
 from dist_ssl.data.stream import Batch
 from dist_ssl.distributed import rank, sum_over_ranks, world_size
 from dist_ssl.engine import Engine
@@ -116,9 +117,9 @@ class Step:
 
     def _student(self, views: list[Tensor], step: int, chunk: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """h (n, V, D), z and p (n, V, d), of a chunk of the step's batch."""
-        seed, rows = self._seed(step) + chunk, self._rows_per_chunk[chunk]
-        torch.manual_seed(seed + rank())  # dropout differs between ranks, and so between numbers of them
-        self._model.model.of(Rows(seed, sum(rows[: rank()]), rows[rank()], sum(rows)))
+        of_chunk, rows = (self._config.run.seed, step, chunk), self._rows_per_chunk[chunk]
+        torch.manual_seed(dropping_seed(*of_chunk, rank()))  # dropout differs between ranks, and so numbers of them
+        self._model.model.of(Rows(dropping_seed(*of_chunk), sum(rows[: rank()]), rows[rank()], sum(rows)))
         h, z, p = self._model(*views)
         return self._by_image(h), self._by_image(z), self._by_image(p)
 
@@ -126,9 +127,10 @@ class Step:
         """(n V, ...) -> (n, V, ...)"""
         return rows.unflatten(0, (-1, self._num_views))
 
-    def _seed(self, step: int) -> int:
-        """Of a step: what is dropped in it then needs no generator in the checkpoint."""
-        return (self._config.run.seed * 1_000_003 + step) * 65_537 & 0x7FFF_FFFF_FFFF
+
+def dropping_seed(*counter: int) -> int:
+    """A seed of 63 bits for (the run's seed, step, chunk), and a rank: what a step drops needs no generator's state."""
+    return key_of("drop", *counter)[0] >> 1
 
 
 class BufferSnapshot:

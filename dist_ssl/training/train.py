@@ -25,13 +25,14 @@ from dist_ssl.data.stream import plan_of, training_batches
 from dist_ssl.engine import Engine
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.models import build_model
+from dist_ssl.models.encoders import check_image_size
 from dist_ssl.models.weights import start_from
 from dist_ssl.training.announce import Announcement, next_command
-from dist_ssl.training.diagnostics import OnlineProbe
 from dist_ssl.training.feed import Feed
 from dist_ssl.training.interrupts import StopRequest, Watchdog
 from dist_ssl.training.monitor import Monitor, Taken
 from dist_ssl.training.observability import Observer
+from dist_ssl.training.online_probe import OnlineProbe
 from dist_ssl.training.run_directory import open_run
 from dist_ssl.training.saver import Saver
 from dist_ssl.training.step import Step
@@ -47,10 +48,11 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     Returns the exit code: 0 when the run is complete, 75 when it was told to stop, has committed, and wants to be run
     again. Raises UserError for a config that can't run or does not go with the run directory.
     """
+    started = time.monotonic()
     # Longer than the watchdog's patience, so that it, and not a time-out of some collective, says who hangs.
     world = distributed.initialize(2 * config.engine.hang_minutes)
+    engine.prepare(config, world)
     with distributed.together():
-        engine.prepare(config, world)
         manifest = load_manifest(config.data.shards, config.storage) if world.rank == 0 else None
     manifest = distributed.broadcast_object(manifest)
     plan = plan_of(config, manifest)
@@ -59,9 +61,11 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     rows_per_chunk = plan.rows_per_rank(config.train.global_batch_size, world.size, config.objective.chunks)
     with distributed.together():
         untrained = build_model(config)
+        check_image_size(untrained.encoder, config.evaluated_size, "evaluation.image_size")
         store = checkpoint.checkpoint_store(config)
         if config.model.init and (restart or not checkpoint.committed_steps(store)):
             start_from(untrained.encoder, config.model.init, config.storage)
+    reading_since = time.monotonic()
     incarnation, found = open_run(config, manifest, restart=restart, extend=extend)
     state = found.state() if found is not None else RunState(0, 0, config_module.dumps(config), manifest.hash)
     if state.step >= total_steps:
@@ -74,13 +78,21 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     teacher = Teacher(config, world.device) if config.objective.name in WITH_TEACHER else None
     probe = None
     if config.diagnostics.online_probe and manifest.classes:
-        probe = OnlineProbe(len(manifest.classes), model.model.widths).to(world.device)
+        rows = [sum(rows) for rows in zip(*rows_per_chunk, strict=True)]
+        probe = OnlineProbe(len(manifest.classes), model.model.widths, rows).to(world.device)
     if found is not None:
         checkpoint.load(found, model, probe, teacher.model if teacher is not None else None)
     elif teacher is not None:
         teacher.start_as(model.model)
-    last_step = state.step if found is not None else -1
-    checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=last_step)
+    checkpointer = Checkpointer(
+        store,
+        config.run.dir,
+        config.checkpoint,
+        model,
+        incarnation,
+        last_step=state.step if found is not None else -1,
+        first_guess_seconds=time.monotonic() - reading_since,
+    )
     saver = Saver(config, checkpointer, model, probe, teacher)
     run = Run(
         config=config,
@@ -96,7 +108,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
     place = {"cursor": state.cursor, "first_step": state.step, "num_steps": total_steps - state.step}
     with (
         training_batches(config, manifest, **place, rank=world.rank, world_size=world.size) as batches,
-        StopRequest(config.engine.grace_seconds, config.checkpoint.wall_time_minutes) as stop,
+        StopRequest(config.engine.grace_seconds, config.checkpoint.wall_time_minutes, started) as stop,
         Watchdog(config.engine.hang_minutes) as watchdog,
         Observer(config, total_steps, state.step) as observer,
     ):
@@ -126,7 +138,8 @@ class Run:
             assert batch is not None  # all ranks have heard of an error a step before
             result = self.train_step(batch, step)
             upcoming = feed.next()
-            asked = Asked(bool(stop), feed.error is not None, saver.failed(), saver.wish())
+            stops = stop.is_due(saver.seconds_to_save())
+            asked = Asked(stops, feed.error is not None, saver.failed(), saver.wish())
             rate = learning_rate(self.config, step, self.total_steps, self.num_samples)
             verdict = self.model.step(rate, agree(result.loss, asked))
             self.train_step.settle(verdict.finite, step / self.total_steps)
@@ -149,10 +162,12 @@ class Run:
                     stop.agreed()
                 if not monitor.in_a_streak:  # else what was taken before the streak stays the newest
                     monitor.sync()
-                    saver.save(self._state(step, monitor.skipped_steps))
+                    with watchdog.paused():
+                        saver.save(self._state(step, monitor.skipped_steps))
             lost = monitor.is_lost(over)
             if over or heard.end or heard.save_failed or lost:
-                saver.wait()  # raises on all ranks where a save has failed
+                with watchdog.paused():
+                    saver.wait()  # raises on all ranks where a save has failed
             if lost:
                 raise monitor.not_finite(saver.last_step)
             if heard.data_failed:

@@ -21,7 +21,7 @@ import torch
 from dist_ssl import config as configuration
 from dist_ssl import distributed
 from dist_ssl.engine import Engine
-from dist_ssl.models import batch_norm
+from dist_ssl.models import batch_norm, moments
 from dist_ssl.training import step as step_module
 from dist_ssl.training import train
 from dist_ssl.training.feed import Feed
@@ -37,7 +37,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("backward", Engine, "backward"),
     ("optimizer, DeepSpeed", Engine, "step"),
     ("batch norm's moments", batch_norm, "_moments"),
-    ("gathers", batch_norm, "all_gather_single"),
+    ("gathers", moments, "all_gather_single"),
     ("gathers", distributed, "all_gather_single"),
     ("reductions", torch.distributed, "all_reduce"),
     ("diagnostics, logs", Monitor, "record"),

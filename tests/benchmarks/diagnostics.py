@@ -19,7 +19,8 @@ import torch
 from dist_ssl.config import Config, HeadConfig
 from dist_ssl.models import ContrastiveModel, ProjectionHead, build_encoder
 from dist_ssl.objective import nt_xent
-from dist_ssl.training.diagnostics import OnlineProbe, diagnose
+from dist_ssl.training.diagnostics import diagnose
+from dist_ssl.training.online_probe import OnlineProbe
 
 LIMIT = 0.02
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from dist_ssl import distributed, engine
 from dist_ssl.augment.parameters import BRIGHTNESS, JITTER
-from dist_ssl.config import Config, UserError
+from dist_ssl.checkpoint import Checkpointer, RunState
+from dist_ssl.config import Config, UserError, with_overrides
 from dist_ssl.data.stream import Batch, Batches
 from dist_ssl.models import ContrastiveModel
+from dist_ssl.storage import Store
 from dist_ssl.training import train
+from dist_ssl.training.run_directory import open_run
 from tests.faults.harness import last_step
 
 
@@ -140,6 +145,44 @@ def error_of_a_bad_batch(config: Config, at_step: int) -> str:
 def pretrain_with_signal(config: Config, at_step: int, number: int) -> int:
     """Rank 1 is sent a signal while it fetches a step's batch."""
     return _pretrain(config, lambda step, batch: os.kill(os.getpid(), number) if step == at_step else None)
+
+
+def pretrain_with_long_saves(config: Config) -> int:
+    """What is measured of saves is taken for a billion times as long."""
+    real = Checkpointer.seconds_to_save
+    Checkpointer.seconds_to_save = lambda self: real(self) * 1e9  # type: ignore[method-assign]
+    try:
+        return train.pretrain(config)
+    finally:
+        Checkpointer.seconds_to_save = real  # type: ignore[method-assign]
+
+
+def pretrain_with_a_signal_in_the_last_commit(config: Config, seconds: float) -> int:
+    """SIGTERM comes while the last step is committed, which takes so long."""
+    real = Checkpointer._commit
+
+    def slowly(self: Checkpointer, directory: Store, state: RunState, answers: list[dict[str, Any]]) -> None:
+        if state.step == config.train.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(seconds)
+        real(self, directory, state, answers)
+
+    Checkpointer._commit = slowly  # type: ignore[method-assign]
+    try:
+        return train.pretrain(config)
+    finally:
+        Checkpointer._commit = real  # type: ignore[method-assign]
+
+
+def error_of_a_run_seen_by_one_rank(config: Config, elsewhere: Path) -> str:
+    """What opening a run raises on this rank where it is another folder on rank 1."""
+    if distributed.rank() == 1:
+        config = with_overrides(config, [f"run.dir={json.dumps(str(elsewhere))}"])
+    try:
+        open_run(config, None, restart=False, extend=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
 
 
 def pretrain_with_a_signal_and_a_lost_peer(config: Config, at_step: int) -> int:

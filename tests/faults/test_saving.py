@@ -3,11 +3,13 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from dist_ssl import checkpoint
+from dist_ssl.training.interrupts import StopRequest
 from tests import engines, trajectory
 from tests.faults import inject
 from tests.faults.harness import last_step
@@ -42,6 +44,29 @@ def test_before_the_time_limit(tmp_path, small_shards):
     )
     assert ranks(2).run(trajectory.pretrain, config) == [75, 75]
     assert committed(config) == [0, last_step(tmp_path / "run")]
+
+
+def test_a_limit_is_heeded_early_enough_for_a_commit(tmp_path, small_shards):
+    stop = StopRequest(25, 10, time.monotonic())
+    assert [stop.is_due(seconds) for seconds in (0, 300)] == [False, False]
+    stop._asked_at.append(time.monotonic() - 250)  # a step of 250 s
+    assert stop.is_due(0)
+    assert stop.reason() == "checkpoint.wall_time_minutes"
+    assert StopRequest(25, 10, time.monotonic()).is_due(500)
+    assert StopRequest(25, 10, time.monotonic() - 601).is_due(0)
+    config = small_config(tmp_path / "run", small_shards, "checkpoint.wall_time_minutes=600", "train.steps=100")
+    for steps in (2, 4):  # that of step 0 was measured; one that goes on guesses by what it has read
+        assert ranks(2).run(inject.pretrain_with_long_saves, config) == [75, 75]
+        assert committed(config)[-1] == steps
+
+
+@pytest.mark.slow
+def test_the_last_commit_may_take_longer_than_a_signal_and_the_watchdog_allow(tmp_path, small_shards):
+    config = small_config(
+        tmp_path / "run", small_shards, "train.steps=2", "engine.grace_seconds=2", "engine.hang_minutes=0.05"
+    )
+    assert ranks(1).run(inject.pretrain_with_a_signal_in_the_last_commit, config, 5) == [0]
+    assert committed(config) == [0, 2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
@@ -113,6 +138,17 @@ def test_all_is_on_the_disk_before_the_manifest(tmp_path):
     last = calls.index(("rename", f"{step}/manifest.json"))
     # The run directory, the checkpoints and the step are new: their entries must be durable too.
     assert {("fsync", str(tmp_path / "run")), ("fsync", folder), ("fsync", step)} <= set(calls[:last])
+
+
+def test_what_one_rank_sees_of_a_run_directory_ends_all(tmp_path):
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "metrics.jsonl").write_text("{}")
+    config = small_config(tmp_path / "run", "", f"checkpoint.url={tmp_path}/checkpoints")
+    for error in ranks(2).run(inject.error_of_a_run_seen_by_one_rank, config, tmp_path / "trained"):
+        assert re.match(r"UserError: (rank 1: )?.*has been trained but no checkpoint is there", error)
+    (tmp_path / "run" / "config.toml" / "in the way").mkdir(parents=True)
+    for error in ranks(2).run(inject.error_of_a_run_seen_by_one_rank, config, tmp_path / "run"):
+        assert re.match(r"\w*Error: .*config.toml", error)
 
 
 @pytest.mark.slow
