@@ -26,12 +26,12 @@ MODES = {
 def in_mode(function, *arguments):
     """Run it on this rank; whether torch was deterministic at its end, which no later test may notice.
 
-    What is compiled is not vectorised: each of 55 kernels takes g++ half as long. No process is started for it either.
+    What is compiled is not vectorised: each of 55 kernels takes g++ half as long.
     """
     from torch._inductor import config as inductor
 
     try:
-        with inductor.patch({"cpp.simdlen": 1, "compile_threads": 1}):
+        with inductor.patch({"cpp.simdlen": 1}):
             return function(*arguments), torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
