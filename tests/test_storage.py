@@ -213,6 +213,7 @@ def test_an_outage_is_told_of_while_it_lasts(
     assert all(line.startswith("s3://bucket/big: tried again for ") for line in told)
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_silent_is_given_up(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,7 @@ def test_other_sizes_are_resampled_to_or_refused(tmp_path):
         build_encoder("timm/mixer_s16_224", 32)(torch.randn(1, 3, 48, 48))
 
 
-@pytest.mark.parametrize("encoder", [NORMED, TINY])
+@pytest.mark.parametrize("encoder", [NORMED, pytest.param(TINY, marks=pytest.mark.slow)])
 def test_recomputation_is_exact(tmp_path, encoder):
     """The same gradient, and running statistics that have counted the batch once."""
     found = []

@@ -73,7 +73,8 @@ def test_a_run_skips_them_and_is_not_saved_inside_a_streak(tmp_path, small_shard
     assert checkpoint.committed_steps(checkpoint.checkpoint_store(config)) == [0, 7, 8]
 
 
-@pytest.mark.parametrize("poison", ["gradient", pytest.param("loss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("poison", ["gradient", "loss"])
 def test_a_stop_in_a_streak_leaves_the_last_good_checkpoint_the_newest(tmp_path, small_shards, poison):
     """SIGTERM while step 7 of a streak from 5 on is under way: exit 75, nothing newer than step 4, and it goes on."""
     config = small_config(tmp_path / "run", small_shards, "train.steps=12", "checkpoint.every_steps=2")

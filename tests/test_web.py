@@ -92,6 +92,7 @@ def test_files_of_a_web_server_and_of_the_hub(https: FaultyProxy, monkeypatch: p
     assert storage.size(f"{https.endpoint_url}/empty", QUICK) == 0
 
 
+@pytest.mark.slow
 def test_faults_of_a_web_server_are_retried_and_bodies_resumed(
     server: WebServer, https: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

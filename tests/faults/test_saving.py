@@ -97,6 +97,7 @@ def test_a_failed_write_in_the_background_stops_the_next_step(tmp_path, small_sh
     assert committed(config) == [0]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_end_the_run_and_the_last_good_ones_go_on(tmp_path, small_shards):
     config = small_config(tmp_path / "run", small_shards, "checkpoint.every_steps=2", "train.steps=6")
     with pytest.raises(RankFailed) as failure:

@@ -33,6 +33,7 @@ from tests.s3 import S3Server
 from tests.stream.consumed import BATCH, Ledger, cached, consume, part
 
 
+@pytest.mark.slow
 def test_cache_keeps_to_its_bound_and_evicts_the_oldest(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

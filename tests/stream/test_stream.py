@@ -69,6 +69,7 @@ def test_what_a_batch_says_is_true(manifest: Manifest, shapes: Path) -> None:
     assert batch.replaced_by == {}
 
 
+@pytest.mark.slow
 def test_through_s3(server: S3Server, quiet: Ledger, tmp_path: Path) -> None:
     config = config_of({"endpoint_url": server.endpoint_url}, cache_dir=str(tmp_path), num_workers=1)
     remote = load_manifest("s3://bucket/shapes", config.storage)
