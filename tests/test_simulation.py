@@ -12,7 +12,7 @@ from dist_ssl.checkpoint.read import RunState
 from dist_ssl.config import StorageConfig, UserError, dumps
 from dist_ssl.data.indexing import index_shards
 from dist_ssl.data.stream import training_batches
-from dist_ssl.planning.simulation import Simulation, Store, even_shards, recommended_streams
+from dist_ssl.planning.simulation import Counts, Simulation, Store, even_shards, recommended_streams
 from dist_ssl.training.run_directory import _check_goes_on
 from tests.proxy import faulty_proxy
 from tests.s3 import s3_server
@@ -97,6 +97,20 @@ def test_a_rank_with_streams_of_its_own_shares_no_shard() -> None:
     assert refusing.counts.given_up == 0
     assert refusing.counts.samples == counts.samples == 12 * 1024
     assert refusing.counts.first_batch_seconds > counts.first_batch_seconds
+
+
+def test_a_start_step_by_step_waits_less_for_its_first_batch() -> None:
+    manifest = even_shards(64 * 400, 64)
+
+    def run(paced_by: float) -> Counts:
+        config = config_of({"requests_per_second": paced_by}, streams=16, block_shards=1, num_workers=4)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 1024})})
+        return Simulation(config, manifest, 8, 2, 12, Store(50.0, images_per_second=50.0)).run()
+
+    at_once, paced = run(1e9), run(50.0)
+    assert paced.gets <= at_once.gets
+    assert paced.first_batch_seconds < at_once.first_batch_seconds / 2
+    assert max(paced.index_gets.values()) <= 8, "a node, not a worker"
 
 
 def test_other_streams_on_resume_are_refused_with_the_remedy() -> None:

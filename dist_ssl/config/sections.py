@@ -40,6 +40,9 @@ class StorageConfig(Section):
     profile: str | None = Field(None, description="whose credentials of ~/.aws/credentials are taken")
     retry_seconds: float = Field(120.0, ge=0, description="total budget of one read's or write's retries")
     timeout_seconds: float = Field(30.0, gt=0, description="of one request")
+    requests_per_second: float = Field(
+        5500.0, gt=0, description="that the store takes before it refuses some: a start spreads its reads by it"
+    )
 
 
 class DataConfig(Section):

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import mmap
 import os
 import tempfile
 import threading
@@ -21,8 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from dist_ssl import storage
 from dist_ssl.config import DataConfig, StorageConfig, UserError
-from dist_ssl.data.manifest import Shard
+from dist_ssl.data.manifest import MemberIndex, Shard, member_index, read_member_index
 from dist_ssl.data.tar import index_tar
 from dist_ssl.storage.large_reads import read_file, writer
 
@@ -61,6 +63,28 @@ class ShardCache:
             self.drop(shard)
         os.close(descriptor)
         return None
+
+    def index(self, shard: Shard) -> MemberIndex:
+        """The member index of a shard; of one in a store, which is asked once a node, processes share the memory.
+
+        Raises as `read_member_index`.
+        """
+        if storage.is_local(shard.index_url):
+            return read_member_index(shard, self._storage)
+        path = self.path(shard).with_suffix(".idx")
+        partial = path.with_suffix(".idx-part")
+        if (found := _mapped(path, shard)) is not None:
+            return found
+        with _locked(path.with_suffix(".idx-lock"), partial) as mine:
+            if (found := _mapped(path, shard)) is not None:
+                return found
+            found = read_member_index(shard, self._storage)
+            if mine:
+                with contextlib.suppress(OSError):
+                    partial.write_bytes(found.to_bytes())
+                    os.replace(partial, path)
+                    return _mapped(path, shard) or found
+            return found
 
     def touch(self, shard: Shard) -> None:
         with contextlib.suppress(OSError):
@@ -111,6 +135,9 @@ class ShardCache:
             if not mine:
                 return False
             files = []
+            for path in self._directory.glob("*.idx"):
+                with contextlib.suppress(FileNotFoundError):
+                    files.append(((found := path.stat()).st_mtime, found.st_blocks * 512, path))
             for stem in {Path(name).stem for name in os.listdir(self._directory) if name.endswith((".tar", ".part"))}:
                 # In this order: one that is completed in this moment is not missed.
                 for path in (self._directory / f"{stem}.part", self._directory / f"{stem}.tar"):
@@ -158,8 +185,22 @@ def _difference(file: BinaryIO, shard: Shard, crc32: int) -> str | None:
     return f"its {what} are not those that were indexed (crc32 {crc32:08x}, expected {shard.crc32:08x})"
 
 
+def _mapped(path: Path, shard: Shard) -> MemberIndex | None:
+    """The member index in a file; None where it is not there, or damaged."""
+    try:
+        with open(path, "rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return member_index(shard, data)
+    except (OSError, ValueError, UserError):
+        return None
+
+
 def _evict(path: Path) -> bool:
-    """Remove a shard that nobody reads, or a partial one that nobody is fetching; whether that made room."""
+    """Remove a shard that nobody reads, or a partial one that nobody is fetching, or an index, which costs little to
+    read again; whether that made room."""
+    if path.suffix == ".idx":
+        path.unlink(missing_ok=True)
+        return True
     with _locked(path.with_suffix(".lock")) as mine, contextlib.suppress(FileNotFoundError):
         if mine:
             with open(path, "rb+") as file:
@@ -215,11 +256,13 @@ def _own_directory() -> Path:
 class FetchAhead:
     """Threads that bring shards into the cache, in the order last aimed at.
 
+    From `not_before` on, by time.monotonic.
+
     Two: one shard's last ranges are on their way while the next one's first are asked for and another is summed.
     """
 
-    def __init__(self, cache: ShardCache):
-        self._cache, self._closed = cache, False
+    def __init__(self, cache: ShardCache, not_before: float = 0.0):
+        self._cache, self._closed, self._not_before = cache, False, not_before
         self._now: list[Shard] = []
         self._later: list[Shard] = []
         self._touched = 0.0
@@ -242,6 +285,8 @@ class FetchAhead:
             thread.join()
 
     def _run(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, max(0.0, self._not_before - time.monotonic()))
         while not self._closed:
             with self._changed:
                 now, later = self._now, self._later

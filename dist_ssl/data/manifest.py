@@ -113,7 +113,7 @@ class MemberIndex:
         return body + struct.pack("<I", isal_zlib.crc32(body))
 
     @staticmethod
-    def from_bytes(data: bytes, name: str) -> MemberIndex:
+    def from_bytes(data: bytes | memoryview, name: str) -> MemberIndex:
         """Raises UserError where the bytes are not a whole index."""
         if len(data) < _HEADER.size + 4 or isal_zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise UserError(f"{name}: not a whole member index; build it again with `dist-ssl shards index --rebuild`")
@@ -132,7 +132,7 @@ class MemberIndex:
 class _Keys(Sequence[str]):
     """Keys out of one string, made when asked for: a shard may hold tens of thousands."""
 
-    def __init__(self, blob: bytes, ends: NDArray[np.uint64]):
+    def __init__(self, blob: bytes | memoryview, ends: NDArray[np.uint64]):
         self._blob, self._ends = blob, ends
 
     def __len__(self) -> int:
@@ -143,7 +143,8 @@ class _Keys(Sequence[str]):
             return [self[j] for j in range(*i.indices(len(self)))]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._blob[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])].decode("utf-8", "surrogateescape")
+        key = self._blob[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])]
+        return str(key, "utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -359,6 +360,11 @@ def read_member_index(shard: Shard, config: StorageConfig) -> MemberIndex:
         data = storage.read_bytes(shard.index_url, config)
     except FileNotFoundError:
         raise UserError(f"{shard.index_url}: no such member index; run `dist-ssl shards index` again") from None
+    return member_index(shard, data)
+
+
+def member_index(shard: Shard, data: bytes | memoryview) -> MemberIndex:
+    """As `read_member_index`, of what was read; its arrays are views of that."""
     index = MemberIndex.from_bytes(data, shard.index_url)
     found = (index.shard_bytes, index.shard_crc32, len(index))
     if index.headers_only != shard.headers_only or found != (shard.num_bytes, shard.crc32, shard.num_samples):

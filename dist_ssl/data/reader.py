@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +34,14 @@ CONCURRENT_REQUESTS = 8
 class Reader:
     """The samples of a manifest's shards. Opens nothing before the first read, and is sent to workers unopened."""
 
-    def __init__(self, manifest: Manifest, storage_config: StorageConfig, data: DataConfig):
-        self.manifest, self._storage, self._data = manifest, storage_config, data
+    def __init__(self, manifest: Manifest, storage_config: StorageConfig, data: DataConfig, pace: float = 0.0):
+        """pace: seconds between the first steps of a start that ask a store: see `requests.seconds_a_step`."""
+        self.manifest, self._storage, self._data, self._pace = manifest, storage_config, data, pace
         self.remote = bool(manifest.columns.remote.any())
         self._reset()
 
     def _reset(self) -> None:
+        self._began_at: float | None = None
         self._indexes: OrderedDict[int, MemberIndex] = OrderedDict()
         self._files: dict[int, int] = {}
         self._aimed: set[int] = set()
@@ -49,9 +52,8 @@ class Reader:
         self._first: set[int] | None = None  # shards that the start needs: all, before it is known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name in ("manifest", "_storage", "_data", "remote")
-        }
+        kept = ("manifest", "_storage", "_data", "_pace", "remote")
+        return {name: value for name, value in vars(self).items() if name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -83,12 +85,12 @@ class Reader:
 
     def _fetch_ahead(self) -> None:
         if self._ahead is None and self._targets:
-            self._ahead = FetchAhead(self._opened_cache())
+            self._ahead = FetchAhead(self._opened_cache(), (self._began_at or 0.0) + self._pace)
             self._ahead.aim(*self._targets)
 
     def index(self, shard: int) -> MemberIndex:
         if shard not in self._indexes:
-            self._indexes[shard] = read_member_index(self.manifest.shards[shard], self._storage)
+            self._indexes[shard] = self._read_index(shard)
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
 
@@ -96,12 +98,14 @@ class Reader:
         """The name of a sample in ledgers and logs: "shard/key"."""
         return f"{self.manifest.shards[shard].name}/{self.index(shard).keys[member]}"
 
-    def images(self, shards: NDArray[np.int64], members: NDArray[np.int64]) -> list[bytes | BadSample]:
+    def images(self, shards: NDArray[np.int64], members: NDArray[np.int64], step: int = 0) -> list[bytes | BadSample]:
         """The image bytes of samples, in the order asked for; BadSample where they are not those that were indexed.
 
-        Images that lie in no shard and changed since are a UserError.
+        step: of this start, whose turn it waits for where a store has to be asked. Images that lie in no shard and
+        changed since are a UserError.
         """
         self._let_go(self._aimed.union(shards.tolist()))
+        self._wait_for_turn(step, shards)
         self._load_indexes(shards)
         samples = list(zip(shards.tolist(), members.tolist(), strict=True))
         in_tars = [self.manifest.shards[shard].kind == "tar" for shard, _ in samples]
@@ -113,6 +117,14 @@ class Reader:
             else read_image(self.manifest.shards[shard], self.index(shard), member, self._storage)
             for (shard, member), in_tar in zip(samples, in_tars, strict=True)
         ]
+
+    def _wait_for_turn(self, step: int, shards: NDArray[np.int64]) -> None:
+        now = time.monotonic()
+        if self._began_at is None:
+            self._began_at = now
+        left = self._began_at + step * self._pace - now
+        if self.remote and left > 0 and any(self._open(shard) is None for shard in np.unique(shards).tolist()):
+            time.sleep(left)
 
     def _from_tars(self, samples: Sequence[tuple[int, int]]) -> list[bytes | BadSample]:
         wanted = [(shard, *self.index(shard).place(member)) for shard, member in samples]
@@ -153,9 +165,14 @@ class Reader:
         missing = [shard for shard in np.unique(shards).tolist() if shard not in self._indexes]
         if not self.remote or len(missing) < 2:
             return
-        listed = [self.manifest.shards[shard] for shard in missing]
-        read = self._pool().map(lambda shard: read_member_index(shard, self._storage), listed)
-        self._indexes.update(zip(missing, read, strict=True))
+        self._opened_cache()  # here, not by several threads
+        self._indexes.update(zip(missing, self._pool().map(self._read_index, missing), strict=True))
+
+    def _read_index(self, shard: int) -> MemberIndex:
+        listed = self.manifest.shards[shard]
+        if storage.is_local(listed.index_url):  # no cache is made for it
+            return read_member_index(listed, self._storage)
+        return self._opened_cache().index(listed)
 
     def _read(self, wanted: Sequence[tuple[int, int, int]]) -> list[bytes]:
         """Bytes [start, stop) of shards; those that are not on this node by concurrent requests."""

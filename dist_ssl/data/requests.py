@@ -18,6 +18,15 @@ def read_in_ranges(at_start: bool, wanted_bytes: int, shard_bytes: int) -> bool:
     return at_start and wanted_bytes < shard_bytes * FETCHED_FROM_PART
 
 
+def seconds_a_step(batch_size: int, requests_per_second: float) -> float:
+    """Between the first steps of a start that read a store: each is asked for after the one before it.
+
+    Workers that all began at once would have what the first step waits for refused, with what later ones do not need
+    yet. Samples, a request each at most, get two thirds of what the store takes, whole shards the rest.
+    """
+    return 1.5 * batch_size / requests_per_second
+
+
 def grouped(spans: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Rows of spans [start, stop) of one shard that share a request: neighbours, up to RANGE_BYTES."""
     groups: list[list[int]] = []

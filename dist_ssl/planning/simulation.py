@@ -14,6 +14,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from rich.table import Table
@@ -21,7 +22,7 @@ from rich.table import Table
 from dist_ssl.config import Config
 from dist_ssl.data.manifest import Manifest, Shard
 from dist_ssl.data.plan import Positions, share
-from dist_ssl.data.requests import grouped, read_in_ranges
+from dist_ssl.data.requests import grouped, read_in_ranges, seconds_a_step
 from dist_ssl.data.stream import plan_of, rank_streams
 from dist_ssl.storage.files import longest_pauses
 from dist_ssl.storage.large_reads import CONCURRENT_RANGES, RANGE_BYTES
@@ -64,6 +65,8 @@ class Counts:
 class _Node:
     cached: set[int] = field(default_factory=set)
     arriving: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    indexed: set[int] = field(default_factory=set)
+    indexes_arriving: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     free_at: float = 0.0
 
 
@@ -75,7 +78,6 @@ class _Reader:
     node: _Node
     next_step: int
     busy: bool = False
-    indexed: set[int] = field(default_factory=set)
     first: set[int] | None = None
     targets: list[int] = field(default_factory=list)
     fetching: int = 0
@@ -97,6 +99,7 @@ class Simulation:
         self._config, self._manifest, self._store, self._steps = config, manifest, store, steps
         self._world = nodes * ranks_per_node
         self._plan = plan_of(config, manifest)
+        self._pace = seconds_a_step(config.train.global_batch_size, config.storage.requests_per_second)
         self._bytes = manifest.columns.num_bytes.tolist()
         self._nodes = [_Node() for _ in range(nodes)]
         self._num_readers = max(config.data.num_workers, 1)
@@ -200,8 +203,14 @@ class Simulation:
             self._batches[step] = self._plan.batch(step * batch, batch)
         rows = share(self._batches[step], reader.rank, self._world, self._config.objective.chunks)
         _, shards, members = self._plan.locate(rows)
-        missing = [shard for shard in np.unique(shards).tolist() if shard not in reader.indexed]
-        reader.indexed.update(missing)
+        held = reader.node.cached
+        if any(shard not in held for shard in shards.tolist()):
+            self._at(max(self._now, step * self._pace), partial(self._index, reader, step, shards, members))
+        else:
+            self._index(reader, step, shards, members)
+
+    def _index(self, reader: _Reader, step: int, shards: Positions, members: Positions) -> None:
+        missing = [shard for shard in np.unique(shards).tolist() if shard not in reader.node.indexed]
         waiting = len(missing) + 1
 
         def indexed() -> None:
@@ -211,9 +220,23 @@ class Simulation:
                 self._read(reader, step, shards.tolist(), members.tolist())
 
         for shard in missing:
-            self.counts.index_gets[shard] += 1
-            self._get(reader.node, INDEX_BYTES_A_SAMPLE * self._manifest.shards[shard].num_samples, indexed)
+            self._read_index(reader.node, shard, indexed)
         indexed()
+
+    def _read_index(self, node: _Node, shard: int, read: Callable[[], None]) -> None:
+        """Once a node, as `_fetch`."""
+        if (waiting := node.indexes_arriving.get(shard)) is not None:
+            waiting.append(read)
+            return
+        node.indexes_arriving[shard] = [read]
+        self.counts.index_gets[shard] += 1
+
+        def arrived() -> None:
+            node.indexed.add(shard)
+            for tell in node.indexes_arriving.pop(shard):
+                tell()
+
+        self._get(node, INDEX_BYTES_A_SAMPLE * self._manifest.shards[shard].num_samples, arrived)
 
     def _read(self, reader: _Reader, step: int, shards: list[int], members: list[int]) -> None:
         wanted: dict[int, list[tuple[int, int]]] = {}
@@ -253,7 +276,7 @@ class Simulation:
         self._ready[step] += 1
         for _ in range(FETCHERS - reader.fetching):
             reader.fetching += 1
-            self._fetch_ahead(reader)
+            self._at(max(self._now, self._pace), partial(self._fetch_ahead, reader))
         while self._done < self._steps and self._ready[self._done] == self._world:
             if self._done == 0:
                 self.counts.first_batch_seconds = self._now

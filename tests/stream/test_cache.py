@@ -22,7 +22,7 @@ import pytest
 
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data import cache as cache_module
-from dist_ssl.data.manifest import load_manifest
+from dist_ssl.data.manifest import load_manifest, read_member_index
 from dist_ssl.data.reader import Reader
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
@@ -49,6 +49,43 @@ def test_cache_keeps_to_its_bound_and_evicts_the_oldest(
     assert not cache.path(a).exists()
     assert cache.path(b).exists()
     assert held(tmp_path).bytes <= 2.5 * shard_bytes
+
+
+def test_a_node_asks_for_a_member_index_once(server: S3Server, tmp_path: Path) -> None:
+    with faulty_proxy(server.port) as proxy:
+        config, remote, cache = cached(server, tmp_path)
+        through = config.storage.model_copy(update={"endpoint_url": proxy.endpoint_url})
+        shard, expected = remote.shards[0], read_member_index(remote.shards[0], config.storage)
+        read_member_index(shard, through)
+        of_one, proxy.requests = proxy.requests, 0  # a new client may ask for more than the object
+        read_member_index(shard, through)
+        of_one = min(of_one, proxy.requests)
+        proxy.requests = 0
+        caches = [cache_module.ShardCache(config.data, through) for _ in range(3)]
+        found = [each.index(shard) for each in caches]
+        assert proxy.requests == of_one
+        assert all(each.to_bytes() == expected.to_bytes() for each in found)
+        path = cache.path(shard).with_suffix(".idx")
+        path.write_bytes(path.read_bytes()[:-9])
+        assert caches[0].index(shard).to_bytes() == expected.to_bytes(), "a damaged one is read again"
+        assert caches[1].index(shard).to_bytes() == expected.to_bytes()
+        assert proxy.requests == 2 * of_one
+
+
+def test_a_start_asks_a_store_step_by_step(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, remote, cache = cached(server, tmp_path)
+    slept: list[float] = []
+    monkeypatch.setattr("dist_ssl.data.reader.time.sleep", slept.append)
+    reader = Reader(remote, config.storage, config.data, pace=100.0)
+    one = np.array([0]), np.array([0])
+    reader.images(*one, 0)
+    assert slept == []
+    reader.images(*one, 2)
+    assert 190 < slept.pop() <= 200
+    assert cache.fetch(remote.shards[0])
+    reader.images(*one, 3)
+    assert slept == [], "no store is asked"
+    reader.close()
 
 
 def test_what_another_process_reads_is_not_evicted(server: S3Server, tmp_path: Path) -> None:
