@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -191,11 +192,11 @@ def test_the_budget_ends_retries_with_an_error_that_says_all(server: S3Server) -
         started = time.monotonic()
         with pytest.raises(storage.StorageError) as caught:
             storage.read_bytes("s3://bucket/big", config, 0, 10)
-        assert 0.5 < time.monotonic() - started < 4
+        assert time.monotonic() - started < 4
     message = str(caught.value)
-    assert message.startswith("s3://bucket/big: gave up after ")
-    assert " attempts in " in message
-    assert "last cause: " in message
+    attempts = re.match(r"s3://bucket/big: gave up after (\d+) attempts in .*last cause: ", message)
+    assert attempts is not None, message
+    assert int(attempts[1]) > 1
     for secret in server.environment.values():
         assert secret in ("us-east-1", "true") or secret not in message
 
