@@ -10,7 +10,20 @@ from tests.trajectory import small_config
 
 WIDTHS = {"resnet_tiny": 128, "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
 WIDTHS |= {f"{name}_small": width for name, width in WIDTHS.items() if name != "resnet_tiny"}
-WIDTHS |= {"vit_s_16": 384, "vit_b_16": 768}
+WIDTHS |= {"resnet_tiny_4x4": 16 * 128, "vit_s_16": 384, "vit_b_16": 768}
+
+
+def test_a_grid_keeps_where_things_are():
+    plain, grid = build_encoder("resnet_tiny").eval(), build_encoder("resnet_tiny_4x4").eval()
+    loaded = grid.load_state_dict(plain.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    assert all(name.startswith("norm.") for name in loaded.missing_keys)
+    image = torch.randn(1, 3, 32, 32)
+    h = grid(image).view(128, 4, 4)
+    torch.testing.assert_close(h.mean((1, 2)) * (1 + grid.norm.eps) ** 0.5, plain(image)[0])
+    maps = plain.blocks(plain.stem(image))[0]
+    torch.testing.assert_close(h * (1 + grid.norm.eps) ** 0.5, maps)
+    assert grid(torch.randn(1, 3, 20, 20)).shape == h.flatten()[None].shape  # whatever the view's size
 
 
 @pytest.mark.parametrize("name", ENCODERS)

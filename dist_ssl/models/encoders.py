@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dist_ssl.config import ENCODERS, TIMM, check_encoder
 from dist_ssl.models.batch_norm import GlobalBatchNorm
@@ -24,9 +25,13 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 
 
 class ResNetTiny(nn.Module):
-    """Three stages of torchvision's basic blocks, 32 to 128 channels, for images of 32 to 64 pixels on a CPU."""
+    """Three stages of torchvision's basic blocks, 32 to 128 channels, for images of 16 to 64 pixels on a CPU.
 
-    def __init__(self, width: int = 32):
+    h is the mean of the last map or, with a grid, batch norm of its means at grid x grid places: where objects stand
+    alike, as in Fashion-MNIST, layout tells them apart.
+    """
+
+    def __init__(self, width: int = 32, grid: int | None = None):
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), GlobalBatchNorm(width), nn.ReLU(inplace=True)
@@ -42,17 +47,21 @@ class ResNetTiny(nn.Module):
             blocks.append(BasicBlock(channels, stage_width, stride, shortcut, norm_layer=GlobalBatchNorm))
             channels = stage_width
         self.blocks = nn.Sequential(*blocks)
-        self.output_dim = channels
+        self.grid, self.output_dim = grid, channels * (grid or 1) ** 2
+        self.norm = GlobalBatchNorm(self.output_dim) if grid else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.blocks(self.stem(x)).mean(dim=(2, 3)))
+        maps = cast(Tensor, self.blocks(self.stem(x)))
+        if self.grid is None or self.norm is None:
+            return maps.mean(dim=(2, 3))
+        return cast(Tensor, self.norm(F.adaptive_avg_pool2d(maps, self.grid).flatten(1)))
 
 
 def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0) -> nn.Module:
     """An untrained encoder, pixels (B, 3, S, S) -> h (B, D), with D in its attribute `output_dim`.
 
     ResNets and ViTs are torchvision's, parameter names included, without their classifier; batch norm is global.
-    `_small` replaces the ResNet's stem by one 3x3 convolution (SimCLR, Chen et al. 2020, appendix B.9).
+    `_small` replaces the ResNet's stem by one 4x4 convolution (SimCLR, Chen et al. 2020, appendix B.9).
     `timm/NAME` is timm's model of that name. `image_size` matters where there are position embeddings, which are
     resampled for other sizes; `drop_path_rate` is of timm's models only. Raises UserError for another name.
     """
@@ -60,8 +69,8 @@ def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0)
     if name.startswith(TIMM):
         return build_timm(name.removeprefix(TIMM), image_size, drop_path_rate)
     match name.removesuffix("_small"):
-        case "resnet_tiny" if name == "resnet_tiny":
-            return ResNetTiny()
+        case "resnet_tiny" | "resnet_tiny_4x4" if not name.endswith("_small"):
+            return ResNetTiny(grid=4 if name.endswith("_4x4") else None)
         case ("resnet18" | "resnet34" | "resnet50" | "resnet101") as base:
             return _resnet(base, small_stem=name.endswith("_small"))
         case "vit_s_16" if name == "vit_s_16":
