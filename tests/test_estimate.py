@@ -61,7 +61,8 @@ def live_bytes() -> int:
     storages = {}
     for held in gc.get_objects():
         if type(held) is torch.Tensor or type(held) is torch.nn.Parameter:
-            storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+            with contextlib.suppress(RuntimeError):  # of what a compilation traced, which has no storage
+                storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
     return sum(storages.values())
 
 
