@@ -98,14 +98,16 @@ class Reader:
         """The name of a sample in ledgers and logs: "shard/key"."""
         return f"{self.manifest.shards[shard].name}/{self.index(shard).keys[member]}"
 
-    def images(self, shards: NDArray[np.int64], members: NDArray[np.int64], step: int = 0) -> list[bytes | BadSample]:
+    def images(
+        self, shards: NDArray[np.int64], members: NDArray[np.int64], turn: float = 0.0
+    ) -> list[bytes | BadSample]:
         """The image bytes of samples, in the order asked for; BadSample where they are not those that were indexed.
 
-        step: of this start, whose turn it waits for where a store has to be asked. Images that lie in no shard and
-        changed since are a UserError.
+        turn: seconds after the first call before which no store is asked (`requests.turn`). Images that lie in no
+        shard and changed since are a UserError.
         """
         self._let_go(self._aimed.union(shards.tolist()))
-        self._wait_for_turn(step, shards)
+        self._wait_for_turn(turn, shards)
         self._load_indexes(shards)
         samples = list(zip(shards.tolist(), members.tolist(), strict=True))
         in_tars = [self.manifest.shards[shard].kind == "tar" for shard, _ in samples]
@@ -118,11 +120,11 @@ class Reader:
             for (shard, member), in_tar in zip(samples, in_tars, strict=True)
         ]
 
-    def _wait_for_turn(self, step: int, shards: NDArray[np.int64]) -> None:
+    def _wait_for_turn(self, turn: float, shards: NDArray[np.int64]) -> None:
         now = time.monotonic()
         if self._began_at is None:
             self._began_at = now
-        left = self._began_at + step * self._pace - now
+        left = self._began_at + turn - now
         if self.remote and left > 0 and any(self._open(shard) is None for shard in np.unique(shards).tolist()):
             time.sleep(left)
 

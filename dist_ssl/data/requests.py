@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dist_ssl.config import DataConfig
 from dist_ssl.storage.large_reads import RANGE_BYTES
 
 MAX_GAP_BYTES = 2**19  # between samples that one request reads: what a store sends in the time that a request costs
@@ -25,6 +26,14 @@ def seconds_a_step(batch_size: int, requests_per_second: float) -> float:
     yet. Samples, a request each at most, get two thirds of what the store takes, whole shards the rest.
     """
     return 1.5 * batch_size / requests_per_second
+
+
+def turn(step: int, data: DataConfig, pace: float) -> float:
+    """Seconds after a start before which a step asks no store: of the steps that workers begin with, one by one.
+
+    Later ones are asked for as training takes earlier ones, and so at its own pace.
+    """
+    return step * pace if step < data.num_workers * data.prefetch_batches else 0.0
 
 
 def grouped(spans: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -34,7 +34,7 @@ from dist_ssl.data.manifest import Manifest
 from dist_ssl.data.plan import Plan
 from dist_ssl.data.random import view_uniforms
 from dist_ssl.data.reader import Reader
-from dist_ssl.data.requests import seconds_a_step
+from dist_ssl.data.requests import seconds_a_step, turn
 
 # A fork of the rank itself would inherit locks that its threads hold; a fresh start takes seconds a worker.
 START_METHOD = "forkserver"
@@ -174,8 +174,8 @@ class _Training(Dataset[Any]):
         self.cursor, self.rank, self.world_size = cursor, rank, world_size
         self.plan = plan_of(config, manifest)
         self.starts = np.concatenate([[0], np.cumsum(manifest.counts)])
-        pace = seconds_a_step(config.train.global_batch_size, config.storage.requests_per_second)
-        self.reader = Reader(manifest, config.storage, config.data, pace)
+        self.pace = seconds_a_step(config.train.global_batch_size, config.storage.requests_per_second)
+        self.reader = Reader(manifest, config.storage, config.data, self.pace)
 
     def __getitem__(self, step: int) -> Batch | Exception:
         try:
@@ -197,7 +197,7 @@ class _Training(Dataset[Any]):
         policies, crops = config.augment.policies(), empty_crops(len(positions), config.augment)
         of_view = [of_size.numpy()[:, view] for of_size in crops for view in range(of_size.shape[1])]
         labels, replaced, quarantined = np.empty(len(positions), np.int64), {}, []
-        data = self.reader.images(shards, members, step)
+        data = self.reader.images(shards, members, turn(step, config.data, self.pace))
         for row, (shard, member) in enumerate(zip(shards.tolist(), members.tolist(), strict=True)):
             image, used, bad = _decode_or_replace(self.reader, data[row], shard, member, config.data.max_pixels)
             quarantined += bad

@@ -22,7 +22,7 @@ from rich.table import Table
 from dist_ssl.config import Config
 from dist_ssl.data.manifest import Manifest, Shard
 from dist_ssl.data.plan import Positions, share
-from dist_ssl.data.requests import grouped, read_in_ranges, seconds_a_step
+from dist_ssl.data.requests import grouped, read_in_ranges, seconds_a_step, turn
 from dist_ssl.data.stream import plan_of, rank_streams
 from dist_ssl.storage.files import longest_pauses
 from dist_ssl.storage.large_reads import CONCURRENT_RANGES, RANGE_BYTES
@@ -205,7 +205,8 @@ class Simulation:
         _, shards, members = self._plan.locate(rows)
         held = reader.node.cached
         if any(shard not in held for shard in shards.tolist()):
-            self._at(max(self._now, step * self._pace), partial(self._index, reader, step, shards, members))
+            due = max(self._now, turn(step, self._config.data, self._pace))
+            self._at(due, partial(self._index, reader, step, shards, members))
         else:
             self._index(reader, step, shards, members)
 

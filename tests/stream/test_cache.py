@@ -24,6 +24,7 @@ from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data import cache as cache_module
 from dist_ssl.data.manifest import load_manifest, read_member_index
 from dist_ssl.data.reader import Reader
+from dist_ssl.data.requests import turn
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
 from dist_ssl.data.stream import training_batches
@@ -78,12 +79,14 @@ def test_a_start_asks_a_store_step_by_step(server: S3Server, tmp_path: Path, mon
     monkeypatch.setattr("dist_ssl.data.reader.time.sleep", slept.append)
     reader = Reader(remote, config.storage, config.data, pace=100.0)
     one = np.array([0]), np.array([0])
-    reader.images(*one, 0)
+    two_by_two = config.data.model_copy(update={"num_workers": 2, "prefetch_batches": 2})
+    assert [turn(step, two_by_two, 100.0) for step in range(6)] == [0, 100, 200, 300, 0, 0], "later ones: when due"
+    reader.images(*one, 0.0)
     assert slept == []
-    reader.images(*one, 2)
+    reader.images(*one, 200.0)
     assert 190 < slept.pop() <= 200
     assert cache.fetch(remote.shards[0])
-    reader.images(*one, 3)
+    reader.images(*one, 300.0)
     assert slept == [], "no store is asked"
     reader.close()
 
