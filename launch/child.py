@@ -8,9 +8,7 @@ import subprocess
 from types import FrameType
 from typing import Any
 
-from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN, STOP_SIGNALS
 
 
 def run(command: list[str], **streams: Any) -> int:
@@ -28,7 +26,7 @@ def run(command: list[str], **streams: Any) -> int:
         if process is not None and not (number == signal.SIGINT and _in_the_foreground()):
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         process = subprocess.Popen(command, **streams)
         if told:  # before there was anybody to tell

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ EXIT_USERS_MISTAKE = 2  # one line said which: it would be the same again
 EXIT_HANGING = 70
 EXIT_RUN_ME_AGAIN = 75  # BSD's EX_TEMPFAIL: told to stop and committed, start the same command again
 EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
+
+# What tells a run to commit and stop, and whoever waits for one to pass on.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 # The local launcher's, for the first of its ranks: a launcher that was signalled does not see its ranks' exit codes.
 EXIT_CODE_FILE = "DIST_SSL_EXIT_CODE_FILE"

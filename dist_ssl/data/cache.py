@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_ssl import storage
 from dist_ssl.config import DataConfig, StorageConfig, UserError
 from dist_ssl.data.manifest import MemberIndex, Shard, member_index, read_member_index
 from dist_ssl.data.tar import index_tar
@@ -65,12 +64,10 @@ class ShardCache:
         return None
 
     def index(self, shard: Shard) -> MemberIndex:
-        """The member index of a shard; of one in a store, which is asked once a node, processes share the memory.
+        """The member index of a shard in a store, which is asked once a node: processes share the memory.
 
         Raises as `read_member_index`.
         """
-        if storage.is_local(shard.index_url):
-            return read_member_index(shard, self._storage)
         path = self.path(shard).with_suffix(".idx")
         partial = path.with_suffix(".idx-part")
         if (found := _mapped(path, shard)) is not None:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dist_ssl.augment import crop_box, draw
 from dist_ssl.augment.parameters import NUM_UNIFORMS
 from dist_ssl.config import AugmentConfig, Config, DataConfig, StorageConfig, UserError
-from dist_ssl.config.environment import ranks_on_this_node
+from dist_ssl.config.environment import STOP_SIGNALS, ranks_on_this_node
 from dist_ssl.data.decode import BadSample, centre_crop, channels_first, crop_and_resize, decode
 from dist_ssl.data.manifest import Manifest
 from dist_ssl.data.plan import Plan
@@ -148,7 +148,7 @@ def _start_worker(environment: dict[str, str], rank_pid: int, _: int) -> None:
     The environment is that of the rank now: the fork server's is older, and may lack credentials.
     """
     os.environ.update(environment)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with, args=(rank_pid,), daemon=True).start()
     torch.set_num_threads(1)

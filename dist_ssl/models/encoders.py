@@ -47,12 +47,15 @@ class ResNetTiny(nn.Module):
             blocks.append(BasicBlock(channels, stage_width, stride, shortcut, norm_layer=GlobalBatchNorm))
             channels = stage_width
         self.blocks = nn.Sequential(*blocks)
-        self.grid, self.output_dim = grid, channels * (grid or 1) ** 2
-        self.norm = GlobalBatchNorm(self.output_dim) if grid else None
+        self.output_dim = channels
+        if grid is not None:
+            self.output_dim = channels * grid**2
+            self.norm = GlobalBatchNorm(self.output_dim)
+        self.grid = grid
 
     def forward(self, x: Tensor) -> Tensor:
         maps = cast(Tensor, self.blocks(self.stem(x)))
-        if self.grid is None or self.norm is None:
+        if self.grid is None:
             return maps.mean(dim=(2, 3))
         return cast(Tensor, self.norm(F.adaptive_avg_pool2d(maps, self.grid).flatten(1)))
 
@@ -69,8 +72,10 @@ def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0)
     if name.startswith(TIMM):
         return build_timm(name.removeprefix(TIMM), image_size, drop_path_rate)
     match name.removesuffix("_small"):
-        case "resnet_tiny" | "resnet_tiny_4x4" if not name.endswith("_small"):
-            return ResNetTiny(grid=4 if name.endswith("_4x4") else None)
+        case "resnet_tiny" if name == "resnet_tiny":
+            return ResNetTiny()
+        case "resnet_tiny_4x4" if name == "resnet_tiny_4x4":
+            return ResNetTiny(grid=4)
         case ("resnet18" | "resnet34" | "resnet50" | "resnet101") as base:
             return _resnet(base, small_stem=name.endswith("_small"))
         case "vit_s_16" if name == "vit_s_16":

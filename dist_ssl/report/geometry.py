@@ -34,10 +34,8 @@ def matrix(results: dict[str, Any], on: str = "") -> str:
         "Accuracy of each layer on each task, the highest bold (after Bordes et al. 2022); differences of a point may "
         f"be chance. Won: {', '.join(wins)}."
     )
-    body = table(["task", *layers], rows)
-    return section(
-        f"Which layer knows what{on}", f"<details><summary>{len(rows)} tasks</summary>{body}</details>", lead
-    )
+    body = f"<details><summary>{len(rows)} tasks</summary>{table(['task', *layers], rows)}</details>"
+    return section(f"Which layer knows what{on}", body, lead)
 
 
 def geometry(results: dict[str, Any], on: str = "") -> str:

@@ -48,9 +48,9 @@ def of_one(run: Run) -> list[str]:
     parts += [head_information(latest.values), matrix(latest.values), geometry(latest.values), _over_steps(alike)]
     for one in run.results:
         if one not in alike:
-            on = f"on {_data_name([one])}" + ("" if one.step is None else f", step {one.step}")
-            parts.append(_probes(f"O{on[1:]}", one.values, explain=False))
-            parts += [show(one.values, f", {on}") for show in (head_information, matrix, geometry)]
+            data = _data_name([one]) + ("" if one.step is None else f", step {one.step}")
+            parts.append(_probes(f"On {data}", one.values, explain=False))
+            parts += [show(one.values, f", on {data}") for show in (head_information, matrix, geometry)]
     return parts
 
 

@@ -17,12 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dist_ssl.config.environment import EXIT_HANGING, exit_code_file, started_by_local_launcher
+from dist_ssl.config.environment import EXIT_HANGING, STOP_SIGNALS, exit_code_file, started_by_local_launcher
 from dist_ssl.distributed import rank
 
 log = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # What a rank asks for is heard when the next step is queued, and the commit follows that step's end: two steps. The
 # third, and half of a save, are for those that take longer than any before.
 STEPS_BEFORE_COMMIT, SAVES_BEFORE_LIMIT = 3, 1.5
@@ -50,8 +49,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # the CLI blocks some until now
+            self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the CLI blocks some until now
         return self
 
     def agreed(self) -> None:
