@@ -190,6 +190,7 @@ def plan(
     images_per_second: Annotated[float | None, typer.Option(min=1e-3, help="Of a GPU: for hours, store rate.")] = None,
     gigabits_per_second: Annotated[float | None, typer.Option(min=1e-3, help="Between ranks: for time.")] = None,
     num_images: Annotated[int | None, typer.Option(min=1, help="Then the shards are not read.")] = None,
+    num_classes: Annotated[int, typer.Option(min=0, help="With --num-images: of the online probe.")] = 0,
     gpu_memory_gb: Annotated[float, typer.Option(min=1.0, help="Of one GPU: which ZeRO stages fit.")] = 80.0,
     mtbf_hours: Annotated[
         float | None, typer.Option(min=1e-3, help="Between failures of a node: when to save.")
@@ -218,7 +219,7 @@ def plan(
     """
     import rich
 
-    from dist_ssl.data.manifest import load_manifest
+    from dist_ssl.data.manifest import load_manifest, read_member_index
 
     checked, columns = configuration.load(config, overrides), _numbers_of_ranks(at_ranks)
     configuration.check_encoder(checked.model.encoder)
@@ -226,7 +227,7 @@ def plan(
     from dist_ssl.planning import counts, estimate, failures, simulation, stages  # which load torch, for seconds
 
     rates = (images_per_second, gigabits_per_second)
-    classes = len(manifest.classes) if manifest is not None else 0
+    classes = len(manifest.classes) if manifest is not None else num_classes
     sizes = estimate.Sizes.of(checked, nodes * gpus_per_node, num_classes=classes)
     estimates = estimate.of_run(checked, nodes, gpus_per_node, manifest, num_images, *rates, sizes)
     rich.print(estimate.table(f"{config}: {nodes} x {gpus_per_node} GPUs", estimates))
@@ -250,7 +251,10 @@ def plan(
             images_per_second=images_per_second or simulation.Store.images_per_second,
         )  # fmt: skip
         shards = manifest or simulation.even_shards(num_images or 1, num_shards)
-        simulated = simulation.Simulation(checked, shards, nodes, gpus_per_node, simulated_steps, store).run()
+        sizes_of_one = read_member_index(manifest.shards[0], checked.storage).sizes if manifest else None
+        simulated = simulation.Simulation(
+            checked, shards, nodes, gpus_per_node, simulated_steps, store, image_sizes=sizes_of_one
+        ).run()
         rich.print(simulation.table(checked, nodes, simulated, simulated_steps))
         if (better := simulation.recommended_streams(checked, shards, nodes * gpus_per_node)) != checked.data.streams:
             typer.echo(f"a new run on so many ranks had better set data.streams={better}: no two ranks share a stream")

@@ -152,8 +152,10 @@ class History:
         self.path, self.job_id = path, job_id
 
     def write(self, **values: object) -> None:
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), "job": self.job_id, **values}) + "\n")
+            line = json.dumps({"time": round(time.time(), 1), "job": self.job_id, **values})
+            file.write("\n" * torn + line + "\n")
 
     def steps_at_start(self) -> dict[int, int]:
         """Restart number -> newest committed step when that start began, of this job."""
@@ -167,7 +169,10 @@ class History:
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        lines = []
+        for line in self.path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # one that a kill, or a full disk, cut short
+                lines.append(json.loads(line))
         return [line for line in lines if line["job"] == self.job_id]
 
 

@@ -106,7 +106,7 @@ def measure(settings: list[str], directory: str) -> tuple[int, int, int, int]:
 def test_predictions_are_what_two_ranks_measure(stage, settings, tmp_path):
     settings = [f"engine.zero_stage={stage}", *settings]
     config = config_of(*settings)
-    sizes = estimate.Sizes.of(config, 2, measure=False)
+    sizes = dataclasses.replace(estimate.Sizes.of(config, 2, measure=False), moment_bytes=8)
     state = estimate.state_bytes(sizes, stage).value
     wire = estimate.wire(config, sizes)[-1].value
     written = estimate.checkpoint(config, sizes)[0].value
@@ -126,9 +126,10 @@ def test_counts_at_a_thousand_ranks():
     )
     layers = len(sizes.batch_norm_channels)
     assert few["batch norm: collectives"] == 2 * layers
-    assert many["batch norm: collectives"] == 3 * layers, "reductions, which send less than gathers of so many"
-    assert many["batch norm: sent"] < 2e6
-    assert sum((2 * each + 1) * 8 * 1023 for each in sizes.batch_norm_channels) > 450e6, "what gathers would"
+    of_64 = sum(each == 64 for each in sizes.batch_norm_channels)  # 0.5 MB by a gather on a GPU
+    assert many["batch norm: collectives"] == 3 * layers - of_64, "reductions, which send less than gathers of so many"
+    assert many["batch norm: sent"] < 1.4e6 + of_64 * 0.53e6
+    assert sum((2 * each + 1) * 4 * 1023 for each in sizes.batch_norm_channels) > 225e6, "what gathers would"
     assert few["online probe: collectives"] == many["online probe: collectives"] == 3
     assert many["online probe: sent"] < 36e6
     assert many["files of a checkpoint"] == 1026
@@ -136,8 +137,7 @@ def test_counts_at_a_thousand_ranks():
     for ranks_, each in ((8, 0), (16, 0), (1024, 2)):
         found = counts.collectives(sliced, dataclasses.replace(sizes, ranks=ranks_))
         (norms,) = (part.value for part in found if part.name == "batch norm")
-        wide = sum(channels == 2048 for channels in sizes.batch_norm_channels)  # which 64 ranks don't gather either
-        assert norms == each * layers + 1 + (wide if ranks_ == 1024 else 0)
+        assert norms == each * layers + 1
 
 
 @pytest.mark.slow

@@ -50,11 +50,18 @@ def test_an_unknown_encoder_lists_what_there_is(name):
     assert all(known in str(error.value) for known in ENCODERS)
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_batch_norm_is_torchs_in_any_memory_format(rows, memory_format):
-    x = torch.randn(rows, 8, 6, 5).contiguous(memory_format=memory_format)
-    assert torch.allclose(GlobalBatchNorm(8)(x), torch.nn.BatchNorm2d(8)(x), atol=1e-5)
+def test_batch_norm_is_torchs_in_any_memory_format(rows, memory_format, affine):
+    x, dy = torch.randn(rows, 8, 6, 5).contiguous(memory_format=memory_format), torch.randn(rows, 8, 6, 5)
+    found = []
+    for kind in (GlobalBatchNorm, torch.nn.BatchNorm2d):
+        given = x.clone().requires_grad_()
+        y = kind(8, affine=affine)(given)
+        found.append((y, *torch.autograd.grad(y, given, dy)))
+    for ours, torchs in zip(*found, strict=True):
+        assert torch.allclose(ours, torchs, atol=1e-5)
 
 
 def test_weights_are_a_function_of_the_seed_alone(tmp_path):

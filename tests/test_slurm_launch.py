@@ -173,6 +173,10 @@ def test_history_counts_the_starts_of_its_own_job(tmp_path):
     first.write(event="requeue", restart=0, step=20)
     first.write(event="start", restart=1, step=20)
     assert first.steps_at_start() == {0: -1, 1: 20}
+    with first.path.open("a") as file:
+        file.write('{"time": 1, "job": "7", "event": "sta')  # a node died
+    first.write(event="start", restart=2, step=30)
+    assert first.steps_at_start() == {0: -1, 1: 20, 2: 30}
 
 
 def test_newest_commit_counts_manifests_only(tmp_path):

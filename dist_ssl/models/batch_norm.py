@@ -131,7 +131,11 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     ) -> Tensor:
         """In training mode, by the statistics of one slice, which `among` hold together; `running` moves."""
         mean, variance = running
-        of_channels = self.weight, self.bias, mean, variance, momentum, self.eps
+        scale, shift = self.weight, self.bias
+        if scale is None:  # affine=False
+            ones = x.new_ones(self.num_features, dtype=torch.promote_types(x.dtype, torch.float32))
+            scale, shift = ones, torch.zeros_like(ones)
+        of_channels = scale, shift, mean, variance, momentum, self.eps
         if _has_kernels(x):
             return fused_batch_norm.batch_norm(x, residual, *of_channels, relu=relu, among=among)
         with torch.autocast(x.device.type, enabled=False):
@@ -139,7 +143,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
                 return _added(batch_norm_cuda.batch_norm(x, *of_channels, among), residual, relu)
             # Statistics of bf16 activations are taken in fp32.
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-            y, *found = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps, among)
+            y, *found = _GlobalBatchNorm.apply(wide, scale, shift, self.eps, among)
         _track(running, found, momentum)
         return _added(y.to(x.dtype), residual, relu)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from dist_ssl.config import Config
 from dist_ssl.models import moments
 from dist_ssl.planning import method_costs
-from dist_ssl.planning.estimate import BUCKET, FLATTENED, FP64, Estimate, Sizes, bucket, checkpoint, shown, wire
+from dist_ssl.planning.estimate import BUCKET, FLATTENED, Estimate, Sizes, bucket, checkpoint, shown, wire
 from dist_ssl.training.online_probe import exchange
 
 GROUPS = 2  # of parameters, with weight decay and without: DeepSpeed gathers one after the other
@@ -24,8 +24,10 @@ def collectives(config: Config, sizes: Sizes) -> list[Estimate]:
     chunks, peers = config.objective.chunks, max(1, sizes.ranks // config.batch_norm_slices)
     forwards, norms = 2 if chunks > 1 else 1, 0
     if peers > 1:  # else a rank holds its slices whole
-        norms = chunks * forwards * _of_moments(sizes.batch_norm_channels, peers)
-        norms += chunks * (_of_moments(sizes.teacher_channels, peers) + len(sizes.batch_norm_channels))
+        norms = chunks * forwards * _of_moments(sizes.batch_norm_channels, peers, sizes.moment_bytes)
+        norms += chunks * (
+            _of_moments(sizes.teacher_channels, peers, sizes.moment_bytes) + len(sizes.batch_norm_channels)
+        )
     norms += config.batch_norm_slices > 1
     parts = [
         _of_weights(config, sizes),
@@ -42,9 +44,9 @@ def collectives(config: Config, sizes: Sizes) -> list[Estimate]:
     return [*parts, Estimate("collectives of a step", sum(part.value for part in parts), "", "the sum")]
 
 
-def _of_moments(channels: Sequence[int], ranks: int) -> int:
+def _of_moments(channels: Sequence[int], ranks: int, bytes_a_number: int) -> int:
     """Of a forward: a gather a layer or, of many ranks, two reductions."""
-    return sum(1 if moments.is_gathered(each, ranks, FP64) else 2 for each in channels)
+    return sum(1 if moments.is_gathered(each, ranks, bytes_a_number) else 2 for each in channels)
 
 
 def _of_weights(config: Config, sizes: Sizes) -> Estimate:
@@ -58,7 +60,7 @@ def _of_weights(config: Config, sizes: Sizes) -> Estimate:
             gathers = GROUPS - 1 + max(1, p // BUCKET)
             return Estimate("weights", reductions + gathers, "", "ceil(P / bucket), ZeRO 2 a chunk; P // 5e7 + 1")
         case _:
-            value = sizes.num_tensors + 2 + of_chunk * config.objective.chunks
+            value = len(sizes.tensors) + 2 + of_chunk * config.objective.chunks
             return Estimate("weights", value, "", "T gathers, 2 scalars, ceil(P / bucket) a chunk")
 
 

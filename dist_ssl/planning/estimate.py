@@ -21,12 +21,13 @@ from dist_ssl.config import WITH_TEACHER, Config
 from dist_ssl.data.manifest import Manifest
 from dist_ssl.models import ContrastiveModel, GlobalBatchNorm, build_model, moments
 from dist_ssl.planning import method_costs
-from dist_ssl.planning.method_costs import FP32, FP64
+from dist_ssl.planning.method_costs import FP32
 from dist_ssl.training.online_probe import exchange
 
 BUCKET, OVERLAPPED_BUCKET = 50_000_000, 6_553_600  # elements; engine.py gives them to DeepSpeed's reductions
 FLATTENED = 500_000_000  # elements that DeepSpeed copies together for a reduction under ZeRO 0
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
+PIECE_BYTES = 113  # of a piece of a tensor in the header of a checkpoint's file, measured: tests.benchmarks.many_ranks
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Sizes:
     z_dim: int  # d
     teacher_bytes: int = 0
     teacher_channels: tuple[int, ...] = ()  # of its batch norm
-    num_tensors: int = 0  # that the parameters are in
+    tensors: tuple[int, ...] = ()  # elements of each that the parameters are in
     h_dim: int = 0
     num_classes: int = 0  # that the online probe learns; 0 without one
+    moment_bytes: int = FP32  # of a number of batch norm's statistics: FP32 on a GPU, FP64 on a CPU
 
     @staticmethod
     def of(config: Config, ranks: int, measure: bool = True, num_classes: int = 0) -> Sizes:
@@ -80,7 +82,7 @@ class Sizes:
             model.widths["z"],
             sum(t.nbytes for part in teacher for t in part.state_dict().values()),
             tuple(m.num_features for part in teacher for m in part.modules() if isinstance(m, GlobalBatchNorm)),
-            len(list(model.parameters())),
+            tuple(p.numel() for p in model.parameters()),
             model.widths["h"],
             num_classes if config.diagnostics.online_probe else 0,
         )
@@ -212,8 +214,8 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
     }[stage]
     channels = sum(sizes.batch_norm_channels)
     peers = max(1, w // config.batch_norm_slices)  # who share a slice of the batch, all ranks where it is not cut
-    by_student = sum(moments.sent_bytes(each, peers, FP64) for each in sizes.batch_norm_channels)
-    by_teacher = sum(moments.sent_bytes(each, peers, FP64) for each in sizes.teacher_channels)
+    by_student = sum(moments.sent_bytes(each, peers, sizes.moment_bytes) for each in sizes.batch_norm_channels)
+    by_teacher = sum(moments.sent_bytes(each, peers, sizes.moment_bytes) for each in sizes.teacher_channels)
     # GradCache runs the encoder twice forward and once backward for every chunk.
     passes, forwards = config.objective.chunks, 2 if config.objective.chunks > 1 else 1
     norms = passes * (forwards * by_student + by_teacher + 2 * 2 * channels * FP32 * (peers - 1) / peers)
@@ -225,9 +227,9 @@ def wire(config: Config, sizes: Sizes) -> list[Estimate]:
         Estimate(what, loss_sends, "bytes", loss_formula),
         Estimate(
             "batch norm", norms, "bytes",
-            "8 (2c + 1) (G-1) a layer forward or, where that exceeds 1 MiB, 2 * 8 (2c + 1) (G-1)/G; 2 * 4 * 2c (G-1)/G "
-            "backward; c channels, the teacher's forward too; G ranks to a slice of model.batch_norm_images, or W; "
-            "of slices, 2 * buffers (W-1)/W as well",
+            f"{sizes.moment_bytes} (2c + 1) (G-1) a layer forward or, if that is over 1 MiB, 2 * 8 (2c + 1) (G-1)/G; "
+            "2 * 4 * 2c (G-1)/G backward; c channels, the teacher's forward too; G ranks to a slice of "
+            "model.batch_norm_images, or W; of slices, 2 * buffers (W-1)/W as well",
         ),
     ]  # fmt: skip
     if sizes.num_classes:
@@ -247,12 +249,17 @@ def online_probe(config: Config, sizes: Sizes) -> Estimate:
 
 
 def checkpoint(config: Config, sizes: Sizes) -> list[Estimate]:
-    """One checkpoint, and what the retention keeps of them; headers and manifests are left out."""
-    one = FP32 * sizes.parameters * (1 + sizes.optimizer_values) + sizes.buffer_bytes + sizes.teacher_bytes
+    """One checkpoint, and what the retention keeps of them; manifests are left out."""
+    values, w = 1 + sizes.optimizer_values, sizes.ranks
+    if config.engine.zero_stage in (0, 3):  # each rank writes its part of each tensor
+        pieces = sum(min(size, w) for size in sizes.tensors)
+    else:
+        pieces = len(sizes.tensors) + w - 1
+    one = FP32 * sizes.parameters * values + sizes.buffer_bytes + sizes.teacher_bytes + PIECE_BYTES * pieces * values
     first = FP32 * sizes.parameters + sizes.buffer_bytes + sizes.teacher_bytes
     kept, teacher = config.checkpoint.keep_last + 1, " + teacher" if sizes.teacher_bytes else ""
     return [
-        Estimate("a checkpoint", one, "bytes", f"4 P (1 + k) + buffers{teacher}"),
+        Estimate("a checkpoint", one, "bytes", f"4 P (1 + k) + buffers{teacher} + {PIECE_BYTES} a piece of a tensor"),
         Estimate("kept checkpoints", kept * one + first, "bytes", "(keep_last + 1) * one, and step 0"),
         Estimate("host memory for it, a rank", one / sizes.ranks, "bytes", "one / W"),
     ]

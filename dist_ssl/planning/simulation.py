@@ -3,7 +3,8 @@
 The plan, which shards a rank aims at, what is read by ranges, how ranges share requests and how long a client pauses
 are the code that runs; the store, the network and time are a model. Requests take tokens from a bucket; an empty one
 answers 503; a transfer waits its turn in its node's pipe and in the store's. What is simulated are the first steps
-of a run that starts with empty caches large enough for what it reads, on shards whose images are equally large.
+of a run that starts with empty caches of data.cache_gb, which member indexes don't count in; every shard's images are
+as large as those of one that is given, in proportion to the shard.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from dist_ssl.config import Config
+from dist_ssl.data.cache import IN_USE_SECONDS
 from dist_ssl.data.manifest import Manifest, Shard
 from dist_ssl.data.plan import Positions, share
 from dist_ssl.data.requests import grouped, read_in_ranges, seconds_a_step, turn
@@ -29,6 +32,7 @@ from dist_ssl.storage.large_reads import CONCURRENT_RANGES, RANGE_BYTES
 
 FETCHERS = 2  # threads of each reader that fetch ahead
 INDEX_BYTES_A_SAMPLE = 72  # seven numbers and a key of some 20 letters
+SIZE_SIGMA = 0.5  # of the logarithm of images' sizes where no index tells them: an assumption
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Counts:
     shard_bytes: int = 0  # of images and whole shards
     needed_bytes: int = 0  # of the samples that were consumed
     hits: int = 0  # samples that were on their node already
+    evicted: int = 0  # shards
+    no_room: int = 0  # times that a whole shard was wanted, and all that its node holds was in use: read in ranges
     samples: int = 0
     first_batch_seconds: float = 0.0  # until every rank has one
     stalled_seconds: float = 0.0  # after that, all ranks waiting for the slowest
@@ -63,7 +69,9 @@ class Counts:
 
 @dataclass
 class _Node:
-    cached: set[int] = field(default_factory=set)
+    readers: list[_Reader] = field(default_factory=list)
+    cached: dict[int, float] = field(default_factory=dict)  # when it was last read
+    used_bytes: int = 0  # of those and of what is arriving
     arriving: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     indexed: set[int] = field(default_factory=set)
     indexes_arriving: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
@@ -79,12 +87,16 @@ class _Reader:
     next_step: int
     busy: bool = False
     first: set[int] | None = None
+    now: set[int] = field(default_factory=set)
     targets: list[int] = field(default_factory=list)
     fetching: int = 0
 
 
 class Simulation:
-    """The first `steps` steps of a run on `nodes` nodes; `run` gives the counts. The same for the same seed."""
+    """The first `steps` steps of a run on `nodes` nodes; `run` gives the counts. The same for the same seed.
+
+    image_sizes: bytes of the images of a shard, in its order; None for a log-normal spread.
+    """
 
     def __init__(
         self,
@@ -95,12 +107,18 @@ class Simulation:
         steps: int,
         store: Store,
         seed: int = 0,
+        image_sizes: NDArray[np.uint64] | None = None,
     ):
         self._config, self._manifest, self._store, self._steps = config, manifest, store, steps
         self._world = nodes * ranks_per_node
         self._plan = plan_of(config, manifest)
         self._pace = seconds_a_step(config.train.global_batch_size, config.storage.requests_per_second)
         self._bytes = manifest.columns.num_bytes.tolist()
+        most = int(manifest.counts.max())
+        drawn = np.random.default_rng(seed).lognormal(0.0, SIZE_SIGMA, most) if image_sizes is None else image_sizes
+        self._ends = np.cumsum(np.resize(drawn, most))
+        self._places: dict[int, list[int]] = {}
+        self._limit = int(config.data.cache_gb * 1e9)
         self._nodes = [_Node() for _ in range(nodes)]
         self._num_readers = max(config.data.num_workers, 1)
         self._readers = [
@@ -108,6 +126,8 @@ class Simulation:
             for rank in range(self._world)
             for first in range(self._num_readers)
         ]
+        for reader in self._readers:
+            reader.node.readers.append(reader)
         self._ahead = config.data.prefetch_batches * self._num_readers if config.data.num_workers else 1
         self._random, self._now, self._order = random.Random(seed), 0.0, 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -159,14 +179,16 @@ class Simulation:
 
         attempt()
 
-    def _fetch(self, node: _Node, shard: int, fetched: Callable[[], None]) -> None:
-        """A whole shard, once a node: who comes second waits for the first."""
+    def _fetch(self, node: _Node, shard: int, fetched: Callable[[], None]) -> bool:
+        """A whole shard, once a node: who comes second waits for the first. False where there is no room for it."""
         if shard in node.cached:
             fetched()
-            return
+            return True
         if shard in node.arriving:
             node.arriving[shard].append(fetched)
-            return
+            return True
+        if not self._reserve(node, self._bytes[shard]):
+            return False
         node.arriving[shard] = [fetched]
         self.counts.fetches[shard] += 1
         self.counts.shard_bytes += self._bytes[shard]
@@ -179,12 +201,29 @@ class Simulation:
             if left:
                 self._get(node, left.popleft(), arrived)
             elif waiting == 0:
-                node.cached.add(shard)
+                node.cached[shard] = self._now
                 for tell in node.arriving.pop(shard):
                     tell()
 
         for _ in range(min(CONCURRENT_RANGES, len(left))):
             self._get(node, left.popleft(), arrived)
+        return True
+
+    def _reserve(self, node: _Node, num_bytes: int) -> bool:
+        """As the cache: what nobody reads makes room, the longest unread first."""
+        if node.used_bytes + num_bytes > self._limit:
+            in_use = set[int]().union(*(reader.now for reader in node.readers))
+            for shard, read in sorted(node.cached.items(), key=lambda item: item[1]):
+                if node.used_bytes + num_bytes <= self._limit:
+                    break
+                if self._now - read > IN_USE_SECONDS and shard not in in_use:
+                    del node.cached[shard]
+                    node.used_bytes -= self._bytes[shard]
+                    self.counts.evicted += 1
+            if node.used_bytes + num_bytes > self._limit:
+                return False
+        node.used_bytes += num_bytes
+        return True
 
     # --- the reader -----------------------------------------------------------------------------------------------
 
@@ -198,7 +237,7 @@ class Simulation:
         batch = self._config.train.global_batch_size
         now, later = self._plan.upcoming_shards(step * batch, rank_streams(self._config, reader.rank, self._world), 2)
         reader.first = set(now) if reader.first is None else reader.first & set(now)
-        reader.targets = [*now, *later]
+        reader.now, reader.targets = set(now), [*now, *later]
         if step not in self._batches:
             self._batches[step] = self._plan.batch(step * batch, batch)
         rows = share(self._batches[step], reader.rank, self._world, self._config.objective.chunks)
@@ -242,22 +281,8 @@ class Simulation:
     def _read(self, reader: _Reader, step: int, shards: list[int], members: list[int]) -> None:
         wanted: dict[int, list[tuple[int, int]]] = {}
         for shard, member in zip(shards, members, strict=True):
-            size = self._bytes[shard] // self._manifest.shards[shard].num_samples
-            wanted.setdefault(shard, []).append((member * size, (member + 1) * size))
-        requests: list[int] = []
-        whole: list[int] = []
-        for shard, spans in wanted.items():
-            here = sum(stop - start for start, stop in spans)
-            self.counts.needed_bytes += here
-            self.counts.samples += len(spans)
-            if shard in reader.node.cached:
-                self.counts.hits += len(spans)
-            elif read_in_ranges(shard in (reader.first or ()), here, self._bytes[shard]):
-                for group in grouped(spans):
-                    requests.append(max(spans[i][1] for i in group) - spans[group[0]][0])
-            else:
-                whole.append(shard)
-        waiting = len(requests) + len(whole) + 1
+            wanted.setdefault(shard, []).append(self._place(shard, member))
+        waiting = 1
 
         def arrived() -> None:
             nonlocal waiting
@@ -265,12 +290,32 @@ class Simulation:
             if waiting == 0:
                 self._made(reader, step)
 
-        for num_bytes in requests:
-            self.counts.shard_bytes += num_bytes
-            self._get(reader.node, num_bytes, arrived)
-        for shard in whole:
-            self._fetch(reader.node, shard, arrived)
+        for shard, spans in wanted.items():
+            here = sum(stop - start for start, stop in spans)
+            self.counts.needed_bytes += here
+            self.counts.samples += len(spans)
+            if shard in reader.node.cached:
+                reader.node.cached[shard] = self._now
+                self.counts.hits += len(spans)
+                continue
+            waiting += 1
+            in_ranges = read_in_ranges(shard in (reader.first or ()), here, self._bytes[shard])
+            if in_ranges or not self._fetch(reader.node, shard, arrived):
+                self.counts.no_room += not in_ranges
+                groups = grouped(spans)
+                waiting += len(groups) - 1
+                for group in groups:
+                    num_bytes = max(spans[i][1] for i in group) - spans[group[0]][0]
+                    self.counts.shard_bytes += num_bytes
+                    self._get(reader.node, num_bytes, arrived)
         arrived()
+
+    def _place(self, shard: int, member: int) -> tuple[int, int]:
+        """Bytes [start, stop) of an image."""
+        if shard not in self._places:
+            ends = self._ends[: self._manifest.shards[shard].num_samples]
+            self._places[shard] = [0, *(ends * (self._bytes[shard] / ends[-1])).astype(int).tolist()]
+        return self._places[shard][member], self._places[shard][member + 1]
 
     def _made(self, reader: _Reader, step: int) -> None:
         reader.busy = False
@@ -296,11 +341,9 @@ class Simulation:
 
     def _fetch_ahead(self, reader: _Reader) -> None:
         node = reader.node
-        shard = next((one for one in reader.targets if one not in node.cached and one not in node.arriving), None)
-        if shard is None:
+        missing = (shard for shard in reader.targets if shard not in node.cached and shard not in node.arriving)
+        if not any(self._fetch(node, shard, partial(self._fetch_ahead, reader)) for shard in missing):
             reader.fetching -= 1
-            return
-        self._fetch(node, shard, lambda: self._fetch_ahead(reader))
 
 
 def even_shards(num_images: int, num_shards: int, image_bytes: int = 110_000) -> Manifest:
@@ -328,6 +371,7 @@ def table(config: Config, nodes: int, counts: Counts, steps: int) -> Table:
         ("bytes read / bytes of the samples", f"{counts.shard_bytes / max(counts.needed_bytes, 1):.2f}"),
         ("fetches of a shard", f"{fetched / max(len(counts.fetches), 1):.2f} on {nodes} nodes"),
         ("samples that were on their node", f"{counts.hits / max(counts.samples, 1):.0%}"),
+        ("shards evicted; read in ranges for want of room", f"{counts.evicted:,}; {counts.no_room:,}"),
         ("ranks stalled, after that", f"{counts.stalled_seconds:.1f} of {counts.seconds:.1f} s"),
         ("data.streams", f"{config.data.streams}"),
     ]

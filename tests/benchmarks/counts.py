@@ -17,7 +17,7 @@ from dist_ssl.checkpoint.table import shares
 from dist_ssl.config import Config
 from dist_ssl.models import build_model
 from dist_ssl.planning import counts, estimate
-from dist_ssl.planning.estimate import FP32, FP64, Sizes, shown
+from dist_ssl.planning.estimate import FP32, Sizes, shown
 
 LISTED_BYTES, COLUMN_BYTES = 39e6, 8.2e6  # of 100,000 shards: `tests.benchmarks.index`, then and now
 RANKS_A_NODE = 8
@@ -27,7 +27,7 @@ def rows(config: Config, sizes: Sizes) -> dict[str, tuple[str, str]]:
     """name -> (before, now), of a rank and step, a checkpoint, a node."""
     w, channels, batch = sizes.ranks, sizes.batch_norm_channels, config.train.global_batch_size
     share = (w - 1) / w
-    norms = sum((2 * c + 1) * FP64 * (w - 1) + 2 * 2 * c * FP32 * share for c in channels)
+    norms = sum((2 * c + 1) * sizes.moment_bytes * (w - 1) + 2 * 2 * c * FP32 * share for c in channels)
     width = sizes.h_dim + sizes.z_dim
     probe = 2 * FP32 * (sizes.num_classes * (width + 2) + 2 * width + 4) * share
     now = {found.name: found.value for found in counts.counts(config, sizes)}
