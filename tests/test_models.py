@@ -10,20 +10,28 @@ from tests.trajectory import small_config
 
 WIDTHS = {"resnet_tiny": 128, "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
 WIDTHS |= {f"{name}_small": width for name, width in WIDTHS.items() if name != "resnet_tiny"}
-WIDTHS |= {"resnet_tiny_4x4": 16 * 128, "vit_s_16": 384, "vit_b_16": 768}
+WIDTHS |= {"resnet_tiny_pyramid": (16 + 4 + 1) * 128, "vit_s_16": 384, "vit_b_16": 768}
 
 
-def test_a_grid_keeps_where_things_are():
-    plain, grid = build_encoder("resnet_tiny").eval(), build_encoder("resnet_tiny_4x4").eval()
-    loaded = grid.load_state_dict(plain.state_dict(), strict=False)
+def test_a_pyramid_keeps_where_things_are():
+    plain, pyramid = build_encoder("resnet_tiny").eval(), build_encoder("resnet_tiny_pyramid").eval()
+    loaded = pyramid.load_state_dict(plain.state_dict(), strict=False)
     assert not loaded.unexpected_keys
     assert all(name.startswith("norm.") for name in loaded.missing_keys)
     image = torch.randn(1, 3, 32, 32)
-    h = grid(image).view(128, 4, 4)
-    torch.testing.assert_close(h.mean((1, 2)) * (1 + grid.norm.eps) ** 0.5, plain(image)[0])
+    h = pyramid(image)[0] * (1 + pyramid.norm.eps) ** 0.5
+    places, quarters, whole = h.split([16 * 128, 4 * 128, 128])
     maps = plain.blocks(plain.stem(image))[0]
-    torch.testing.assert_close(h * (1 + grid.norm.eps) ** 0.5, maps)
-    assert grid(torch.randn(1, 3, 20, 20)).shape == h.flatten()[None].shape  # whatever the view's size
+    torch.testing.assert_close(places.view(128, 4, 4), maps)
+    torch.testing.assert_close(quarters.view(128, 2, 2)[:, 0, 1], 2 * maps[:, :2, 2:].mean((1, 2)))
+    torch.testing.assert_close(whole, 4 * plain(image)[0])
+    assert pyramid(torch.randn(1, 3, 20, 20)).shape == h[None].shape  # whatever the view's size
+
+
+def test_the_levels_of_a_pyramid_weigh_the_same():
+    h = build_encoder("resnet_tiny_pyramid").train()(torch.randn(64, 3, 32, 32))
+    for level, places in zip(h.split([16 * 128, 4 * 128, 128], dim=1), (16, 4, 1), strict=True):
+        assert level.var(0, unbiased=False).sum() == pytest.approx(16 * 128, rel=0.01), places
 
 
 @pytest.mark.parametrize("name", ENCODERS)

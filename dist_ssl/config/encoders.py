@@ -12,7 +12,7 @@ from dist_ssl.config.section import UserError, require
 
 TIMM = "timm/"  # begins the name of an encoder that timm builds
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-_OURS, _VITS = ("resnet_tiny", "resnet_tiny_4x4"), ("vit_s_16", "vit_b_16")
+_OURS, _VITS = ("resnet_tiny", "resnet_tiny_pyramid"), ("vit_s_16", "vit_b_16")
 ENCODERS = (*_OURS, *_RESNETS, *(f"{name}_small" for name in _RESNETS), *_VITS)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,16 +23,18 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
 }
+LEVELS = (4, 2, 1)  # of ResNetTiny's pyramid: places on a side
 
 
 class ResNetTiny(nn.Module):
     """Three stages of torchvision's basic blocks, 32 to 128 channels, for images of 16 to 64 pixels on a CPU.
 
-    h is the mean of the last map or, with a grid, batch norm of its means at grid x grid places: where objects stand
-    alike, as in Fashion-MNIST, layout tells them apart.
+    h is the mean of the last map or, as a pyramid (Lazebnik et al. 2006; He et al. 2015), batch norm of its means at
+    4 x 4, 2 x 2 places and all, each level of equal weight: where objects stand alike, as in Fashion-MNIST, layout
+    tells them apart.
     """
 
-    def __init__(self, width: int = 32, grid: int | None = None):
+    def __init__(self, width: int = 32, pyramid: bool = False):
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), GlobalBatchNorm(width), nn.ReLU(inplace=True)
@@ -47,17 +50,21 @@ class ResNetTiny(nn.Module):
             blocks.append(BasicBlock(channels, stage_width, stride, shortcut, norm_layer=GlobalBatchNorm))
             channels = stage_width
         self.blocks = nn.Sequential(*blocks)
-        self.output_dim = channels
-        if grid is not None:
-            self.output_dim = channels * grid**2
+        self.levels = LEVELS if pyramid else (1,)
+        self.output_dim = channels * sum(level**2 for level in self.levels)
+        self.norm = None
+        if pyramid:
             self.norm = GlobalBatchNorm(self.output_dim)
-        self.grid = grid
+            weights = [torch.full((channels * level**2,), LEVELS[0] / level) for level in LEVELS]
+            with torch.no_grad():
+                self.norm.weight.copy_(torch.cat(weights))
 
     def forward(self, x: Tensor) -> Tensor:
         maps = cast(Tensor, self.blocks(self.stem(x)))
-        if self.grid is None:
+        if self.norm is None:
             return maps.mean(dim=(2, 3))
-        return cast(Tensor, self.norm(F.adaptive_avg_pool2d(maps, self.grid).flatten(1)))
+        levels = [F.adaptive_avg_pool2d(maps, level).flatten(1) for level in self.levels]
+        return cast(Tensor, self.norm(torch.cat(levels, dim=1)))
 
 
 def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0) -> nn.Module:
@@ -74,8 +81,8 @@ def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0)
     match name.removesuffix("_small"):
         case "resnet_tiny" if name == "resnet_tiny":
             return ResNetTiny()
-        case "resnet_tiny_4x4" if name == "resnet_tiny_4x4":
-            return ResNetTiny(grid=4)
+        case "resnet_tiny_pyramid" if name == "resnet_tiny_pyramid":
+            return ResNetTiny(pyramid=True)
         case ("resnet18" | "resnet34" | "resnet50" | "resnet101") as base:
             return _resnet(base, small_stem=name.endswith("_small"))
         case "vit_s_16" if name == "vit_s_16":
