@@ -122,10 +122,15 @@ def export(
     head: Annotated[bool, typer.Option("--head", help="Write the projection head too.")] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="Write its teacher's.")] = False,
     format: Annotated[str, typer.Option(help="safetensors, or timm: a folder for timm and the Hub.")] = "safetensors",
+    batch_norm_from: Annotated[
+        str | None, typer.Option(metavar="SHARDS", help="Its statistics anew, of whole images of these.")
+    ] = None,
 ) -> None:
     """Write a run's encoder under torchvision's or timm's parameter names.
 
     Example: dist-ssl export runs/quickstart encoder.safetensors
+
+    Example: dist-ssl export runs/imagenet resnet50.safetensors --batch-norm-from data/imagenet/train
 
     Example: dist-ssl export runs/imagenet resnet50-simclr --format timm
     """
@@ -136,14 +141,19 @@ def export(
     if format == "safetensors":
         check_export_name(file)
     config_path(run)  # where there is none, before torch is imported, which takes seconds
+    buffers = None
+    if batch_norm_from is not None:
+        from dist_ssl.evaluation.whole_images import statistics
+
+        buffers = statistics(run, batch_norm_from, checkpoint, teacher)
     if format == "timm":
         from dist_ssl.report.timm_folder import export_for_timm
 
-        step = export_for_timm(run, file, checkpoint, teacher)
+        step = export_for_timm(run, file, checkpoint, teacher, buffers)
     else:
         from dist_ssl.checkpoint import export_encoder
 
-        step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher)
+        step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher, buffers=buffers)
     typer.echo(f"{file}: the {'teacher' if teacher else 'encoder'} of step {step}")
 
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import zlib
 from math import prod
 from pathlib import Path
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 from dist_ssl import checkpoint, config
 from dist_ssl.checkpoint import table
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.evaluation.features import open_split
+from dist_ssl.evaluation.whole_images import statistics
 from dist_ssl.storage import Store
 from tests import engines
 from tests.pool import ranks
@@ -262,6 +265,31 @@ def test_export_is_loaded_by_plain_torchvision(tmp_path):
     described = json.loads((tmp_path / "encoder.json").read_text())
     assert described["encoder"] == "resnet18"
     assert described["step"] == 1
+
+
+def test_an_exported_batch_norm_has_the_statistics_of_whole_images(tmp_path, small_shards):
+    settings = small_config(tmp_path / "run", small_shards, f'evaluation.train_shards="{small_shards}"')
+    ranks(2).run(engines.save_after, settings, 1)
+    (tmp_path / "run" / "config.toml").write_text(config.dumps(settings))
+    checkpoint.export_encoder(tmp_path / "run", tmp_path / "plain.safetensors")
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "whole.safetensors"), "--batch-norm-from", small_shards]
+    subprocess.run([sys.executable, "-m", "dist_ssl.cli", *command], check=True, timeout=120)
+    plain, whole = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "whole"))
+    changed = {name for name in plain if not torch.equal(plain[name], whole[name])}
+    assert changed == {name for name in plain if "running_" in name}
+    split = open_split("train", settings, torch.device("cpu"))
+    (images,) = (split.pixels(batch.images) for batch in split.batches())
+    x = torch.nn.functional.conv2d(images, whole["stem.0.weight"], stride=2, padding=1).transpose(0, 1).flatten(1)
+    assert torch.allclose(whole["stem.1.running_mean"], x.mean(1), atol=1e-5)
+    assert torch.allclose(whole["stem.1.running_var"], x.var(1), rtol=1e-4)
+
+
+def test_an_encoder_without_batch_norm_has_no_statistics(tmp_path, small_shards):
+    settings = small_config(tmp_path / "run", small_shards, "model.encoder=timm/test_vit")
+    ranks(2).run(engines.save_after, settings, 1)
+    (tmp_path / "run" / "config.toml").write_text(config.dumps(settings))
+    with pytest.raises(UserError, match="--batch-norm-from: timm/test_vit has no batch norm; leave it out"):
+        statistics(tmp_path / "run", str(small_shards))
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def test_a_pyramid_keeps_where_things_are():
 def test_the_levels_of_a_pyramid_weigh_the_same():
     h = build_encoder("resnet_tiny_pyramid").train()(torch.randn(64, 3, 32, 32))
     for level, places in zip(h.split([16 * 128, 4 * 128, 128], dim=1), (16, 4, 1), strict=True):
-        assert level.var(0, unbiased=False).sum() == pytest.approx(16 * 128, rel=0.01), places
+        assert level.var(0, unbiased=False).sum().item() == pytest.approx(16 * 128, rel=0.01), places
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -70,21 +71,32 @@ def export_encoder(
     with_head: bool = False,
     step: int | None = None,
     teacher: bool = False,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> int:
-    """Write a run's encoder, or its teacher's, as safetensors, with its JSON beside it; returns the step it is of."""
+    """Write a run's encoder, or its teacher's, as safetensors, with its JSON beside it; returns the step it is of.
+
+    buffers: of the encoder, that take the place of the run's.
+    """
     check_export_name(file)
     found = _existing(checkpoint_store(read_run_config(run_dir)), step)
-    write_export(found, Path(file), with_head, teacher)
+    write_export(found, Path(file), with_head, teacher, buffers)
     return found.step
 
 
-def write_export(checkpoint: Checkpoint, file: Path, with_head: bool = False, teacher: bool = False) -> None:
+def write_export(
+    checkpoint: Checkpoint,
+    file: Path,
+    with_head: bool = False,
+    teacher: bool = False,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> None:
     """Its encoder, or its teacher's, under torchvision's names (the head's as `head.*`), and a JSON of what it is."""
     from safetensors.torch import save
 
     config = config_module.loads(checkpoint.state().config, f"{checkpoint.url}: its config")
     state = read_model_state(checkpoint, teacher)
     tensors = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    tensors |= buffers or {}
     if with_head:
         tensors |= {name: t for name, t in state.items() if name.startswith("head.")}
     described = {

@@ -8,8 +8,11 @@ The card says what the run measured, and how to make the weights again. Nothing 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dist_ssl import config as configuration
 from dist_ssl.checkpoint import export_encoder, read_run_config
@@ -23,13 +26,19 @@ TWINS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's that 
 WEIGHTS, CONFIG, CARD, RUN = "model.safetensors", "config.json", "README.md", "pretrain.toml"
 
 
-def export_for_timm(run_dir: Path, folder: Path, step: int | None = None, teacher: bool = False) -> int:
-    """Write the folder; returns the step that it is of. Raises UserError for an encoder that timm can't hold."""
+def export_for_timm(
+    run_dir: Path,
+    folder: Path,
+    step: int | None = None,
+    teacher: bool = False,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Write the folder, as `export_encoder`; returns the step that it is of. UserError where timm can't hold it."""
     config = read_run_config(run_dir)
     name = _architecture(config.model.encoder)
     size = config.augment.image_size
     encoder: Any = build_timm(name, size)
-    step = export_encoder(run_dir, folder / WEIGHTS, step=step, teacher=teacher)
+    step = export_encoder(run_dir, folder / WEIGHTS, step=step, teacher=teacher, buffers=buffers)
     (folder / WEIGHTS).with_suffix(".json").unlink()  # the card and the config say it
     encoder.load_state_dict(read_tensors(str(folder / WEIGHTS), config.storage))
     described = {

@@ -105,8 +105,9 @@ def main() -> None:
         num_workers=settings["workers"],
         persistent_workers=True,
     )
-    criterion = NTXentLoss(temperature=TEMPERATURE, gather_distributed=ranks > 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    decay = settings.get("weight_decay", WEIGHT_DECAY)
+    criterion = NTXentLoss(temperature=settings.get("temperature", TEMPERATURE), gather_distributed=ranks > 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=decay)
     waited, step, begun, gone = 0.0, 0, time.time(), 0.0
     warmup, of_a_step = (0.05, 0.0) if seconds else (1 / epochs, 1 / (epochs * len(loader)))
     for epoch in range(epochs or sys.maxsize):
