@@ -138,6 +138,7 @@ def main() -> None:
     if ranks == 1 or dist.get_rank() == 0:
         torch.save(backbone.state_dict(), Path(settings["out"]) / "weights.pth")
         (Path(settings["out"]) / "waited.txt").write_text(str(waited))
+        (Path(settings["out"]) / "images.txt").write_text(str(step * settings["batch"] * ranks))
     if ranks > 1:
         dist.destroy_process_group()
 

@@ -86,6 +86,13 @@ def lightly(files: Path, out: Path, seconds: float, config: configuration.Config
     return run(command, out / "pretrain.log").wall
 
 
+def images_seen(out: Path) -> int:
+    """By the training of a contestant, in all its epochs."""
+    if (told := out / "images.txt").exists():
+        return int(told.read_text())
+    return int(json.loads((out / "run" / "metrics.jsonl").read_text().splitlines()[-1])["samples_seen"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,7 +104,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     fraction = NUM_LABELS / (NUM_IMAGES - NUM_VALIDATION * options.validation)
     judged, probes = [*JUDGED, f"evaluation.few_label_fractions=[{fraction:g}]"], ("knn", f"few_labels_{fraction:g}")
-    print(f"{'':9s} seconds    kNN  {NUM_LABELS} labels   (goals: 88 and 82)")
+    print(f"{'':9s} seconds   images    kNN  {NUM_LABELS} labels   (goals: 88 and 82)")
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"  # an index is written beside them
         files.mkdir()
@@ -116,8 +123,10 @@ def main() -> None:
                 for images in data:
                     listed(images, out)
                 knn, few_labels = judge(weights_in(out), config.model.encoder, data, judged, probes).values()
-                found.setdefault(name, []).append({"seconds": seconds, "knn": knn, "few_labels": few_labels})
-                print(f"{name:9s} {seconds:7.0f}  {knn:5.1f}  {few_labels:10.1f}", flush=True)
+                seen = images_seen(out)
+                row = {"seconds": seconds, "images": seen, "knn": knn, "few_labels": few_labels}
+                found.setdefault(name, []).append(row)
+                print(f"{name:9s} {seconds:7.0f}  {seen:7,d}  {knn:5.1f}  {few_labels:10.1f}", flush=True)
                 if options.json:
                     options.json.write_text(json.dumps(found, indent=1))
     for name, rows in found.items():
