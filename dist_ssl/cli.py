@@ -123,7 +123,7 @@ def export(
     teacher: Annotated[bool, typer.Option("--teacher", help="Write its teacher's.")] = False,
     format: Annotated[str, typer.Option(help="safetensors, or timm: a folder for timm and the Hub.")] = "safetensors",
     batch_norm_from: Annotated[
-        str | None, typer.Option(metavar="SHARDS", help="Its statistics anew, of whole images of these.")
+        str | None, typer.Option(metavar="SHARDS", help="Batch norm's statistics anew, of 4,096 whole images at most.")
     ] = None,
 ) -> None:
     """Write a run's encoder under torchvision's or timm's parameter names.
@@ -141,19 +141,22 @@ def export(
     if format == "safetensors":
         check_export_name(file)
     config_path(run)  # where there is none, before torch is imported, which takes seconds
-    buffers = None
+    norms = None
     if batch_norm_from is not None:
+        from dist_ssl.data.manifest import load_manifest
+
+        load_manifest(batch_norm_from, configuration.load(config_path(run)).storage)  # likewise
         from dist_ssl.evaluation.whole_images import statistics
 
-        buffers = statistics(run, batch_norm_from, checkpoint, teacher)
+        norms = statistics(run, batch_norm_from, checkpoint, teacher)
     if format == "timm":
         from dist_ssl.report.timm_folder import export_for_timm
 
-        step = export_for_timm(run, file, checkpoint, teacher, buffers)
+        step = export_for_timm(run, file, checkpoint, teacher, norms)
     else:
         from dist_ssl.checkpoint import export_encoder
 
-        step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher, buffers=buffers)
+        step = export_encoder(run, file, with_head=head, step=checkpoint, teacher=teacher, norms=norms)
     typer.echo(f"{file}: the {'teacher' if teacher else 'encoder'} of step {step}")
 
 
@@ -230,9 +233,12 @@ def plan(
     import rich
 
     from dist_ssl.data.manifest import load_manifest, read_member_index
+    from dist_ssl.planning.before_start import check_ranks
 
     checked, columns = configuration.load(config, overrides), _numbers_of_ranks(at_ranks)
     configuration.check_encoder(checked.model.encoder)
+    for ranks in (nodes * gpus_per_node, *columns):
+        check_ranks(checked, ranks)
     manifest = load_manifest(checked.data.shards, checked.storage) if num_images is None else None
     from dist_ssl.planning import counts, estimate, failures, simulation, stages  # which load torch, for seconds
 
@@ -266,6 +272,11 @@ def plan(
             checked, shards, nodes, gpus_per_node, simulated_steps, store, image_sizes=sizes_of_one
         ).run()
         rich.print(simulation.table(checked, nodes, simulated, simulated_steps))
+        if simulated.given_up:
+            typer.echo(
+                f"such a run ends: {simulated.given_up} requests were refused for longer than storage.retry_seconds; "
+                "set storage.requests_per_second to what the store takes, or raise storage.retry_seconds"
+            )
         if (better := simulation.recommended_streams(checked, shards, nodes * gpus_per_node)) != checked.data.streams:
             typer.echo(f"a new run on so many ranks had better set data.streams={better}: no two ranks share a stream")
 

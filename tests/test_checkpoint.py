@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zlib
 from math import prod
 from pathlib import Path
@@ -282,6 +283,36 @@ def test_an_exported_batch_norm_has_the_statistics_of_whole_images(tmp_path, sma
     x = torch.nn.functional.conv2d(images, whole["stem.0.weight"], stride=2, padding=1).transpose(0, 1).flatten(1)
     assert torch.allclose(whole["stem.1.running_mean"], x.mean(1), atol=1e-5)
     assert torch.allclose(whole["stem.1.running_var"], x.var(1), rtol=1e-4)
+
+
+def test_bad_images_are_left_out_of_batch_norms_statistics(tmp_path, small_shards, caplog):
+    settings = small_config(tmp_path / "run", small_shards)
+    ranks(2).run(engines.save_after, settings, 1)
+    (tmp_path / "run" / "config.toml").write_text(config.dumps(settings))
+    shutil.copytree(small_shards, damaged := tmp_path / "damaged")
+    shard = next(damaged.glob("*.tar"))
+    with tarfile.open(shard) as tar:
+        members = tar.getmembers()
+    where = next(member.offset_data for member in members if member.name.endswith((".jpg", ".png", ".webp")))
+    with shard.open("r+b") as file:
+        file.seek(where)
+        file.write(bytes(64))
+    with pytest.raises(UserError, match=r"1 of 90 images are bad, more than data.max_bad_fraction = 0.01 .* first: "):
+        statistics(tmp_path / "run", str(damaged))
+    allowed = config.with_overrides(settings, ["data.max_bad_fraction=0.5"])
+    (tmp_path / "run" / "config.toml").write_text(config.dumps(allowed))
+    found = statistics(tmp_path / "run", str(damaged))
+    assert "1 bad images are left out" in caplog.text
+    assert "statistics of 89 images are rough" in caplog.text
+    split = open_split(
+        "train", config.with_overrides(allowed, [f'evaluation.train_shards="{damaged}"']), torch.device("cpu")
+    )
+    (batch,) = split.batches()
+    assert len(batch.replaced) == 1
+    good = [row for row in range(90) if row not in batch.replaced]
+    weight = checkpoint.load_run(tmp_path / "run")[2].encoder.stem[0].weight
+    x = torch.nn.functional.conv2d(split.pixels(batch.images[good]), weight, stride=2, padding=1)
+    assert torch.allclose(found.buffers["stem.1.running_mean"], x.mean((0, 2, 3)), atol=1e-5)
 
 
 def test_an_encoder_without_batch_norm_has_no_statistics(tmp_path, small_shards):

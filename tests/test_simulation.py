@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -113,6 +114,13 @@ def test_a_rank_with_streams_of_its_own_shares_no_shard() -> None:
     assert refusing.counts.first_batch_seconds > counts.first_batch_seconds
 
 
+def test_a_store_that_gives_up_is_no_fast_start() -> None:
+    config = config_of({"retry_seconds": 1.0}, streams=2, block_shards=1)
+    counts = Simulation(config, even_shards(400, 4), 1, 2, 3, Store(1.0)).run()
+    assert counts.given_up > 0
+    assert counts.first_batch_seconds == counts.seconds == math.inf
+
+
 def test_a_small_cache_is_kept_to_and_fetches_a_shard_again() -> None:
     """Two epochs of a store that has room for a third of the shards."""
     manifest = even_shards(12 * 400, 12)
@@ -151,6 +159,7 @@ def test_a_start_step_by_step_waits_less_for_its_first_batch() -> None:
         return Simulation(config, manifest, 8, 2, 12, Store(50.0, images_per_second=50.0)).run()
 
     at_once, paced = run(1e9), run(50.0)
+    assert math.isfinite(at_once.seconds)
     assert paced.gets <= at_once.gets
     assert paced.first_batch_seconds < at_once.first_batch_seconds / 2
     assert max(paced.index_gets.values()) <= 8, "a node, not a worker"

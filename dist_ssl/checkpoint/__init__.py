@@ -4,7 +4,14 @@
 evaluation its model, `write_export` others an encoder. Nothing is ever unpickled; reading needs no DeepSpeed.
 """
 
-from dist_ssl.checkpoint.export import export_encoder, load_run, read_model_state, read_run_config, write_export
+from dist_ssl.checkpoint.export import (
+    NormStatistics,
+    export_encoder,
+    load_run,
+    read_model_state,
+    read_run_config,
+    write_export,
+)
 from dist_ssl.checkpoint.read import Checkpoint, DamagedCheckpoint, RunState, load, newest_valid, open_checkpoint
 from dist_ssl.checkpoint.write import Checkpointer, Fenced, NotFiniteCheckpoint
 from dist_ssl.storage.layout import checkpoint_store, committed_steps, newest_incarnation, step_name, take_incarnation
@@ -14,6 +21,7 @@ __all__ = [
     "Checkpointer",
     "DamagedCheckpoint",
     "Fenced",
+    "NormStatistics",
     "NotFiniteCheckpoint",
     "RunState",
     "checkpoint_store",

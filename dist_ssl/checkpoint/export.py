@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,14 @@ from dist_ssl.config import Config, UserError
 from dist_ssl.models import ContrastiveModel, build_model, build_teacher
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import check_export_name, checkpoint_store, committed_steps, config_path
+
+
+@dataclass(frozen=True)
+class NormStatistics:
+    """Buffers of an encoder by name, to be exported in place of the run's, and the images that they are of."""
+
+    source: str
+    buffers: Mapping[str, Tensor]
 
 
 def read_run_config(run_dir: str | Path) -> Config:
@@ -71,15 +80,12 @@ def export_encoder(
     with_head: bool = False,
     step: int | None = None,
     teacher: bool = False,
-    buffers: Mapping[str, Tensor] | None = None,
+    norms: NormStatistics | None = None,
 ) -> int:
-    """Write a run's encoder, or its teacher's, as safetensors, with its JSON beside it; returns the step it is of.
-
-    buffers: of the encoder, that take the place of the run's.
-    """
+    """Write a run's encoder, or its teacher's, as safetensors, with its JSON beside it; returns the step it is of."""
     check_export_name(file)
     found = _existing(checkpoint_store(read_run_config(run_dir)), step)
-    write_export(found, Path(file), with_head, teacher, buffers)
+    write_export(found, Path(file), with_head, teacher, norms)
     return found.step
 
 
@@ -88,7 +94,7 @@ def write_export(
     file: Path,
     with_head: bool = False,
     teacher: bool = False,
-    buffers: Mapping[str, Tensor] | None = None,
+    norms: NormStatistics | None = None,
 ) -> None:
     """Its encoder, or its teacher's, under torchvision's names (the head's as `head.*`), and a JSON of what it is."""
     from safetensors.torch import save
@@ -96,12 +102,15 @@ def write_export(
     config = config_module.loads(checkpoint.state().config, f"{checkpoint.url}: its config")
     state = read_model_state(checkpoint, teacher)
     tensors = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
-    tensors |= buffers or {}
+    if norms is not None:
+        tensors |= norms.buffers
     if with_head:
         tensors |= {name: t for name, t in state.items() if name.startswith("head.")}
     described = {
         "encoder": config.model.encoder,
         "image_size": config.augment.image_size,
+        "evaluated_size": config.evaluated_size,
+        "batch_norm_from": norms and norms.source,
         "mean": config.augment.mean,
         "std": config.augment.std,
         "step": checkpoint.step,

@@ -83,6 +83,7 @@ class EvaluationBatch:
     sample_ids: Tensor  # int64 (n,): the index in the manifest
     factors: list[dict[str, Any]] | None  # the members' .json, where every sample of the batch has one
     quarantined: list[dict[str, str]] = field(default_factory=list)
+    replaced: list[int] = field(default_factory=list)  # rows where another image stands for a bad one
 
     def pin_memory(self) -> EvaluationBatch:
         return replace(self, images=self.images.pin_memory())
@@ -260,7 +261,8 @@ class _Evaluation(Dataset[Any]):
             labels[row] = self.reader.index(shard).labels[used]
             images.numpy()[row] = channels_first(centre_crop(image, self.size, self.ratio))
         factors = self.reader.factors(shards, np.array(used_members))
-        return EvaluationBatch(images, torch.from_numpy(labels), torch.from_numpy(ids), factors, quarantined)
+        replaced = np.flatnonzero(np.array(used_members) != members).tolist()
+        return EvaluationBatch(images, torch.from_numpy(labels), torch.from_numpy(ids), factors, quarantined, replaced)
 
 
 def draw_views(

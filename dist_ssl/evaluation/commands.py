@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -93,7 +94,7 @@ def evaluate(
             assert encoder is not None
             called = one.called if len(given) > 1 else one.name
             subject = evaluation.weights_subject(
-                weights, encoder, _config_of(encoder, config, settings), output, called
+                weights, encoder, _config_of(weights, encoder, config, settings), output, called
             )
         done.append(evaluation.evaluate(subject, world.device))
         if world.rank == 0 and len(given) == 1:
@@ -113,12 +114,16 @@ def _settings(one: DataSet, probes: str | None, teacher: bool) -> list[str]:
     return [f"evaluation.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
 
-def _config_of(encoder: str, config: Path | None, settings: list[str]) -> Config:
-    """The config of the evaluation of a file of weights."""
+def _config_of(weights: Path, encoder: str, config: Path | None, settings: list[str]) -> Config:
+    """The config of the evaluation of a file of weights: that of the JSON that `export` writes beside it."""
     if config is not None:
         return with_overrides(load(config), [f"model.encoder={json.dumps(encoder)}", *settings])
     # What a head keeps is nobody's question about weights without one, until it is asked.
     unasked = [f"model.encoder={json.dumps(encoder)}", 'evaluation.probes=["linear", "knn"]']
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        told = dict(json.loads(weights.with_suffix(".json").read_text()))
+        keys = {"evaluation.image_size": "evaluated_size", "augment.mean": "mean", "augment.std": "std"}
+        unasked += [f"{key}={json.dumps(told[name])}" for key, name in keys.items() if name in told]
     return with_overrides(Config(), [*unasked, *settings])
 
 

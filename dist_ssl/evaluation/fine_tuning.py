@@ -3,8 +3,9 @@
 From random weights a classifier's first gradients distort features, which a handful of images can't mend. So it starts
 as the linear probe of the same labels, and how fast all is tuned, if at all, is chosen on a fifth of these labels
 that is held out. Where no rate is surely better there, the linear probe stands. Batch norm stays in eval mode, since a
-few images are no statistics, and crops are gentle: at an area of 0.5 on, what was tuned lost to the probe on
-Fashion-MNIST (MIN_SCALE and RATES were chosen there by test images, so what they gain on that set is no evidence).
+few images are no statistics, and images are flipped but not cropped: with 10% of Fashion-MNIST's labels, judged on the
+40,000 training images that neither the encoder nor a probe had seen, crops of an area of 0.5, 0.75, 0.9 on and none
+gave 82.5 (the probe's), 82.9, 84.1 and 84.8%. RATES were chosen there by test images.
 
 Legend: n images with labels, S their side, C classes, D the layer's width.
 """
@@ -30,7 +31,6 @@ from dist_ssl.evaluation.views import draw, views
 
 RATES = (3e-4, 1e-3)  # of AdamW without weight decay; 0, the linear probe, is always one more
 BATCH, MAX_STEPS, MAX_EPOCHS = 64, 150, 16
-MIN_SCALE = 0.9
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ def _tune(
 
 
 def _batches(train: Split, few: _Few, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a few images, reshuffled each epoch, cropped and flipped; this rank's part of each."""
+    """Batches of a few images, reshuffled each epoch, whole, flipped; this rank's part of each."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5D]))
     order = np.empty(0, dtype=np.int64)
     policy = ViewPolicy(
-        min_scale=MIN_SCALE,
+        min_scale=1.0,
         flip_probability=train.augment.flip_probability,
         jitter_probability=0.0,
         grey_probability=0.0,
@@ -156,7 +156,7 @@ def _batches(train: Split, few: _Few, batch_size: int, steps: int, seed: int) ->
             order = np.concatenate([order, generator.permutation(len(few.labels))])
         rows, order = order[:batch_size], order[batch_size:]
         mine = np.array_split(rows, distributed.world_size())[distributed.rank()]
-        # The step stands for the epoch: an image that comes back is cropped anew.
+        # The step stands for the epoch: an image that comes back is drawn anew.
         parameters, uniforms = draw(few.sample_ids[mine].numpy(), [policy], seed, step)
         pixels = views(train, few.images[mine], [policy], parameters, uniforms)[:, 0]
         yield pixels, few.labels[mine].to(train.device)

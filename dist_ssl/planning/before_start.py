@@ -19,6 +19,11 @@ def check_config(config: Config, num_ranks: int) -> None:
         storage.check_url(config.data.shards)
     if config.model.init:
         storage.check_url(config.model.init)
+    check_ranks(config, num_ranks)
+
+
+def check_ranks(config: Config, num_ranks: int) -> None:
+    """Raises UserError for a batch that so many ranks can't share. Needs no torch."""
     if config.train.global_batch_size < num_ranks * config.objective.chunks:
         raise UserError(
             f"train.global_batch_size: {config.train.global_batch_size} is less than the {num_ranks} ranks x "

@@ -62,9 +62,9 @@ class Counts:
     evicted: int = 0  # shards
     no_room: int = 0  # times that a whole shard was wanted, and all that its node holds was in use: read in ranges
     samples: int = 0
-    first_batch_seconds: float = 0.0  # until every rank has one
+    first_batch_seconds: float = math.inf  # until every rank has one
     stalled_seconds: float = 0.0  # after that, all ranks waiting for the slowest
-    seconds: float = 0.0
+    seconds: float = math.inf  # of all steps
 
 
 @dataclass
@@ -146,7 +146,8 @@ class Simulation:
         while self._events:  # what was under way
             self._now, _, happen = heapq.heappop(self._events)
             happen()
-        self.counts.seconds = self._ends_at
+        if self._done == self._steps:
+            self.counts.seconds = self._ends_at
         return self.counts
 
     def _at(self, time: float, happen: Callable[[], None]) -> None:
@@ -364,7 +365,7 @@ def table(config: Config, nodes: int, counts: Counts, steps: int) -> Table:
     """What a simulation counted."""
     fetched = sum(counts.fetches.values())
     rows = [
-        ("first batch on every rank", f"{counts.first_batch_seconds:.1f} s"),
+        ("first batch on every rank", _seconds(counts.first_batch_seconds)),
         ("requests answered", f"{counts.gets:,}"),
         ("refused by 503", f"{counts.refused:,}, {counts.refused / max(counts.refused + counts.gets, 1):.0%} of all"),
         ("given up, which ends a run", f"{counts.given_up:,}"),
@@ -372,10 +373,15 @@ def table(config: Config, nodes: int, counts: Counts, steps: int) -> Table:
         ("fetches of a shard", f"{fetched / max(len(counts.fetches), 1):.2f} on {nodes} nodes"),
         ("samples that were on their node", f"{counts.hits / max(counts.samples, 1):.0%}"),
         ("shards evicted; read in ranges for want of room", f"{counts.evicted:,}; {counts.no_room:,}"),
-        ("ranks stalled, after that", f"{counts.stalled_seconds:.1f} of {counts.seconds:.1f} s"),
+        ("all steps", _seconds(counts.seconds)),
+        ("of which ranks stalled after the first batch", _seconds(counts.stalled_seconds)),
         ("data.streams", f"{config.data.streams}"),
     ]
     found = Table("", "simulated", title=f"The store in the first {steps} steps")
     for row in rows:
         found.add_row(*row)
     return found
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < math.inf else "never: requests were given up"

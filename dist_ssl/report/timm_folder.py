@@ -8,14 +8,11 @@ The card says what the run measured, and how to make the weights again. Nothing 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dist_ssl import config as configuration
-from dist_ssl.checkpoint import export_encoder, read_run_config
+from dist_ssl.checkpoint import NormStatistics, export_encoder, read_run_config
 from dist_ssl.config import TIMM, CheckpointConfig, Config, LogConfig, RunConfig, StorageConfig, UserError
 from dist_ssl.evaluation.results import Stored, newest, probe_name, stored, told
 from dist_ssl.models.from_timm import build_timm
@@ -31,14 +28,14 @@ def export_for_timm(
     folder: Path,
     step: int | None = None,
     teacher: bool = False,
-    buffers: Mapping[str, Tensor] | None = None,
+    norms: NormStatistics | None = None,
 ) -> int:
     """Write the folder, as `export_encoder`; returns the step that it is of. UserError where timm can't hold it."""
     config = read_run_config(run_dir)
     name = _architecture(config.model.encoder)
     size = config.augment.image_size
     encoder: Any = build_timm(name, size)
-    step = export_encoder(run_dir, folder / WEIGHTS, step=step, teacher=teacher, buffers=buffers)
+    step = export_encoder(run_dir, folder / WEIGHTS, step=step, teacher=teacher, norms=norms)
     (folder / WEIGHTS).with_suffix(".json").unlink()  # the card and the config say it
     encoder.load_state_dict(read_tensors(str(folder / WEIGHTS), config.storage))
     described = {
@@ -50,6 +47,8 @@ def export_for_timm(
     }
     results = [one for one in stored(run_dir) if one.step == step and bool(one.values.get("teacher")) == teacher]
     card = _card(config, name, step, list(newest(results)), teacher)
+    if norms is not None:
+        card += f"\nBatch norm's statistics were then taken anew, of whole images of `{norms.source}`.\n"
     for file, text in ((CONFIG, json.dumps(described, indent=2)), (CARD, card), (RUN, _reproducing(config))):
         write_bytes(str(folder / file), text.encode(), config.storage)
     return step
