@@ -19,6 +19,7 @@ MISTAKES = [
     ("dist_ssl.cli", "pretrain configs/debug_cpu.toml --set train.stepz=3", "--set: unknown key 'train.stepz'"),
     ("dist_ssl.cli", "config", "expected a TOML file, or --explain"),
     ("dist_ssl.cli", "plan configs/debug_cpu.toml --num-images 9 --images-per-second 0", "'--images-per-second'"),
+    ("dist_ssl.cli", "plan configs/debug_cpu.toml --num-images 9 --nodes 5000", "take fewer ranks or a larger batch"),
     ("launch.command", "lab configs/debug_cpu.toml", "the config has no [lab] section"),
     ("launch.local", "pretrain configs/debug_cpu.toml --ranks 0", "'--ranks'"),
     ("launch.slurm", "pretrain", "Missing argument 'config'"),

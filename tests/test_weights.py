@@ -15,6 +15,7 @@ from dist_ssl import checkpoint
 from dist_ssl import config as configuration
 from dist_ssl.cli import app
 from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.evaluation.commands import _config_of
 from dist_ssl.models import build_encoder
 from dist_ssl.models.weights import start_from
 from dist_ssl.report.timm_folder import export_for_timm
@@ -171,3 +172,16 @@ def test_an_encoder_that_timm_has_not_is_said(tmp_path):
     with pytest.raises(UserError, match="timm has no model with the parameter names of vit_s_16"):
         export_for_timm(tmp_path / "run", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_an_evaluation_takes_what_an_export_says_of_its_images(tmp_path):
+    file = tmp_path / "encoder.safetensors"
+    assert _config_of(file, "resnet_tiny", None, []).evaluated_size == 224
+    described = {"evaluated_size": 28, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 2.0], "step": 4}
+    file.with_suffix(".json").write_text(json.dumps(described))
+    found = _config_of(file, "resnet_tiny", None, [])
+    assert (found.evaluated_size, found.augment.mean, found.augment.std) == (28, (0.1, 0.2, 0.3), (1.0, 1.0, 2.0))
+    assert _config_of(file, "resnet_tiny", None, ["evaluation.image_size=32"]).evaluated_size == 32
+    for other in ("5", "[1]", "{", "{}"):  # another tool's, or none
+        file.with_suffix(".json").write_text(other)
+        assert _config_of(file, "resnet_tiny", None, []).evaluated_size == 224
