@@ -20,6 +20,7 @@ from dist_ssl.config import UserError, with_overrides
 from dist_ssl.evaluation.features import Split, open_split
 from dist_ssl.evaluation.frozen import with_batch_statistics
 from dist_ssl.models import GlobalBatchNorm
+from dist_ssl.storage import redact
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def statistics(run_dir: Path, shards: str, step: int | None = None, teacher: boo
     images = _spread(split)
     batches = (split.pixels(batch) for batch in images.tensor_split(max(1, len(images) // BATCH)))
     with_batch_statistics(encoder.to(split.device), batches)
-    return NormStatistics(shards, {name: buffer.cpu() for name, buffer in encoder.named_buffers()})
+    return NormStatistics(redact(shards), {name: buffer.cpu() for name, buffer in encoder.named_buffers()})
 
 
 def _spread(split: Split) -> Tensor:
