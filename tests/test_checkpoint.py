@@ -276,6 +276,8 @@ def test_an_exported_batch_norm_has_the_statistics_of_whole_images(tmp_path, sma
     command = ["export", str(tmp_path / "run"), str(tmp_path / "whole.safetensors"), "--batch-norm-from", small_shards]
     subprocess.run([sys.executable, "-m", "dist_ssl.cli", *command], check=True, timeout=120)
     plain, whole = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "whole"))
+    told = [json.loads((tmp_path / f"{name}.json").read_text())["batch_norm_from"] for name in ("plain", "whole")]
+    assert told == [None, str(small_shards)]
     changed = {name for name in plain if not torch.equal(plain[name], whole[name])}
     assert changed == {name for name in plain if "running_" in name}
     split = open_split("train", settings, torch.device("cpu"))
