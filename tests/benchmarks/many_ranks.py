@@ -6,7 +6,7 @@ Exit code 1 where the two consumed other samples, where their losses differ by m
 counted is more than 5% off what `dist-ssl plan` says.
 
 Ranks are forked from one process that has imported everything: 64 take 3.5 GB of their own, and 20 steps of them
-took 224 seconds on two cores that nothing else used (gloo rings wake each rank for each message). In all 9 to 12 minutes.
+took 224 seconds on two cores that nothing else used (gloo rings wake each rank for each message). All: 9 to 12 minutes.
 """
 
 from __future__ import annotations
