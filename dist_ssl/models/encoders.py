@@ -50,20 +50,18 @@ class ResNetTiny(nn.Module):
             blocks.append(BasicBlock(channels, stage_width, stride, shortcut, norm_layer=GlobalBatchNorm))
             channels = stage_width
         self.blocks = nn.Sequential(*blocks)
-        self.levels = LEVELS if pyramid else (1,)
-        self.output_dim = channels * sum(level**2 for level in self.levels)
-        self.norm = None
+        self.output_dim, self.norm = channels, None
         if pyramid:
-            self.norm = GlobalBatchNorm(self.output_dim)
-            weights = [torch.full((channels * level**2,), LEVELS[0] / level) for level in LEVELS]
+            weights = torch.cat([torch.full((channels * level**2,), LEVELS[0] / level) for level in LEVELS])
+            self.output_dim, self.norm = len(weights), GlobalBatchNorm(len(weights))
             with torch.no_grad():
-                self.norm.weight.copy_(torch.cat(weights))
+                self.norm.weight.copy_(weights)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = cast(Tensor, self.blocks(self.stem(x)))
         if self.norm is None:
             return maps.mean(dim=(2, 3))
-        levels = [F.adaptive_avg_pool2d(maps, level).flatten(1) for level in self.levels]
+        levels = [F.adaptive_avg_pool2d(maps, level).flatten(1) for level in LEVELS]
         return cast(Tensor, self.norm(torch.cat(levels, dim=1)))
 
 
@@ -71,7 +69,7 @@ def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0)
     """An untrained encoder, pixels (B, 3, S, S) -> h (B, D), with D in its attribute `output_dim`.
 
     ResNets and ViTs are torchvision's, parameter names included, without their classifier; batch norm is global.
-    `_small` replaces the ResNet's stem by one 4x4 convolution (SimCLR, Chen et al. 2020, appendix B.9).
+    `_small` replaces the ResNet's stem by one 3x3 convolution (SimCLR, Chen et al. 2020, appendix B.9).
     `timm/NAME` is timm's model of that name. `image_size` matters where there are position embeddings, which are
     resampled for other sizes; `drop_path_rate` is of timm's models only. Raises UserError for another name.
     """
