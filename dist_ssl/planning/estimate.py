@@ -44,9 +44,7 @@ class Estimate:
 class Sizes:
     """What the formulas start from."""
 
-    parameters: int
-    small_parameters: int  # in tensors that DeepSpeed's stage 3 never releases
-    largest_parameter: int
+    tensors: tuple[int, ...]  # elements of each that the parameters are in
     buffer_bytes: int
     batch_norm_channels: tuple[int, ...]  # of each pass through one in a forward: the encoder's once a size of views
     activation_bytes: int  # the views of one image
@@ -55,10 +53,18 @@ class Sizes:
     z_dim: int  # d
     teacher_bytes: int = 0
     teacher_channels: tuple[int, ...] = ()  # of its batch norm
-    tensors: tuple[int, ...] = ()  # elements of each that the parameters are in
     h_dim: int = 0
     num_classes: int = 0  # that the online probe learns; 0 without one
     moment_bytes: int = FP32  # of a number of batch norm's statistics: FP32 on a GPU, FP64 on a CPU
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.tensors)
+
+    @property
+    def small_parameters(self) -> int:
+        """In tensors that DeepSpeed's stage 3 never releases."""
+        return sum(size for size in self.tensors if size < PERSISTENT)
 
     @staticmethod
     def of(config: Config, ranks: int, measure: bool = True, num_classes: int = 0) -> Sizes:
@@ -71,9 +77,7 @@ class Sizes:
         norms = [m for part in passes if part is not None for m in part.modules() if isinstance(m, GlobalBatchNorm)]
         teacher = [model.encoder, model.head] if config.objective.name in WITH_TEACHER else []
         return Sizes(
-            sum(p.numel() for p in model.parameters()),
-            sum(p.numel() for p in model.parameters() if p.numel() < PERSISTENT),
-            max(p.numel() for p in model.parameters()),
+            tuple(p.numel() for p in model.parameters()),
             sum(b.nbytes for b in model.buffers()),
             tuple(norm.num_features for norm in norms),
             activation_bytes(model, config) if measure else 0,
@@ -82,7 +86,6 @@ class Sizes:
             model.widths["z"],
             sum(t.nbytes for part in teacher for t in part.state_dict().values()),
             tuple(m.num_features for part in teacher for m in part.modules() if isinstance(m, GlobalBatchNorm)),
-            tuple(p.numel() for p in model.parameters()),
             model.widths["h"],
             num_classes if config.diagnostics.online_probe else 0,
         )
@@ -127,7 +130,7 @@ def described_views(config: Config) -> str:
 
 def bucket(sizes: Sizes) -> int:
     """Elements that one reduction of gradients takes on GPUs: small where it overlaps with backward."""
-    overlapped = max(OVERLAPPED_BUCKET, sizes.largest_parameter)
+    overlapped = max(OVERLAPPED_BUCKET, *sizes.tensors)
     return min(sizes.parameters, overlapped if sizes.ranks > 1 else BUCKET)
 
 
