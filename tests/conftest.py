@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MANY_TESTS = 100
 # Files that take longest, in that order: begun first, none is left over for one process at the end.
 LONGEST = (
@@ -37,6 +38,14 @@ def pytest_collection_finish(session):
         from tests.pool import start_early
 
         start_early((2, 3))
+
+
+@pytest.fixture(autouse=True)
+def no_rank_afterwards():
+    """A test that trained or evaluated in this process leaves it a rank, which the next test's commands inherit."""
+    yield
+    for name in OF_A_RANK:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

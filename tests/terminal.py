@@ -15,8 +15,6 @@ from dist_ssl import cli
 from tests import template
 
 ROOT = Path(__file__).parent.parent
-# What makes a process a rank: a test that trained or evaluated in this process has left them.
-OF_A_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def dist_ssl(*arguments: str, timeout: float = 300, **environment: Any) -> subprocess.CompletedProcess[str]:
@@ -48,7 +46,7 @@ def run(command: list[str], timeout: float = 300, **environment: Any) -> subproc
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in OF_A_RANK} | environment,
+        env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         check=False,
     )

@@ -118,5 +118,7 @@ def test_the_command_measures_collectives_and_exits_with_the_colour(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
     assert done.returncode == 1, done.stdout
-    assert [line for line in lines if line.startswith("red")] == [line for line in lines if " shards: " in line]
-    assert any("Gbit/s all-reduce, 2 ranks, gloo" in line for line in lines)
+    network = next(line for line in lines if "Gbit/s all-reduce, 2 ranks, gloo" in line)  # red on a busy machine
+    assert [line for line in lines if line.startswith("red") and line != network] == [
+        line for line in lines if " shards: " in line
+    ]
