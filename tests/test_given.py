@@ -108,3 +108,6 @@ def test_a_newcomers_photos(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads((run_dir / "evaluation" / "step-2" / "results.json").read_text())
     assert (results["data"]["train_images"], results["data"]["test_images"]) == (54, 6)
+    planned = forked("plan", "configs/debug_cpu.toml", "--data", str(root), "--gpus-per-node=1", "--simulate", *options)
+    assert planned.returncode == 0, planned.stderr
+    assert "samples that were on their node" in planned.stdout

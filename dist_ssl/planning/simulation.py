@@ -25,6 +25,7 @@ from dist_ssl.config import Config
 from dist_ssl.data.cache import IN_USE_SECONDS
 from dist_ssl.data.manifest import Manifest, Shard
 from dist_ssl.data.plan import Positions, share
+from dist_ssl.data.progress import Progress
 from dist_ssl.data.requests import grouped, read_in_ranges, seconds_a_step, turn
 from dist_ssl.data.stream import plan_of, rank_streams
 from dist_ssl.storage.files import longest_pauses
@@ -137,12 +138,15 @@ class Simulation:
         self._batches: dict[int, Positions] = {}
         self.counts = Counts()
 
-    def run(self) -> Counts:
+    def run(self, progress: bool = False) -> Counts:
         for reader in self._readers:
             self._begin(reader)
-        while self._events and self._done < self._steps:
-            self._now, _, happen = heapq.heappop(self._events)
-            happen()
+        with Progress("simulated steps", self._steps, progress) as bar:
+            while self._events and (before := self._done) < self._steps:
+                self._now, _, happen = heapq.heappop(self._events)
+                happen()
+                if self._done > before:
+                    bar.advance(self._done - before)
         while self._events:  # what was under way
             self._now, _, happen = heapq.heappop(self._events)
             happen()
