@@ -61,8 +61,19 @@ class ResNetTiny(nn.Module):
         maps = cast(Tensor, self.blocks(self.stem(x)))
         if self.norm is None:
             return maps.mean(dim=(2, 3))
-        levels = [F.adaptive_avg_pool2d(maps, level).flatten(1) for level in LEVELS]
-        return cast(Tensor, self.norm(torch.cat(levels, dim=1)))
+        return cast(Tensor, self.norm(_pyramid(maps)))
+
+
+def _pyramid(maps: Tensor) -> Tensor:
+    """Means of (B, C, H, W) at each level's places, (B, sum of C level^2).
+
+    By one product with what adaptive pooling makes of an identity: on a CPU its backward took a tenth of a step.
+    """
+    height, width = maps.shape[2:]
+    identity = torch.eye(height * width, device=maps.device, dtype=maps.dtype).view(1, -1, height, width)
+    weights = torch.cat([F.adaptive_avg_pool2d(identity, level)[0].flatten(1) for level in LEVELS], dim=1)
+    levels = torch.matmul(maps.flatten(2), weights).split([level**2 for level in LEVELS], dim=2)
+    return torch.cat([level.flatten(1) for level in levels], dim=1)
 
 
 def build_encoder(name: str, image_size: int = 224, drop_path_rate: float = 0.0) -> nn.Module:
