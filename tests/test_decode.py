@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image, ImageOps
 
-from dist_ssl.data.decode import FORMATS, BadSample, decode
+from dist_ssl.data.decode import FORMATS, LONGEST, BadSample, centre_crop, decode
 
 MAX = 50_000_000
 
@@ -173,3 +173,15 @@ def test_a_damaged_byte_anywhere_never_raises_anything_else() -> None:
                 damaged[at] = rng.integers(0, 256)
             with contextlib.suppress(BadSample):
                 assert decode(bytes(damaged), MAX).mode == "RGB"
+
+
+def test_a_line_of_pixels_is_not_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *given: sides.append(size) or resize(image, size, *given)
+    )
+    line = Image.new("RGB", (65_000, 1))
+    line.putpixel((32_500, 0), (255, 255, 255))
+    middle = np.asarray(centre_crop(line, 224, 1.0))[:, :, 0]
+    assert (middle[:, 112] == 128).all()  # the pixel begins in the very middle
+    assert sides == [(LONGEST * 224, 224)]

@@ -378,7 +378,7 @@ def test_images_without_labels_get_what_needs_none_and_half_labelled_ones_an_err
     assert "Nearest neighbours in h" in page
     assert "dist-ssl evaluate --weights" in page
     labels = np.array([0, 1, -1])
-    some = features.Features({}, labels, labels)
+    some = features.Features({}, labels, labels, np.zeros(3))
     with pytest.raises(UserError, match="train_shards: expected labelled images, got 1 of 3"):
         evaluate._num_classes(some, some)
 

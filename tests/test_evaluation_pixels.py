@@ -39,14 +39,17 @@ def test_grey_images_are_probed_in_one_channel():
     grey = np.random.default_rng(0).integers(0, 255, (2, 3000, 1, 16), dtype=np.uint8).repeat(3, axis=2)
 
     def parts(images):
-        return [Features({"h": one, PIXELS: one.reshape(3000, 48)}, np.zeros(3000), np.arange(3000)) for one in images]
+        return [
+            Features({"h": one, PIXELS: one.reshape(3000, 48)}, np.zeros(3000), np.arange(3000), np.zeros(3000))
+            for one in images
+        ]
 
     for part, images in zip(in_one_channel(*parts(grey)), grey, strict=True):
         assert np.array_equal(part.layers[PIXELS], images[:, 0])
         assert np.shares_memory(part.layers["h"], images)
     grey[1, 2900, 2, 15] ^= 1  # one number of one image of the second part
     assert [part.layers[PIXELS].shape for part in in_one_channel(*parts(grey))] == [(3000, 48)] * 2
-    without = [Features({"h": grey[0]}, np.zeros(3000), np.arange(3000))]
+    without = [Features({"h": grey[0]}, np.zeros(3000), np.arange(3000), np.zeros(3000))]
     assert in_one_channel(*without) == without
 
 

@@ -65,6 +65,14 @@ def test_images_without_labels_are_all_trained_on(tmp_path: Path) -> None:
     assert counts(str(root)) == [20]
 
 
+def test_a_part_alone_and_a_class_of_a_parts_name(tmp_path: Path) -> None:
+    photo_folder(tmp_path / "train", 2)
+    assert train_and_test(str(tmp_path), LOCAL) == (f"folder:{tmp_path}/train", None)
+    (tmp_path / "bus").mkdir()
+    with pytest.raises(UserError, match=r"its folder train could be a part or a class; .*: rename it"):
+        train_and_test(str(tmp_path), LOCAL)
+
+
 @pytest.mark.parametrize(
     ("data", "expected"), [("none", "no such folder"), ("idx:a:b", "by --set data.shards=idx:a:b")]
 )

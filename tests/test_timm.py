@@ -13,6 +13,7 @@ from dist_ssl import checkpoint
 from dist_ssl.config import UserError
 from dist_ssl.engine import optimizers
 from dist_ssl.evaluation import evaluate
+from dist_ssl.evaluation.frozen import with_batch_statistics
 from dist_ssl.models import GlobalBatchNorm, Rows, build_encoder, build_model, build_teacher, from_timm
 from dist_ssl.models.drop_path import DropPath
 from dist_ssl.planning import before_start
@@ -119,6 +120,13 @@ def test_other_sizes_are_resampled_to_or_refused(tmp_path):
         build_model(timm_config(tmp_path, "", "timm/mixer_s16_224", 32, two_sizes))
     with pytest.raises(UserError, match=r"evaluation\.image_size: timm/mixer_s16_224 does not take .* 48 x 48"):
         build_encoder("timm/mixer_s16_224", 32)(torch.randn(1, 3, 48, 48))
+
+
+def test_statistics_are_those_of_images_of_a_side_that_is_new():
+    encoder = build_encoder("timm/resnet18", 32)
+    with_batch_statistics(encoder, [3 + torch.randn(8, 3, 64, 64) for _ in range(2)])
+    assert (encoder.bn1.num_batches_tracked, encoder.bn1.training) == (2, False)
+    assert encoder.bn1.running_mean.abs().mean() > 0.1
 
 
 @pytest.mark.parametrize("encoder", [NORMED, pytest.param(TINY, marks=pytest.mark.slow)])

@@ -27,6 +27,7 @@ FORMATS = {
     "BMP": ("bmp",),
     "GIF": ("gif",),
 }
+LONGEST = 4  # times the shorter side: what is centre-cropped is not resized beyond it
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 
@@ -107,6 +108,11 @@ def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], size: in
 
 def centre_crop(image: Image.Image, size: int, ratio: float) -> Image.Image:
     """(size, size) out of the middle, after a resize of the shorter side to size * ratio."""
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:  # a line of pixels would be resized to gigabytes
+        width, height = (min(side, longest) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     shorter = round(size * ratio)
     scale = shorter / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

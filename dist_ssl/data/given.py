@@ -45,8 +45,9 @@ def _found(data: str, config: StorageConfig) -> tuple[str, str | None]:
     """The locations of the two parts of `data`; None where there is no test part.
 
     Shards: DATA/train and DATA/test, as `shards write --test-fraction` makes them, or DATA alone. Images: the folders
-    `train` and `test` (or `val`) where there are such, else a tenth is held out of class folders, and nothing of
-    images without labels. Images that are not indexed yet are indexed here, where they are. Raises UserError.
+    `train` and `test` (or `val`), or `train` alone, where there are such, else a tenth is held out of class folders,
+    and nothing of images without labels. Images that are not indexed yet are indexed here, where they are. Raises
+    UserError.
     """
     folder = data.removeprefix("folder:").rstrip("/")
     if data.startswith("idx:"):
@@ -58,14 +59,19 @@ def _found(data: str, config: StorageConfig) -> tuple[str, str | None]:
         return data, None
     if not os.path.isdir(folder):
         raise UserError(f"--data {data}: no such folder; expected one of images, or one that `shards write` filled")
-    parts = [f"{folder}/{name}" for name in PARTS if os.path.isdir(f"{folder}/{name}")]
-    if len(parts) > 1 and parts[0] == f"{folder}/train":
-        train, test = (f"folder:{part}" for part in parts[:2])
-        for part in (train, test):
+    folders = {path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")}
+    parts = [name for name in PARTS if name in folders]
+    if "train" in parts and (len(parts) > 1 or len(folders) == 1):
+        found = [f"folder:{folder}/{name}" for name in parts[:2]]
+        for part in found:
             _index(part, config)
-        return train, test
-    has_classes = any(path.is_dir() and not path.name.startswith(".") for path in Path(folder).iterdir())
-    if not has_classes:
+        return found[0], found[1] if len(found) > 1 else None
+    if named := {"train", "test"} & folders:  # folder:DIR/train would be that folder, not the part
+        raise UserError(
+            f"--data {data}: its folder {min(named)} could be a part or a class; expected train and test (or val), "
+            "or classes of other names: rename it"
+        )
+    if not folders:
         _index(f"folder:{folder}", config)
         log.info("%s: no class folders, so all images are trained on and none is held out", data)
         return f"folder:{folder}", None

@@ -126,6 +126,7 @@ def index_shards(
                     "%s: %d samples have no image and are left out, such as %s", shard.url, len(missing), missing[0]
                 )
     url, details = storage.join(folder, MANIFEST), {"source": location, "without_image": without_image}
+    details |= {"json_label": json_label} if json_label is not None else {}
     if part is not None:
         options = {"checksums": checksums, "json_label": json_label}
         url, details = parts.url_of(folder, part), details | parts.details_of(part, urls, options)

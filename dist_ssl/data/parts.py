@@ -79,6 +79,7 @@ def merge(folder: str, config: StorageConfig) -> Manifest:
     if len(parts) > num_parts or firsts != [0, *ends[:-1]] or ends[-1] != total:
         raise UserError(f"{folder}: its parts overlap, or leave a gap; remove them and index again")
     details = {"source": parts[0].details["source"]}
+    details |= {key: value for key, value in parts[0].details.items() if key == "json_label" and value is not None}
     details["without_image"] = sum(int(part.details["without_image"]) for part in parts)
     merged = Manifest(
         storage.join(folder, MANIFEST), tuple(shard for part in parts for shard in part.shards), (), details

@@ -33,6 +33,7 @@ from dist_ssl.evaluation.intervals import difference, summarize
 from dist_ssl.evaluation.knn import knn_predict
 from dist_ssl.evaluation.linear import LinearResult, Rows, linear_probe
 from dist_ssl.evaluation.results import FILE, FORMAT, Stored, accuracy_matrix, place, step_folder, versions, write_json
+from dist_ssl.storage import redact
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ def evaluate(subject: Subject, device: torch.device) -> Stored:
     """
     started, config = time.monotonic(), subject.config
     train, test = (feature_files.open_split(name, config, device) for name in ("train", "test"))
+    _check_classes(train, test)
     folder = place(subject.folder, subject.name, (train.manifest.hash, test.manifest.hash), subject.is_teacher)
     folder = distributed.broadcast_object(folder)  # another rank may see an older state of a shared folder
     for readable in filter(None, (subject.trained, subject.untrained)):
@@ -129,7 +131,7 @@ def evaluate(subject: Subject, device: torch.device) -> Stored:
             "head": config.model.head.model_dump() if subject.trained.head is not None else None,
             "encoder_digest": proofs[0],
             "layers": list(train_features.layers),
-            "data": _data(train, test, num_classes),
+            "data": _data(train, test, num_classes, (train_features, test_features)),
             "ranks": distributed.world_size(),
         }
         results |= _probe(subject.trained, train, test, train_features, test_features, num_classes, folder)
@@ -269,6 +271,17 @@ def calibration_batches(train: Split) -> Any:
             yield train.pixels(batch.images)
 
 
+def _check_classes(train: Split, test: Split) -> None:
+    """Raises UserError where a number is one class in one part and another one in the other."""
+    for number, (one, other) in enumerate(zip(train.manifest.classes, test.manifest.classes, strict=False)):
+        if one != other:
+            raise UserError(
+                f"evaluation.train_shards and test_shards number classes differently: class {number} is {one!r} in "
+                f"{redact(train.manifest.url)} and {other!r} in {redact(test.manifest.url)}; give both the same class "
+                "folders (an empty one counts), then index or write them again"
+            )
+
+
 def _num_classes(train: Features, test: Features) -> int:
     """Classes of both splits; 0 where no image has a label, which leaves head information and pictures."""
     labels = {"train": train.labels, "test": test.labels}
@@ -285,7 +298,7 @@ def _num_classes(train: Features, test: Features) -> int:
     return int(max(values.max() for values in labels.values())) + 1
 
 
-def _data(train: Split, test: Split, num_classes: int) -> dict[str, Any]:
+def _data(train: Split, test: Split, num_classes: int, features: tuple[Features, Features]) -> dict[str, Any]:
     settings = train.config.evaluation
     return {
         "train_shards": settings.train_shards,
@@ -294,6 +307,7 @@ def _data(train: Split, test: Split, num_classes: int) -> dict[str, Any]:
         "test_manifest": test.manifest.hash,
         "train_images": train.manifest.num_samples,
         "test_images": test.manifest.num_samples,
+        "replaced_images": [int(part.replaced.sum()) for part in features],  # bad ones, of either
         "num_classes": num_classes,
         "class_names": list(train.manifest.classes or ()),
         "image_size": train.image_size,

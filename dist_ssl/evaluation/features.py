@@ -34,6 +34,7 @@ from dist_ssl.evaluation.frozen import Readable
 log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 1024
+COLUMNS = ("labels", "sample_ids", "replaced")
 PIXELS = "pixels"  # the layer that is no layer: the images as they are, of numbers from 0 to 255
 
 
@@ -88,13 +89,29 @@ def open_split(name: str, config: Config, device: torch.device) -> Split:
     return Split(name, load_manifest(url, config.storage), config, device)
 
 
+def in_batches_of(images: int, config: Config, num_workers: int) -> Config:
+    """A run's config for its stream in other batches, which need not divide into what a training divides its into."""
+    changed: dict[str, Any] = {
+        "train": {"global_batch_size": images},
+        "objective": {"chunks": 1},
+        "data": {"num_workers": num_workers},
+    }
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=values) for section, values in changed.items()}
+    )
+
+
 @dataclass(frozen=True)
 class Features:
-    """Memory-mapped layers {name: (n, D) float32; pixels: uint8}, labels (n,) and sample_ids (n,) of a split."""
+    """Memory-mapped layers {name: (n, D) float32; pixels: uint8}, labels (n,) and sample_ids (n,) of a split.
+
+    `replaced` (n,): 1 where another image of its shard stands for one that could not be decoded, else 0.
+    """
 
     layers: dict[str, np.ndarray]
     labels: np.ndarray
     sample_ids: np.ndarray
+    replaced: np.ndarray
 
 
 def extract(
@@ -104,6 +121,7 @@ def extract(
 
     `digests` names what is read, so that a folder of another encoder's features is not taken for this one's. At most
     a batch of features is in memory. `pixels`: the images too. Collective; an error on one rank is raised on all.
+    Raises UserError where more than data.max_bad_fraction of the images are bad, however many starts read them.
     """
     meta = {
         "digests": digests,
@@ -115,6 +133,8 @@ def extract(
         "block_rows": BLOCK_ROWS,
         "dims": layer_dims(split, readables) | ({PIXELS: 3 * split.image_size**2} if pixels else {}),
     }
+    if (label := split.manifest.details.get("json_label")) is not None:
+        meta["json_label"] = label  # no part of the manifest's hash
     error = None
     if distributed.rank() == 0:
         try:
@@ -131,7 +151,9 @@ def extract(
     except Exception as failure:
         error = failure
     distributed.raise_together(error)
-    return open_features(folder)
+    features = open_features(folder)
+    _check_replaced(split, int(features.replaced.sum()))
+    return features
 
 
 def open_features(folder: Path) -> Features:
@@ -141,9 +163,19 @@ def open_features(folder: Path) -> Features:
     dims = json.loads((folder / "meta.json").read_text())["dims"]
     return Features(
         {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in dims},
-        np.load(folder / "labels.npy"),
-        np.load(folder / "sample_ids.npy"),
+        *(np.load(folder / f"{name}.npy") for name in COLUMNS),
     )
+
+
+def _check_replaced(split: Split, bad: int) -> None:
+    rows, limit = split.manifest.num_samples, split.config.data.max_bad_fraction
+    if bad > limit * rows:
+        raise UserError(
+            f"evaluation.{split.name}_shards: {bad} of {rows} images are bad, more than data.max_bad_fraction = "
+            f"{limit:g} of them; leave them out, as `dist-ssl shards write` does, or raise it"
+        )
+    if bad and distributed.rank() == 0:
+        log.warning("%s images: %d of %d are bad; for each another of its shard counts twice", split.name, bad, rows)
 
 
 def in_one_channel(*parts: Features) -> list[Features]:
@@ -169,6 +201,8 @@ def layer_dims(split: Split, readables: list[Readable]) -> dict[str, int]:
 def _prepare(folder: Path, meta: dict[str, Any]) -> None:
     marker = folder / "meta.json"
     if marker.exists() and json.loads(marker.read_text()) == meta and (folder / "done.bin").exists():
+        if not (folder / "replaced.npy").exists():  # of an older version, which did not count
+            np.save(folder / "replaced.npy", np.zeros(meta["rows"], np.int64))
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -176,7 +210,7 @@ def _prepare(folder: Path, meta: dict[str, Any]) -> None:
     for name, dim in meta["dims"].items():
         dtype = np.uint8 if name == PIXELS else np.float32
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(rows, dim))
-    for name in ("labels", "sample_ids"):
+    for name in COLUMNS:
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.int64, shape=(rows,))
     (folder / "done.bin").write_bytes(bytes(-(-rows // BLOCK_ROWS)))
     marker.write_text(json.dumps(meta))  # last: a folder without it is not resumed
@@ -197,14 +231,19 @@ def _fill(split: Split, readables: list[Readable], folder: Path, start: int, sto
     writers: dict[str, RowWriter] = {}
     done = os.open(folder / "done.bin", os.O_WRONLY)
     batches = split.batches(start, stop)
-    row, marked = start, start // BLOCK_ROWS
+    row, marked, told = start, start // BLOCK_ROWS, False
     try:
         with Progress(f"features of the {split.name} images", stop - start, distributed.rank() == 0) as progress:
             for batch in batches:
                 with torch.inference_mode():
                     pixels = split.pixels(batch.images)
                     outputs = {k: v.float().cpu().numpy() for r in readables for k, v in r.read(pixels).items()}
-                outputs |= {"labels": batch.labels.numpy(), "sample_ids": batch.sample_ids.numpy()}
+                replaced = np.isin(np.arange(len(batch.labels)), batch.replaced)
+                columns = (batch.labels.numpy(), batch.sample_ids.numpy(), replaced.astype(np.int64))
+                outputs |= dict(zip(COLUMNS, columns, strict=True))
+                for one in batch.quarantined[:1] if not told else ():
+                    told = True
+                    log.warning("bad, and maybe not alone: %s: %s: %s", one["shard"], one["key"], one["reason"])
                 if (folder / f"{PIXELS}.npy").exists():
                     outputs[PIXELS] = batch.images.flatten(1).numpy()
                 for name, values in outputs.items():

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_ssl import augment
-from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
 from dist_ssl.data import stream
 from dist_ssl.data.manifest import load_manifest
-from dist_ssl.evaluation.features import Features, Split
+from dist_ssl.evaluation.features import Features, Split, in_batches_of
 from dist_ssl.evaluation.knn import nearest
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def pictures(test: Split, features: Features) -> dict[str, np.ndarray]:
     place = {int(row): position for position, row in enumerate(kept)}
     found["queries"] = queries
     for name in ("queries", *(name for name in found if name.startswith("neighbours_"))):
-        found[name] = np.vectorize(place.__getitem__)(found[name])
+        found[name] = np.vectorize(place.__getitem__, otypes=[np.int64])(found[name])
     views = views_as_trained(test.config)
     if views is not None:
         found["views"] = views
@@ -92,8 +91,7 @@ def views_as_trained(config: Config) -> np.ndarray | None:
     if not config.data.shards:
         return None
     images = max(VIEWS // config.augment.num_views, 4)
-    keys = [f"train.global_batch_size={images}", "objective.chunks=1", "data.num_workers=0"]
-    few = configuration.with_overrides(config, keys)
+    few = in_batches_of(images, config, num_workers=0)
     try:
         manifest = load_manifest(few.data.shards, few.storage)
         place = {"cursor": 0, "first_step": 0, "num_steps": 1, "rank": 0, "world_size": 1}

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_ssl import augment, distributed
-from dist_ssl import config as configuration
 from dist_ssl.config import AugmentConfig, UserError, ViewsConfig
 from dist_ssl.data import stream
 from dist_ssl.data.progress import track
-from dist_ssl.evaluation.features import Split, layer_dims
+from dist_ssl.evaluation.features import Split, in_batches_of, layer_dims
 from dist_ssl.evaluation.frozen import Readable
 
 BATCH, MIN_SCALE = 1024, 0.08
@@ -113,15 +112,10 @@ def learn(
 
 def _streamed(train: Split, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of each global batch, through the pretraining's own stream, of one view."""
-    config = configuration.with_overrides(
-        train.config,
-        [
-            f"train.global_batch_size={batch_size}",
-            f"run.seed={seed}",
-            "objective.chunks=1",
-            f"data.num_workers={train.config.evaluation.num_workers}",
-        ],
-    ).model_copy(update={"augment": _crop_and_flip(train)})
+    run = train.config.run.model_copy(update={"seed": seed})
+    config = in_batches_of(batch_size, train.config, train.config.evaluation.num_workers).model_copy(
+        update={"augment": _crop_and_flip(train), "run": run}
+    )
     place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = stream.training_batches(config, train.manifest, cursor=0, first_step=0, num_steps=steps, **place)
     with batches:

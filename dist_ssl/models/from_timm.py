@@ -46,7 +46,7 @@ def check_side(encoder: Any, side: int, key: str) -> None:
     """Try images of a side, on fake tensors, and set `output_dim`. Raises UserError, naming the config's key."""
     if side in encoder.known_sides:
         return
-    was_training, device = encoder.training, next(encoder.parameters()).device
+    modes, device = [(module, module.training) for module in encoder.modules()], next(encoder.parameters()).device
     encoder.eval()
     told = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, told.disabled = told.disabled, True  # of a shape that does not fit it would log a page
@@ -62,7 +62,8 @@ def check_side(encoder: Any, side: int, key: str) -> None:
     finally:
         told.disabled = was_disabled
         encoder.train()  # which also empties what some models keep for evaluation
-        encoder.train(was_training)
+        for module, training in modes:
+            module.training = training
     if not isinstance(h, Tensor) or h.dim() != 2:
         raise UserError(f"model.encoder: {TIMM}{encoder.timm_name} gives no (B, D) vectors; take another one")
     encoder.output_dim = h.shape[1]  # num_features is another number where a layer follows the pooling

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -123,13 +124,13 @@ def _build_predictor(config: Config, z_dim: int) -> ProjectionHead | None:
 def _recompute_in_backward(block: nn.Module) -> None:
     """Keep only the block's input for backward (Chen et al. 2016); parameter names stay as they are.
 
-    Batch norm sees by itself that it is computed again, and counts its batch once.
+    Batch norm sees by itself that it is computed again, and counts its batch once. A deep copy of the block, unlike one
+    of a closure, has its own forward in it.
     """
-    forward = block.forward
+    block.forward = partial(_checkpointed, block.forward)
 
-    def checkpointed(*inputs: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return cast(Tensor, forward(*inputs))
-        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False))
 
-    block.forward = checkpointed
+def _checkpointed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False)
