@@ -15,8 +15,9 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from dist_ssl.data.decode import FORMATS, LONGEST, BadSample, centre_crop, decode
+from dist_ssl.data.decode import FORMATS, LONGEST, BadSample, centre_crop, crop_and_resize, decode, ending_of
 
 MAX = 50_000_000
 
@@ -100,12 +101,36 @@ def test_tiffs_of_every_depth() -> None:
         found = decode(encoded(image, "TIFF"), MAX)
         assert np.array_equal(np.asarray(found), np.asarray(expected.convert("RGB"))), image.mode
     for image in (Image.fromarray(grey.astype(np.int32)), Image.fromarray(grey.astype(np.float32))):
-        with pytest.raises(BadSample, match=f"mode {image.mode}; expected 8 bits a channel"):
-            decode(encoded(image, "TIFF"), MAX)
+        for options in ({}, {"tiffinfo": {700: b"<x:xmpmeta/>"}}):
+            with pytest.raises(BadSample, match=f"mode {image.mode}; expected 8 bits a channel"):
+                decode(encoded(image, "TIFF", **options), MAX)
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = decode(encoded(PICTURE, "TIFF", exif=exif), MAX)
     assert np.array_equal(np.asarray(turned), np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_pictures_of_a_phone_are_jpegs() -> None:
+    """Pillow calls those that hold another picture MPO."""
+    data = encoded(PICTURE, "MPO", save_all=True, append_images=[GREY.convert("RGB")])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert ending_of(data) == "jpg"
+    assert np.array_equal(np.asarray(decode(data, MAX)), np.asarray(decode(encoded(PICTURE, "JPEG"), MAX)))
+
+
+def test_ending_is_told_by_content() -> None:
+    assert [ending_of(encoded(PICTURE, kind)) for kind in FORMATS] == ["jpg", "png", "webp", "tif", "bmp", "gif"]
+    assert ending_of(png_header(20_000, 20_000)) == "png"
+    assert ending_of(EPS) == "jpg"
+
+
+def test_the_limit_of_pixels_is_ours_where_it_is_higher_than_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadSample, match="DecompressionBombError"):
+        decode(encoded(PICTURE, "PNG"), 999)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    image = decode(encoded(PICTURE, "PNG"), MAX)
+    crop_and_resize(image, (0, 0, 40, 60), 8)  # where Pillow looks at the size again
 
 
 def tiff_of_one_tile(side: int, tile: int) -> bytes:
@@ -126,6 +151,9 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert expected is not None
     assert np.array_equal(np.asarray(decode(data, MAX)), np.asarray(expected))
     assert decode(encoded(PICTURE, "JPEG", exif=exif), MAX).size == ((40, 60) if orientation > 4 else (60, 40))
+    raw, text = exif.tobytes(), PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)  # as ImageMagick writes it
+    assert np.array_equal(np.asarray(decode(encoded(PICTURE, "PNG", pnginfo=text), MAX)), np.asarray(expected))
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/tmp/owned) (w) file\nshowpage\n"

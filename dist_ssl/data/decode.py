@@ -11,7 +11,6 @@ integers and floats) have no known white, and are refused.
 from __future__ import annotations
 
 import io
-import sys
 import warnings
 
 import numpy as np
@@ -47,13 +46,18 @@ def check_header(data: bytes, max_pixels: int) -> None:
 
 
 def ending_of(data: bytes) -> str:
-    """How files of an image's format are called, by its content. Raises BadSample."""
-    return FORMATS[str(_read(data, sys.maxsize, header_only=True).format)][0]
+    """How files of an image's format are called, by its first bytes; of what is no image, one as good as any."""
+    Image.init()  # Pillow knows a format once it is asked for
+    accepts = {kind: Image.OPEN[kind][1] for kind in FORMATS if kind in Image.OPEN}
+    return next((FORMATS[kind][0] for kind, accept in accepts.items() if accept and accept(data[:16])), ENDINGS[0])
 
 
 def _read(data: bytes, max_pixels: int, header_only: bool) -> Image.Image:
     if not data:
         raise BadSample("empty")
+    # Pillow's limit holds for the process, and at later crops too. It is raised only where ours is higher.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is decided here: sizes, odd EXIF, transparency
@@ -85,12 +89,13 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    if "exif" in image.info or "xmp" in image.info:
+    kind = image.format  # a turned one has none
+    if not image.info.keys().isdisjoint(("exif", "xmp", "Raw profile type exif")):
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     # Pillow before 12 calls a PNG's 16-bit grey "I"; a TIFF's "I" has 32 bits.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind != "TIFF"):
         # convert("RGB") would clip all above 255 to white.
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):

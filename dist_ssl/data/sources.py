@@ -22,7 +22,7 @@ from PIL import Image
 
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data import idx, shapes
-from dist_ssl.data.decode import ENDINGS, BadSample, ending_of
+from dist_ssl.data.decode import ENDINGS, ending_of
 from dist_ssl.data.parquet import ParquetImages
 
 PARTS = ("train", "test", "val")  # names of folders that hold class folders, and are none
@@ -320,20 +320,12 @@ class ParquetSource:
 
     def read(self, indices: Sequence[int]) -> list[SourceSample]:
         return [
-            SourceSample(f"{index:08d}", image, _ending(image), label, path=place)
+            SourceSample(f"{index:08d}", image, ending_of(image), label, path=place)
             for index, (image, label, place) in zip(indices, self._images.read(indices), strict=True)
         ]
 
     def digests(self, indices: Sequence[int]) -> list[bytes]:
         return [hashlib.sha256(image).digest() for image, _, _ in self._images.read(indices)]
-
-
-def _ending(image: bytes) -> str:
-    """Of what is no image, one that is as good as any: it is left out when it is looked at."""
-    try:
-        return ending_of(image)
-    except BadSample:
-        return ENDINGS[0]
 
 
 def _open_torchvision(name: str, root: str) -> Any:
