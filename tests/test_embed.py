@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.data.decode import BadSample
 from dist_ssl.data.in_place_index import index_in_place
 from dist_ssl.data.manifest import read_member_index
-from dist_ssl.evaluation.embed import embed, images_in, load_encoder
+from dist_ssl.evaluation.embed import embed, images_in, load_encoder, write_embeddings
 from dist_ssl.evaluation.features import Split
 from tests import engines
 from tests.pool import ranks
@@ -76,8 +77,11 @@ def test_parquet(trained: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["embed", str(trained), str(root), str(out)]).exit_code == 0
     table = parquet.read_table(out)
     assert table["path"].to_pylist() == images_in(root)
-    h = embed(load_encoder(trained, device="cpu"), root)
+    encoder = load_encoder(trained, device="cpu")
+    h = embed(encoder, root)
     np.testing.assert_allclose(np.array(table["h"].to_pylist()), h, atol=1e-6)
+    write_embeddings(out, h[:1], [os.fsdecode(b"caf\xe9/1.jpg")], encoder)
+    assert parquet.read_table(out)["path"].to_pylist() == [r"caf\udce9/1.jpg"]
 
 
 @pytest.mark.parametrize(

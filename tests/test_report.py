@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -203,6 +204,11 @@ def test_nothing_in_it_runs_or_loads(tmp_path):
     for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):
         assert attribute.startswith("data:image/jpeg;base64,")
     assert "default-src 'none'" in html
+
+
+def test_a_class_folder_whose_name_is_no_utf8(tmp_path):
+    html = build([a_run(tmp_path / "mine", class_name=os.fsdecode(b"caf\xe9"))]).read_text(encoding="utf-8")
+    assert r"caf\udce9" in html
 
 
 def test_several_runs_are_compared(tmp_path):

@@ -127,7 +127,10 @@ def check_output(file: Path) -> None:
 
 
 def write_embeddings(file: Path, h: NDArray[np.float32], paths: list[str], encoder: Encoder) -> None:
-    """`.npy`: h as (n, D) float32, and beside it a .json with the paths of its rows. `.parquet`: columns path and h."""
+    """`.npy`: h as (n, D) float32, and beside it a .json with the paths of its rows. `.parquet`: columns path and h.
+
+    A byte of a path that is no UTF-8 stands in both as JSON escapes it, such as \\udce9.
+    """
     described: dict[str, Any] = {"encoder": encoder.config.model.encoder, "step": encoder.step}
     described |= {"run": encoder.config.run.dir, "image_size": encoder.config.evaluated_size}
     beside = Store(str(file.absolute().parent), encoder.config.storage)
@@ -139,7 +142,8 @@ def write_embeddings(file: Path, h: NDArray[np.float32], paths: list[str], encod
         return
     pa, parquet = _arrow(file)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(h.reshape(-1)), h.shape[1])
-    table = pa.table({"path": paths, "h": vectors}).replace_schema_metadata({"dist_ssl": json.dumps(described)})
+    texts = [path.encode(errors="backslashreplace").decode() for path in paths]
+    table = pa.table({"path": texts, "h": vectors}).replace_schema_metadata({"dist_ssl": json.dumps(described)})
     parquet.write_table(table, file)
 
 

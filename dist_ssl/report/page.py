@@ -62,7 +62,7 @@ def write_page(title: str, parts: list[str], output: Path, reload_seconds: float
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
+    temporary.write_text(html, encoding="utf-8", errors="backslashreplace")  # names of folders are any bytes
     os.replace(temporary, output)
     return output
 
