@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def absolute(config: Config) -> Config:
         "evaluation.test_shards": config.evaluation.test_shards,
     }
     made = {key: absolute_location(path) for key, path in keys.items() if path}
-    return configuration.with_overrides(config, [f"{key}={json.dumps(path)}" for key, path in made.items()])
+    return configuration.with_overrides(config, [configuration.override(*one) for one in made.items()])
 
 
 def check_run(config: Config, num_ranks: int, same_environment: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import re
 import sys
@@ -42,7 +41,7 @@ def combinations(base: Config, keys: list[str]) -> list[list[str]]:
     for combination in itertools.product(*choices):
         parts = [f"{name}={choice.partition('=')[2]}" for name, choice in zip(names, combination, strict=True)]
         folder = re.sub(r"[^\w=.+-]", "-", "_".join(parts))
-        runs.append([*combination, f"run.dir={json.dumps(str(Path(base.run.dir) / folder))}"])
+        runs.append([*combination, configuration.override("run.dir", str(Path(base.run.dir) / folder))])
     if len({run[-1] for run in runs}) < len(runs):
         raise UserError(f"--sweep {' --sweep '.join(keys)}: expected values whose letters and digits differ")
     return runs

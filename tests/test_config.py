@@ -1,5 +1,6 @@
 """Config: strictness, errors that name key, file and nearest key, round trips, and every file in configs/."""
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -137,6 +138,15 @@ def test_overrides(tmp_path):
     for bad in ("train.stepz=5", "steps=5", "train.steps"):
         with pytest.raises(UserError):
             config.load(path, [bad])
+
+
+def test_an_override_that_is_made_holds_its_value():
+    for shards in ("a b", "photos 📷", 'say "é\\" \n\x7f', "", os.fsdecode(b"caf\xe9")):
+        made = config.with_overrides(config.Config(), [config.override("evaluation.train_shards", shards)])
+        assert made.evaluation.train_shards == shards
+    settings = {"evaluation.probes": ["knn"], "augment.mean": [0.1, 0.2, 0.3], "data.ledger": True}
+    made = config.with_overrides(config.Config(), [config.override(*one) for one in settings.items()])
+    assert (made.evaluation.probes, made.augment.mean, made.data.ledger) == (["knn"], (0.1, 0.2, 0.3), True)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def test_shards_are_their_two_folders(tmp_path: Path) -> None:
     assert counts(f"{tmp_path}/") == [30, 10]
     assert train_and_test(f"{tmp_path}/train", LOCAL) == (f"{tmp_path}/train", None)
     assert train_and_test("s3://bucket/photos", LOCAL) == ("s3://bucket/photos/train", "s3://bucket/photos/test")
+    config = configuration.with_overrides(Config(), training_overrides("s3://bucket/📷", LOCAL))
+    assert (config.data.shards, config.evaluation.test_shards) == ("s3://bucket/📷/train", "s3://bucket/📷/test")
 
 
 @pytest.mark.parametrize("test", ["test", "val"])

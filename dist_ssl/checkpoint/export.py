@@ -28,7 +28,7 @@ class NormStatistics:
 def read_run_config(run_dir: str | Path) -> Config:
     """The resolved config of a run directory. Raises UserError where there is none."""
     saved = config_module.load(config_path(run_dir))
-    return config_module.with_overrides(saved, [f"run.dir={json.dumps(str(run_dir))}"])
+    return config_module.with_overrides(saved, [config_module.override("run.dir", str(run_dir))])
 
 
 def read_model_state(checkpoint: Checkpoint, teacher: bool = False) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ from dist_ssl.config.sections import (
     ViewPolicy,
     ViewsConfig,
 )
-from dist_ssl.config.writing import choices, dumps, dumps_with_origins, explain, explain_page, known_keys
+from dist_ssl.config.writing import choices, dumps, dumps_with_origins, explain, explain_page, known_keys, override
 
 __all__ = [
     "AS_WIDE_AS_H",
@@ -103,6 +103,7 @@ __all__ = [
     "load",
     "loads",
     "origins",
+    "override",
     "require",
     "resume_diff",
     "total_steps",

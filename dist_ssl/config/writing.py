@@ -72,6 +72,11 @@ def dumps_with_origins(config: Config, origins: dict[str, str]) -> str:
     return _toml(values, lambda key: origins.get(key, "default"))
 
 
+def override(key: str, value: Any) -> str:
+    """`section.key=value` as `load` and `with_overrides` take it, the value as TOML."""
+    return f"{key}={_inline(value)}"
+
+
 def explain(section: str | None = None) -> list[str]:
     """A line for each key, or for those of one section: key, type, default, description, in columns.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from dist_ssl import storage
-from dist_ssl.config import StorageConfig, UserError
+from dist_ssl.config import StorageConfig, UserError, override
 from dist_ssl.config.environment import ranks_in_environment
 from dist_ssl.data.in_place_index import index_in_place
 from dist_ssl.data.manifest import MANIFEST, load_manifest, manifest_folder
@@ -27,7 +26,7 @@ def training_overrides(data: str, config: StorageConfig) -> list[str]:
     train, test = train_and_test(data, config)
     # Without a test part an empty one: a config's own is of other images.
     values = {"data.shards": train, "evaluation.train_shards": train, "evaluation.test_shards": test or ""}
-    return [f"{key}={json.dumps(place)}" for key, place in values.items()]
+    return [override(key, place) for key, place in values.items()]
 
 
 def train_and_test(data: str, config: StorageConfig) -> tuple[str, str | None]:

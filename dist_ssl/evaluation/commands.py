@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from dist_ssl.config import Config, StorageConfig, UserError, load, with_overrides
+from dist_ssl.config import Config, StorageConfig, UserError, load, override, with_overrides
 from dist_ssl.config.environment import rank_in_environment, ranks_in_environment, started_by_local_launcher
 from dist_ssl.data.commands import Overrides
 from dist_ssl.storage.layout import config_path
@@ -111,19 +111,19 @@ def _settings(one: DataSet, probes: str | None, teacher: bool) -> list[str]:
     """What the options say, as overrides of a config."""
     values: dict[str, Any] = {"train_shards": one.train, "test_shards": one.test, "teacher": teacher or None}
     values["probes"] = None if probes is None else [probe for probe in probes.split(",") if probe]
-    return [f"evaluation.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    return [override(f"evaluation.{key}", value) for key, value in values.items() if value is not None]
 
 
 def _config_of(weights: Path, encoder: str, config: Path | None, settings: list[str]) -> Config:
     """The config of the evaluation of a file of weights: that of the JSON that `export` writes beside it."""
     if config is not None:
-        return with_overrides(load(config), [f"model.encoder={json.dumps(encoder)}", *settings])
+        return with_overrides(load(config), [override("model.encoder", encoder), *settings])
     # What a head keeps is nobody's question about weights without one, until it is asked.
-    unasked = [f"model.encoder={json.dumps(encoder)}", 'evaluation.probes=["linear", "knn"]']
+    unasked = [override("model.encoder", encoder), 'evaluation.probes=["linear", "knn"]']
     with contextlib.suppress(OSError, ValueError, TypeError):
         told = dict(json.loads(weights.with_suffix(".json").read_text()))
         keys = {"evaluation.image_size": "evaluated_size", "augment.mean": "mean", "augment.std": "std"}
-        unasked += [f"{key}={json.dumps(told[name])}" for key, name in keys.items() if name in told]
+        unasked += [override(key, told[name]) for key, name in keys.items() if name in told]
     return with_overrides(Config(), [*unasked, *settings])
 
 

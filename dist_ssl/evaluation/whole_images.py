@@ -6,7 +6,6 @@ meet (Touvron et al. 2019); of many images at once they are exacter too (Wu and 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_ssl.checkpoint import NormStatistics, load_run
-from dist_ssl.config import UserError, with_overrides
+from dist_ssl.config import UserError, override, with_overrides
 from dist_ssl.evaluation.features import Split, open_split
 from dist_ssl.evaluation.frozen import with_batch_statistics
 from dist_ssl.models import GlobalBatchNorm
@@ -37,7 +36,7 @@ def statistics(run_dir: Path, shards: str, step: int | None = None, teacher: boo
     encoder = model.encoder
     if not any(isinstance(module, GlobalBatchNorm) for module in encoder.modules()):
         raise UserError(f"--batch-norm-from: {config.model.encoder} has no batch norm; leave it out")
-    config = with_overrides(config, [f"evaluation.train_shards={json.dumps(shards)}"])
+    config = with_overrides(config, [override("evaluation.train_shards", shards)])
     split = open_split("train", config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     images = _spread(split)
     batches = (split.pixels(batch) for batch in images.tensor_split(max(1, len(images) // BATCH)))
