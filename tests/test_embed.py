@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,21 @@ def test_h_is_that_of_an_evaluation(trained: Path, tmp_path: Path) -> None:
     for pictures in (paths, [Path(path).read_bytes() for path in paths], list(map(Image.open, paths))):
         np.testing.assert_allclose(embed(encoder, pictures), h[:3], atol=1e-5)
     assert not any(module.training for module in encoder.readable.encoder.modules())
+
+
+def test_a_pil_image_is_prepared_as_its_file_is(trained: Path, tmp_path: Path) -> None:
+    """Upright, and of 16 bits the high byte."""
+    grey, exif = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27, Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    encoder, paths = load_encoder(trained, device="cpu"), images_in(tmp_path)
+    opened = list(map(Image.open, paths))
+    np.testing.assert_array_equal(embed(encoder, opened), embed(encoder, paths))
+    assert [image.size for image in opened] == [(60, 40)] * 2  # the caller's are left as they were
+    few = replace(encoder, config=configuration.with_overrides(encoder.config, ["data.max_pixels=2399"]))
+    with pytest.raises(BadSample, match="an image: 60x40 pixels, more than"):
+        embed(few, opened)
 
 
 def test_command_line_and_what_is_bad(trained: Path, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ class BadSample(Exception):
     """A sample that can't be used; the message is the reason that the quarantine log shows."""
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """An RGB image, upright by its EXIF orientation, whatever mode the file has. Raises BadSample."""
+def decode(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
+    """An RGB image, upright by its EXIF orientation, of a file's bytes or of what Pillow made. Raises BadSample."""
     return _read(data, max_pixels, header_only=False)
 
 
@@ -52,7 +52,7 @@ def ending_of(data: bytes) -> str:
     return next((FORMATS[kind][0] for kind, accept in accepts.items() if accept and accept(data[:16])), ENDINGS[0])
 
 
-def _read(data: bytes, max_pixels: int, header_only: bool) -> Image.Image:
+def _read(data: bytes | Image.Image, max_pixels: int, header_only: bool) -> Image.Image:
     if not data:
         raise BadSample("empty")
     # Pillow's limit holds for the process, and at later crops too. It is raised only where ours is higher.
@@ -61,7 +61,7 @@ def _read(data: bytes, max_pixels: int, header_only: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is decided here: sizes, odd EXIF, transparency
-            image: Image.Image = Image.open(io.BytesIO(data), formats=list(FORMATS))
+            image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=list(FORMATS))
             _check_size(image, max_pixels)
             if header_only:
                 return image
@@ -94,8 +94,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
-    # Pillow before 12 calls a PNG's 16-bit grey "I"; a TIFF's "I" has 32 bits.
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind != "TIFF"):
+    # Pillow before 12 calls a PNG's 16-bit grey "I"; any other "I" has 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
         # convert("RGB") would clip all above 255 to white.
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):

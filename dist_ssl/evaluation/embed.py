@@ -107,11 +107,8 @@ def embed(
 def _prepared(encoder: Encoder, picture: Picture) -> NDArray[np.uint8] | BadSample:
     """uint8 (3, S, S)."""
     try:
-        if isinstance(picture, Image.Image):
-            image = picture.convert("RGB")
-        else:
-            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-            image = decode(data, encoder.config.data.max_pixels)
+        data = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
+        image = decode(data, encoder.config.data.max_pixels)
     except (BadSample, OSError) as error:
         name = picture if isinstance(picture, str | Path) else "an image"
         return BadSample(f"{name}: {error}")
