@@ -21,7 +21,7 @@ from dist_ssl.report.curves import curves
 from dist_ssl.report.elements import dots_figure
 from dist_ssl.report.page import build
 from dist_ssl.report.runs import Run, read_run
-from dist_ssl.report.sections import head_information
+from dist_ssl.report.sections import head_information, settings
 from tests import chromium
 
 HOSTILE = '<script>alert("x")</script><img src=https://example.com/a.png onerror=alert(1)>'
@@ -224,6 +224,19 @@ def test_several_runs_are_compared(tmp_path):
         " vicreg 70.0%",
     ):
         assert part in text, part
+
+
+def test_every_key_that_differs_is_told_with_its_values():
+    def differing(*overrides):
+        configs = [configuration.with_overrides(configuration.Config(), one) for one in overrides]
+        html = settings([Run(str(i), Path(str(i)), config, {}, [], None, {}) for i, config in enumerate(configs)])
+        return text_of(html)
+
+    methods = differing(["objective.name=nt_xent"], ["objective.name=vicreg"])
+    for row in ("objective.name nt_xent vicreg", "objective.invariance not set 25.0", "temperature 0.1 not set"):
+        assert row in methods, row
+    byol = ["objective.name=byol"]
+    assert "model.predictor.num_layers not set 3" in differing(byol, [*byol, "model.predictor.num_layers=3"])
 
 
 def test_a_run_without_an_evaluation_and_a_folder_that_is_none(tmp_path):

@@ -14,7 +14,7 @@ from dist_ssl.config.heads import (
     HeadConfig,
     PredictorConfig,
 )
-from dist_ssl.config.loading import load, loads, origins, resume_diff, total_steps, validate, with_overrides
+from dist_ssl.config.loading import flat, load, loads, origins, resume_diff, total_steps, validate, with_overrides
 from dist_ssl.config.methods import (
     METHODS,
     WITH_PREDICTOR,
@@ -99,6 +99,7 @@ __all__ = [
     "dumps_with_origins",
     "explain",
     "explain_page",
+    "flat",
     "known_keys",
     "load",
     "loads",

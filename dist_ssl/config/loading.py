@@ -84,13 +84,18 @@ def with_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> Co
 
 def resume_diff(saved: Config, new: Config) -> list[str]:
     """Lines `key: saved -> new` for what a resumed run may not change; empty when the resume is allowed."""
-    before, after = (_flatten(one.model_dump(exclude_none=True)) for one in (saved, new))
+    before, after = flat(saved), flat(new)
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before | after)
         if before.get(key) != after.get(key)
         and not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER_ON_RESUME)
     ]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, of all keys that are set."""
+    return _flatten(config.model_dump(exclude_none=True))
 
 
 def total_steps(config: Config, num_samples: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from html import escape
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 from dist_ssl import config as configuration
@@ -319,9 +319,9 @@ def settings(runs: list[Run]) -> str:
     if len(runs) == 1:
         text = escape(configuration.dumps(runs[0].config))
         return section("Config", f"<details><summary>config.toml</summary><pre><code>{text}</code></pre></details>")
-    flat = [_flatten(run.config.model_dump()) for run in runs]
-    keys = [key for key in flat[0] if len({str(one.get(key)) for one in flat}) > 1]
-    rows = [[f"<code>{escape(key)}</code>", *(escape(str(one.get(key))) for one in flat)] for key in keys]
+    flat = [configuration.flat(run.config) for run in runs]
+    keys = [key for key in dict.fromkeys(chain(*flat)) if any(one.get(key) != flat[0].get(key) for one in flat)]
+    rows = [[f"<code>{escape(key)}</code>", *(escape(str(one.get(key, "not set"))) for one in flat)] for key in keys]
     return section("What differs in their configs", table(["key", *(escape(run.name) for run in runs)], rows, 99))
 
 
@@ -365,10 +365,3 @@ def _named(data: str) -> str:
 
 def _on_ranks(command: str, ranks: int | None) -> str:
     return f"python -m launch.local {command} --ranks {ranks}" if ranks and ranks > 1 else f"dist-ssl {command}"
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
