@@ -287,6 +287,17 @@ def test_charts_side_by_side_share_an_axis():
     assert place(first, beside=(second,)) == place(second, beside=(first,))
 
 
+def test_a_long_name_leaves_the_axis_its_room():
+    heads = [f"mlp2 activation=silu last_batch_norm={value}" for value in ("false", "true")]
+    dots = [svg.Dot(head, value, value, value) for head, value in zip(heads, (0.2, 0.9), strict=True)]
+    chart = svg.dot_chart(dots, label="")
+    small, large = (float(x) for x in re.findall(r'circle cx="([\d.]+)"', chart))
+    assert large - small > 60
+    assert f"<title>{heads[0]}: 20.0%" in chart
+    drawn = set(re.findall(r'text-anchor="end">(mlp2[^<]*)', chart))
+    assert [len(name) for name in drawn] == [svg.MAX_NAME] * 2
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(not chromium.installed(), reason="Debian's chromium is not installed")
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from html import escape
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 34
 NUM_COLOURS = 8
+MAX_NAME = 20  # letters of a dot's name as drawn: more would leave its axis no room
 MAX_POINTS = 240  # of a curve as drawn: more than a point a pixel only fattens the page
 
 
@@ -119,11 +120,14 @@ def dot_chart(
 ) -> str:
     """A row a value: its name, a dot with its interval as a whisker, the number. `reference` is a dashed line.
 
+    Of a long name both ends are drawn, and the whole is told on hover.
+
     The axis spans the dots of charts `beside` it too, so that they can be compared by eye.
     """
     if not dots:
         return ""
-    row, left, right = 30, max(96, 18 + 8 * max(len(dot.name) for dot in dots)), 62
+    names = [_shortened(dot.name) for dot in dots]
+    row, left, right = 30, max(96, 18 + 8 * max(map(len, names))), 62
     height = 30 + row * len(dots)
     edges = [edge for dot in (*dots, *beside) for edge in (dot.low, dot.high)] + (
         [] if reference is None else [reference]
@@ -151,9 +155,9 @@ def dot_chart(
         parts.append(
             f'<g class="s{dot.colour % NUM_COLOURS}"><title>{escape(title)}</title>'
             f'<line class="whisker" x1="{place(dot.low):.1f}" x2="{place(dot.high):.1f}" y1="{y}" y2="{y}"/>'
-            f'<circle cx="{place(dot.value):.1f}" cy="{y}" r="5"/></g>'
+            f'<circle cx="{place(dot.value):.1f}" cy="{y}" r="5"/>'
+            f"{_text(left - 10, y + 4, names[position], 'end', 'name')}</g>"
         )
-        parts.append(_text(left - 10, y + 4, dot.name, "end", "name"))
         parts.append(_text(WIDTH - 2, y + 4, shown(dot.value), "end", "name"))
     return _svg(parts, height, label)
 
@@ -274,6 +278,11 @@ def _curve(frame: _Frame, one: Series, marks: bool, below: int) -> str:
                 f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5"><title>{escape(one.name)}: {number(value)}</title></circle>'
             )
     return "".join(parts) + "</g>"
+
+
+def _shortened(name: str) -> str:
+    half = MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _y_axis(frame: _Frame) -> str:
