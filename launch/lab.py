@@ -19,6 +19,7 @@ from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError
 from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.lab import Cell, cell_config, checked_cells, data_folder, lab_section
+from dist_ssl.planning.before_start import has_labels
 from launch import child
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def run(config: Config, only: int | None = None) -> list[Cell]:
     if only is not None and not 0 <= only < len(grid):
         raise UserError(f"--cell {only}: expected 0 to {len(grid) - 1}, the lab has {len(grid)} cells")
     _prepare_data(config)
+    _check_labels(cell_config(config, grid[0]))
     chosen = grid if only is None else [grid[only]]
     for number, cell in enumerate(chosen):
         if cell.results() is None:
@@ -70,6 +72,18 @@ def _prepare_data(config: Config) -> None:
             return
         write_shards(
             source, str(folder), config.storage, seed=config.run.seed, test_fraction=lab.test_fraction, progress=True
+        )
+
+
+def _check_labels(config: Config) -> None:
+    """Raises UserError where no probe could say anything of any cell."""
+    from dist_ssl.data.manifest import load_manifest
+
+    probes, shards = config.evaluation.probes, str(config.evaluation.train_shards)
+    if "head_information" not in probes and not has_labels(load_manifest(shards, config.storage), config.storage):
+        raise UserError(
+            f"lab: expected labelled images for evaluation.probes = {', '.join(probes)}, got none in {shards} with a "
+            'label; take class folders, or the probe "head_information", which compares heads without labels too'
         )
 
 

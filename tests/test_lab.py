@@ -14,9 +14,12 @@ from typer.testing import CliRunner
 from dist_ssl import config as configuration
 from dist_ssl.config import UserError
 from dist_ssl.evaluation import lab
-from dist_ssl.evaluation.lab_summary import summarize_lab, to_json
+from dist_ssl.evaluation.lab_summary import show, summarize_lab, to_json
+from dist_ssl.evaluation.results import write_json
 from dist_ssl.report import lab_page
 from launch import lab as laboratory
+from tests.test_report import a_result
+from tests.test_shards import photo_folder
 
 TINY = {
     "data": {"num_workers": 0, "streams": 2},
@@ -197,6 +200,26 @@ def test_of_the_cells_of_a_job_array_one_writes_the_data_and_the_others_wait(tmp
         assert not lab.data_folder(config).exists()
     cell.join()
     assert (lab.data_folder(config) / "test" / "manifest.json").exists()
+
+
+def test_images_without_labels_are_summed_up_by_what_the_head_keeps(tmp_path):
+    grid, said = lab.cells(tiny(tmp_path)), []
+    results = a_result(2, 0.5, "") | {"probes": {}, "data": {"num_classes": 0, "test_images": 9}}
+    for cell in grid:
+        write_json(cell.folder / "evaluation" / "step-2" / "results.json", results)
+    summary = summarize_lab(grid)
+    show(summary, said.append)
+    assert (summary["done"], summary["chance"]) == (len(grid), 0.0)
+    page = lab_page.build(summary, "mine", tmp_path / "lab.html")
+    assert "What each head keeps" in page.read_text()
+    assert "h holds more transformations than z: supported" in said[-1]
+
+
+def test_probes_that_need_labels_are_refused_before_the_first_cell(tmp_path):
+    root = photo_folder(tmp_path / "photos", 1, each=3) / "class0"
+    with pytest.raises(UserError, match=r"lab: expected labelled images for evaluation.probes = linear, knn, got none"):
+        laboratory.run(tiny(tmp_path / "lab", source=f"folder:{root}", test_fraction=0.4))
+    assert not (tmp_path / "lab" / "cells").exists()
 
 
 def test_an_empty_laboratory_has_a_page(tmp_path):

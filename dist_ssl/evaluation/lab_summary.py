@@ -27,7 +27,7 @@ def summarize_lab(grid: list[Cell]) -> dict[str, Any]:
     return {
         "rows": rows,
         "tasks": tasks,
-        "chance": 1 / first["data"]["num_classes"] if first else 0.0,
+        "chance": 1 / first["data"]["num_classes"] if first and first["data"]["num_classes"] else 0.0,
         "test_images": first["data"]["test_images"] if first else 0,
         "cells": len(grid),
         "done": done,

@@ -7,7 +7,7 @@ they start any rank. A mistake then costs one line and exit code 2, and leaves n
 from __future__ import annotations
 
 from dist_ssl import storage
-from dist_ssl.config import Config, UserError, check_encoder, require
+from dist_ssl.config import Config, StorageConfig, UserError, check_encoder, require
 from dist_ssl.data.manifest import Manifest, MemberIndex, load_manifest, manifest_folder
 
 
@@ -70,12 +70,14 @@ def check_before_start(config: Config) -> None:
         check_working_set(config, manifest, largest, world.size)
 
 
-def _check_labels(config: Config, manifest: Manifest) -> None:
+def has_labels(manifest: Manifest, config: StorageConfig) -> bool:
     """By the first shard's: samples are mixed before they are written."""
-    if config.objective.name != "supervised":
-        return
     url = manifest.shards[0].index_url
-    if (MemberIndex.from_bytes(storage.read_bytes(url, config.storage), url).labels < 0).all():
+    return bool((MemberIndex.from_bytes(storage.read_bytes(url, config), url).labels >= 0).any())
+
+
+def _check_labels(config: Config, manifest: Manifest) -> None:
+    if config.objective.name == "supervised" and not has_labels(manifest, config.storage):
         raise UserError(
             f"objective.name = supervised: expected labelled images, got none in {config.data.shards} with a label; "
             "take another objective, or a folder of class folders"
