@@ -98,6 +98,14 @@ def test_a_controller_that_does_not_answer_is_red(monkeypatch, tmp_path):
     assert "Unable to contact" in finding.answer
 
 
+def test_one_rank_has_nothing_to_measure(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (finding,) = doctor.collectives()
+    assert finding.remedy is None
+    assert "one rank" in finding.answer
+
+
 def test_a_check_that_fails_is_a_finding_itself(monkeypatch):
     def broken():
         raise OSError("no such thing")

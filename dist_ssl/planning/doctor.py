@@ -109,7 +109,10 @@ def gpus() -> Iterator[Finding]:
 
 def collectives() -> Iterator[Finding]:
     """All-reduce of 64 MB: the bandwidth that a ring of these ranks reached."""
-    if ranks_in_environment() is not None:
+    if (values := ranks_in_environment()) is not None:
+        if int(values["WORLD_SIZE"]) == 1:
+            yield Finding("collectives", "one rank, so nothing to measure; start as many as the run will have")
+            return
         seconds, ranks, backend = _all_reduce()
     else:
         import torch
