@@ -3,8 +3,10 @@
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from dist_ssl.cli import shards_app
+from dist_ssl.config import UserError
 from launch.command import app
 from tests.terminal import run
 
@@ -36,6 +38,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(module, arguments, expected):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    "given", ["--name a/b", "--name features", "--data photos/features", "--data tensorboard=x", "--data s3://b/.."]
+)
+def test_results_on_other_data_take_no_folder_of_ours(given):
+    done = CliRunner().invoke(app, ["evaluate", "none", *given.split()])
+    assert isinstance(done.exception, UserError)
+    assert "expected the name of a folder, without a path, and not features, tensorboard or .." in str(done.exception)
 
 
 @pytest.mark.parametrize("command", [*app.registered_commands, *shards_app.registered_commands])

@@ -211,6 +211,12 @@ def test_a_class_folder_whose_name_is_no_utf8(tmp_path):
     assert r"caf\udce9" in html
 
 
+def test_names_in_commands_are_quoted(tmp_path):
+    evaluated = a_run(tmp_path / "mine") / "evaluation" / "step-600"
+    (evaluated / "cifar10").rename(evaluated / "my photos")
+    assert "--name &#x27;my photos&#x27;" in build([tmp_path / "mine"]).read_text()
+
+
 def test_several_runs_are_compared(tmp_path):
     runs = [a_run(tmp_path / "byol-and-a-long-end", top1=0.8), a_run(tmp_path / "vicreg-and-a-long-end", top1=0.7)]
     text = text_of(build(runs, tmp_path / "both.html").read_text())

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 app = typer.Typer()
 
+OURS = ("features", "tensorboard")  # folders that an evaluation keeps beside those of other data, and removes
+
 
 class DataSet(NamedTuple):
     """What probes are fitted and scored on (None: what the config says), and what it is called."""
@@ -136,10 +138,13 @@ def _given(data: list[str], name: str | None, several_excludes: list[str | None]
             "name each by --data NAME=URL"
         )
     sets = [one._replace(name=name or one.name) for one in sets]
-    for one in sets:
-        if one.name is not None and (Path(one.name).name != one.name or one.name in ("", "..", "features")):
-            raise UserError(f"--name {one.name}: expected the name of a folder, without a path, and not features or ..")
     called = [one.called for one in sets]
+    for name in called:
+        if name is not None and (Path(name).name != name or name in ("", "..", *OURS)):
+            raise UserError(
+                f"--data {name}: expected the name of a folder, without a path, and not {', '.join(OURS)} or ..; give "
+                "the set another by --name, or by --data NAME=URL"
+            )
     if twice := [one for one in called if called.count(one) > 1]:
         raise UserError(f"--data: two sets are called {twice[0]}; give each a name of its own, --data NAME=URL")
     return sets

@@ -360,7 +360,7 @@ def _evaluation(run: Run, one: Stored) -> str:
 
 
 def _named(data: str) -> str:
-    return f" --name {data}" if data else ""
+    return f" --name {shlex.quote(data)}" if data else ""
 
 
 def _on_ranks(command: str, ranks: int | None) -> str:
