@@ -8,7 +8,7 @@ from scipy import stats
 
 from dist_ssl.config import HEADS
 from dist_ssl.evaluation.claims import CLAIMS, verdicts
-from dist_ssl.evaluation.intervals import holm, t_test
+from dist_ssl.evaluation.intervals import holm, mean_interval, t_test
 from dist_ssl.evaluation.lab import CONTROLS, variant_of
 from dist_ssl.evaluation.lab_rows import Estimate, Row, baseline, paired
 from dist_ssl.evaluation.lab_summary import paragraph
@@ -43,6 +43,16 @@ def test_p_values_are_scipys():
     assert (t_test([0.1, 0.1, 0.1]), t_test([0.0, 0.0])) == (0.0, 1.0)
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
+
+
+def test_intervals_over_seeds_are_scipys():
+    for count in range(2, 61):
+        values = np.random.default_rng(count).normal(size=count)
+        wanted = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+        found = mean_interval([*values])
+        assert np.mean(found) == pytest.approx(np.mean(wanted))
+        width = np.ptp(found) / np.ptp(wanted)
+        assert width == pytest.approx(1, abs=3e-4) if count < 32 else 1 <= width < 1.03
 
 
 def test_holm_rejects_a_true_hypothesis_among_many_in_one_of_twenty():
