@@ -80,7 +80,9 @@ def _check_labels(config: Config) -> None:
     from dist_ssl.data.manifest import load_manifest
 
     probes, shards = config.evaluation.probes, str(config.evaluation.train_shards)
-    if "head_information" not in probes and not has_labels(load_manifest(shards, config.storage), config.storage):
+    if {"head_information", "geometry"}.isdisjoint(probes) and not has_labels(
+        load_manifest(shards, config.storage), config.storage
+    ):
         raise UserError(
             f"lab: expected labelled images for evaluation.probes = {', '.join(probes)}, got none in {shards} with a "
             'label; take class folders, or the probe "head_information", which compares heads without labels too'

@@ -139,11 +139,11 @@ def _given(data: list[str], name: str | None, several_excludes: list[str | None]
         )
     sets = [one._replace(name=name or one.name) for one in sets]
     called = [one.called for one in sets]
-    for name in called:
-        if name is not None and (Path(name).name != name or name in ("", "..", *OURS)):
+    for folder in called:
+        if folder is not None and (Path(folder).name != folder or folder in ("", "..", *OURS)):
             raise UserError(
-                f"--data {name}: expected the name of a folder, without a path, and not {', '.join(OURS)} or ..; give "
-                "the set another by --name, or by --data NAME=URL"
+                f"data set {folder!r}: expected the name of a folder, without a path, and not {', '.join(OURS)} or ..; "
+                "give another by --name, or by --data NAME=URL"
             )
     if twice := [one for one in called if called.count(one) > 1]:
         raise UserError(f"--data: two sets are called {twice[0]}; give each a name of its own, --data NAME=URL")
