@@ -15,13 +15,14 @@ from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.results import converged, newest, stored
 from dist_ssl.planning.before_start import check_config
 from dist_ssl.report.status import last_line, status
+from dist_ssl.storage.urls import join
 from launch import child
 
 log = logging.getLogger(__name__)
 
 
 def combinations(base: Config, keys: list[str]) -> list[list[str]]:
-    """Overrides of each run, its own `run.dir` included; one empty list where nothing is swept.
+    """Overrides of each run, its own `run.dir` and `checkpoint.url` included; one empty list where nothing is swept.
 
     `a.b=1,2` and `c.d=x,y` give four runs, RUN/b=1_d=x and so on. Commas within TOML's lists, tables and strings are a
     value's own. Raises UserError for a key without values, and for two runs of one folder.
@@ -41,7 +42,9 @@ def combinations(base: Config, keys: list[str]) -> list[list[str]]:
     for combination in itertools.product(*choices):
         parts = [f"{name}={choice.partition('=')[2]}" for name, choice in zip(names, combination, strict=True)]
         folder = re.sub(r"[^\w=.+-]", "-", "_".join(parts))
-        runs.append([*combination, configuration.override("run.dir", str(Path(base.run.dir) / folder))])
+        url = configuration.with_overrides(base, combination).checkpoint.url
+        own = [configuration.override("checkpoint.url", join(url, folder))] if url else []
+        runs.append([*combination, *own, configuration.override("run.dir", str(Path(base.run.dir) / folder))])
     if len({run[-1] for run in runs}) < len(runs):
         raise UserError(f"--sweep {' --sweep '.join(keys)}: expected values whose letters and digits differ")
     return runs

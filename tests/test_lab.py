@@ -57,6 +57,9 @@ def test_the_grid_is_matched_and_ordered_by_seed(tmp_path):
         assert same == made[0].model_copy(update={"model": made[0].model})
         assert one.model.head.hidden_dim == 16
         assert one.evaluation.test_shards == f"{tmp_path}/data/test"
+    elsewhere = configuration.with_overrides(config, ["checkpoint.url=s3://bucket/lab"])
+    urls = [lab.cell_config(elsewhere, cell).checkpoint.url for cell in grid]
+    assert urls == [f"s3://bucket/lab/{cell.name}" for cell in grid]
     with pytest.raises(UserError, match="'mlp1'"):
         lab.cells(tiny(tmp_path, heads=["mlp1"]))
     with pytest.raises(UserError, match="no \\[lab\\] section"):

@@ -13,6 +13,7 @@ import pytest
 
 from dist_ssl import config as configuration
 from dist_ssl.config import Config, UserError, environment
+from dist_ssl.storage.layout import checkpoint_store
 from launch import checks, profile, queue, slurm, snapshot, supervisor, sweep
 from tests.test_shards import photo_folder
 
@@ -214,6 +215,7 @@ def test_a_sweep_is_every_combination_in_folders_of_their_own():
     assert found == list(itertools.product((0.05, 0.5), ("none", "linear", "mlp")))
     assert len({run.run.dir for run in runs}) == 6
     assert runs[0].run.dir == "/runs/s/temperature=0.05_kind=none"
+    assert {run.checkpoint.url for run in runs} == {None}
     assert sweep.combinations(base, []) == [[]]
     with pytest.raises(UserError, match="expected values whose letters and digits differ"):
         sweep.combinations(base, ["model.init=a/b,a-b"])
@@ -230,6 +232,19 @@ def test_a_sweep_is_every_combination_in_folders_of_their_own():
     for wrong in ("temperature=1", "objective.temperature", "objective.temperature=", "objective.temperature=1,,2"):
         with pytest.raises(UserError, match=r"expected section\.key=value,value"):
             sweep.combinations(base, [wrong])
+
+
+def test_no_two_runs_of_a_sweep_share_a_store_of_checkpoints():
+    base = configuration.with_overrides(Config(), ["run.dir=/runs/s", "checkpoint.url=s3://bucket/s"])
+
+    def roots(*keys):
+        runs = [configuration.with_overrides(base, combination) for combination in sweep.combinations(base, keys)]
+        return [checkpoint_store(run).root for run in runs]
+
+    assert roots("run.seed=0,1") == ["s3://bucket/s/seed=0", "s3://bucket/s/seed=1"]
+    of_both = roots("run.seed=0,1", "checkpoint.url=s3://bucket/a,s3://bucket/b")
+    assert len(set(of_both)) == 4
+    assert [root.rpartition("/")[0] for root in of_both] == ["s3://bucket/a", "s3://bucket/b"] * 2
 
 
 def test_every_profile_loads_and_a_wrong_key_is_named(tmp_path):

@@ -26,6 +26,7 @@ from dist_ssl.config import (
     UserError,
 )
 from dist_ssl.evaluation.results import stored
+from dist_ssl.storage.urls import join
 
 # Keys of [augment] that a control sets, for every view. `same_class` takes the labels instead: SupCon's loss.
 CONTROLS: dict[str, dict[str, float]] = {
@@ -114,6 +115,8 @@ def cell_config(config: Config, cell: Cell) -> Config:
         if cell.objective.name not in WITH_PREDICTOR:
             values["model"].pop("predictor", None)
     values["run"] |= {"dir": str(cell.folder), "seed": config.run.seed + cell.seed}
+    if config.checkpoint.url:
+        values["checkpoint"]["url"] = join(config.checkpoint.url, cell.name)
     _control(values, cell.control)
     values["model"]["head"] |= _head_keys(cell.head) | {"batch_norm": cell.batch_norm, "output_dim": cell.output_dim}
     values["data"]["shards"] = values["data"]["shards"] or f"{shards}/train"
