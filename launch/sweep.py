@@ -15,6 +15,7 @@ from dist_ssl.config.environment import EXIT_RUN_ME_AGAIN
 from dist_ssl.evaluation.results import converged, newest, stored
 from dist_ssl.planning.before_start import check_config
 from dist_ssl.report.status import last_line, status
+from dist_ssl.storage.layout import checkpoint_store, committed_steps
 from dist_ssl.storage.urls import join
 from launch import child
 
@@ -67,8 +68,9 @@ def run(
 ) -> list[Path]:
     """Run all combinations on this machine, one after another; the directories of those that failed.
 
-    A run that is complete, or evaluated where that is asked for, is left alone. SystemExit(75) passes a request to be
-    run again on. Raises UserError for a combination that no config takes, before the first one is run.
+    A run whose last step is committed, and evaluated where that is asked for, is left alone; what its folder holds of
+    another config is refused by `pretrain`. SystemExit(75) passes a request to be run again on. Raises UserError for a
+    combination that no config takes, before the first one is run; StorageError where a store does not answer.
     """
     combined = combinations(base, keys)
     configs = [configuration.with_overrides(base, combination) for combination in combined]
@@ -78,11 +80,12 @@ def run(
     for number, (combination, config) in enumerate(zip(combined, configs, strict=True), 1):
         folder = Path(config.run.dir)
         settings = [part for override in (*overrides, *combination) for part in ("--set", override)]
-        commands = [["launch.local", "pretrain", str(file), *settings, *(["--ranks", str(ranks)] if ranks else [])]]
-        if (folder / "config.toml").exists() and status(folder)["state"] == "complete":
-            commands = []
-        if evaluate and not any(stored(folder)):
-            commands.append(["launch.local", "evaluate", str(folder), *(["--ranks", str(ranks)] if ranks else [])])
+        of_ranks = ["--ranks", str(ranks)] if ranks else []
+        last, commands = _last_step(config), []
+        if last is None:
+            commands.append(["launch.local", "pretrain", str(file), *settings, *of_ranks])
+        if evaluate and not any(one.step == last for one in stored(folder)):
+            commands.append(["launch.local", "evaluate", str(folder), *of_ranks])
         log.info("run %d of %d: %s%s", number, len(configs), folder, "" if commands else ", which is complete")
         for command in commands:
             code = child.run([sys.executable, "-m", *command])
@@ -93,6 +96,19 @@ def run(
                 failed.append(folder)
                 break
     return failed
+
+
+def _last_step(config: Config) -> int | None:
+    """The last step of a run that is complete: committed, and of this config. None for any other.
+
+    That step's metrics say nothing yet: they are written before its commit, which may fail.
+    """
+    folder = Path(config.run.dir)
+    made_by = folder / "config.toml"
+    if not made_by.exists() or configuration.resume_diff(configuration.load(made_by), config):
+        return None
+    committed = max(committed_steps(checkpoint_store(config)), default=None)
+    return committed if committed == status(folder)["steps"] else None
 
 
 def table(folder: str | Path) -> str:

@@ -75,6 +75,10 @@ def test_status_is_one_line_of_json(tmp_path: Path) -> None:
 def test_states_and_lengths(tmp_path: Path) -> None:
     assert status(a_run(tmp_path / "new", 0))["state"] == "not begun"
     assert status(a_run(tmp_path / "over", 20))["state"] == "complete"
+    for step, state in ((10, "running"), (20, "complete")):  # the last commit follows its step's line, if it does
+        (tmp_path / "over" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (tmp_path / "over" / "checkpoints" / f"step-{step:08d}" / "manifest.json").touch()
+        assert status(tmp_path / "over")["state"] == state
     by_epochs = status(a_run(tmp_path / "epochs", 7, epochs=2))
     assert (by_epochs["steps"], by_epochs["state"]) == (20, "running")
     assert status(a_run(tmp_path / "lost", 7, float("nan")))["loss"] is None

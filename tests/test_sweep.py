@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from dist_ssl import config as configuration
 from dist_ssl.config import StorageConfig
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
+from dist_ssl.evaluation.results import write_json
+from launch import sweep
 from tests.terminal import ROOT, run
 
 
@@ -57,6 +60,42 @@ def test_a_grid_is_stopped_goes_on_and_names_the_run_that_fails(shapes: Path) ->
     done = run(command(shapes, "--sweep", "run.seed=0", steps=60))
     assert done.returncode == 0, done.stderr
     assert f"run 1 of 1: {first}, which is complete" in done.stderr
+
+
+def test_only_a_run_whose_last_step_is_committed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the sweep starts, in place of a Python that would train, is a program that notes what it is told."""
+    started, file = tmp_path / "started", ROOT / "configs/debug_cpu.toml"
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $3 >> {started}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    given = [f"run.dir={json.dumps(str(tmp_path / 'runs'))}", "train.steps=5"]
+    base = configuration.load(file, given)
+    seed = tmp_path / "runs" / "seed=0"
+
+    def starts(*overrides: str) -> list[str]:
+        started.write_text("")
+        assert sweep.run(file, configuration.with_overrides(base, overrides), given, ["run.seed=0"], 1, True) == []
+        return started.read_text().split()
+
+    def commit(step: int) -> None:
+        (seed / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        (seed / f"checkpoints/step-{step:08d}/manifest.json").write_text("{}")
+
+    both = ["pretrain", "evaluate"]
+    assert starts() == both
+    commit(0)
+    (seed / "config.toml").write_text(configuration.dumps(base))
+    (seed / "metrics.jsonl").write_text(json.dumps({"step": 5, "loss": 1.0}) + "\n")
+    write_json(seed / "evaluation" / "step-0" / "results.json", {"data": {}, "probes": {}})
+    assert starts() == both, (
+        "the last step was logged and its commit failed: what was evaluated is the untrained encoder"
+    )
+    commit(5)
+    assert starts() == ["evaluate"]
+    write_json(seed / "evaluation" / "step-5" / "results.json", {"data": {}, "probes": {}})
+    assert starts() == []
+    assert starts("engine.grace_seconds=9") == []
+    assert starts("optimizer.base_learning_rate=7.7") == both, "pretrain refuses what another config made"
 
 
 def test_what_is_told_to_end_is_told_so_itself_and_is_the_last() -> None:

@@ -29,12 +29,13 @@ def status(run: Path) -> dict[str, Any]:
         silent = round(time.time() - metrics.stat().st_mtime, 1)
         if total is None and last.get("epoch"):
             total = configuration.total_steps(config, round(last["samples_seen"] / last["epoch"]))
-    state = "complete" if last and step == total else "running"
-    if state == "running" and (silent is None or silent > SILENT_SECONDS):
-        state = "stopped" if last else "not begun"
     committed = (
         committed_steps(Store(str(run / "checkpoints"), config.storage)) if config.checkpoint.url is None else []
     )
+    # The last step's line is written before its commit. Without any, the checkpoints are elsewhere or were removed.
+    state = "complete" if last and step == total and committed[-1:] in ([], [step]) else "running"
+    if state == "running" and (silent is None or silent > SILENT_SECONDS):
+        state = "stopped" if last else "not begun"
     return {
         "run": str(run),
         "state": state,
