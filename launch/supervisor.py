@@ -78,7 +78,7 @@ def supervise(job_file: str) -> None:
     job = Job.model_validate_json(Path(job_file).read_text())
     config = configuration.load(job.config)
     history = History(Path(job.folder) / "starts.jsonl", own_job_id())
-    restart, step = int(os.environ.get("SLURM_RESTART_COUNT", "0")), newest_commit(config)
+    restart, step = int(os.environ.get("SLURM_RESTART_COUNT", "0")), _newest_known(config)
     earlier = history.steps_at_start()
     history.write(event="start", restart=restart, step=step, nodes=os.environ["SLURM_JOB_NODELIST"])
     # Requeued by Slurm (preempted, lost a node) it may have been ended while it started: two such starts are allowed.
@@ -86,7 +86,7 @@ def supervise(job_file: str) -> None:
     if refusal:
         _stop(history, refusal)
     code, failed_node = _run_ranks(job, config)
-    now = newest_commit(config)
+    now = _newest_known(config)
     blamed = {"failed_node": failed_node} if failed_node and code not in NOT_THE_NODES_FAULT else {}
     history.write(event="end", restart=restart, step=now, exit_code=code, **blamed)
     # First of all: srun exits with 0 when it loses a node, and Slurm has then requeued the job.
@@ -117,14 +117,15 @@ def evaluate(command: list[str], run_dir: str, step: int | None) -> None:
         raise SystemExit(code)
 
 
-def stop_reason(ended: int, step_before: int | None, step_now: int, max_requeues: int) -> str | None:
+def stop_reason(ended: int, step_before: int | None, step_now: int | None, max_requeues: int) -> str | None:
     """Why start number `ended` (0 for the first) must be the last, or None where the job goes on by a requeue.
 
-    The first start may end without a commit (a preemption within its first minute); one that a requeue began may not.
+    The first start may end without a commit (a preemption within its first minute); one that a requeue began may not,
+    as far as the steps are known.
     """
     if ended + 1 > max_requeues:
-        return f"requeued {ended} times, the limit (--max-requeues); submit again to go on from step {step_now}"
-    if ended >= 1 and step_before is not None and step_now <= step_before:
+        return f"requeued {ended} times, the limit (--max-requeues); {_again(step_now)}"
+    if ended >= 1 and step_before is not None and step_now is not None and step_now <= step_before:
         return (
             f"nothing was committed between two requeues (step {step_now} both times); look above for why, "
             "or lower checkpoint.every_steps, then submit again"
@@ -135,6 +136,15 @@ def stop_reason(ended: int, step_before: int | None, step_now: int, max_requeues
 def newest_commit(config: Config) -> int:
     """The newest step with a manifest, -1 where there is none. Whether it holds is for the ranks to find out."""
     return max(committed_steps(checkpoint_store(config)), default=-1)
+
+
+def _newest_known(config: Config) -> int | None:
+    """The newest commit, None where the store does not tell: an outage must not keep the job from its requeue."""
+    try:
+        return newest_commit(config)
+    except OSError as error:
+        log.warning("the newest commit is not known: %s", error)
+        return None
 
 
 def own_job_id() -> str:
@@ -157,8 +167,8 @@ class History:
             line = json.dumps({"time": round(time.time(), 1), "job": self.job_id, **values})
             file.write("\n" * torn + line + "\n")
 
-    def steps_at_start(self) -> dict[int, int]:
-        """Restart number -> newest committed step when that start began, of this job."""
+    def steps_at_start(self) -> dict[int, int | None]:
+        """Restart number -> newest committed step when that start began, as far as it was known, of this job."""
         return {s["restart"]: s["step"] for s in self._lines() if s["event"] == "start"}
 
     def bad_nodes(self) -> list[str]:
@@ -287,11 +297,11 @@ def job_fields() -> dict[str, str]:
         return {}
 
 
-def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: int, code: int) -> None:
+def _requeue_or_stop(job: Job, history: History, restart: int, step: int | None, now: int | None, code: int) -> None:
     refusal = stop_reason(restart, step, now, job.max_requeues)
     if refusal:
         _stop(history, refusal)
-    log.info("requeueing: exit code %d at step %d", code, now)
+    log.info("requeueing: exit code %d at step %s", code, now)
     history.write(event="requeue", restart=restart, step=now, exit_code=code)
     # Slurm ends this process once it has requeued the job: by SIGTERM, then after its KillWait, 30 s, by SIGKILL. Only
     # a job that waits takes another list of nodes, so that is given in between.
@@ -300,7 +310,7 @@ def _requeue_or_stop(job: Job, history: History, restart: int, step: int, now: i
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_RUN_ME_AGAIN))
     complaint = _requeue(restart)
     if complaint:
-        _stop(history, f"Slurm did not requeue it: {complaint}; submit again to go on from step {now}")
+        _stop(history, f"Slurm did not requeue it: {complaint}; {_again(now)}")
     if bad:
         _leave_out(bad)
     else:
@@ -337,6 +347,10 @@ def _leave_out(bad: list[str]) -> None:
         log.warning("left out from now on, where ranks failed %d times: %s", FAILURES_OF_A_NODE, ", ".join(bad))
     except UserError as error:
         log.warning("%s failed %d times, but can't be left out: %s", ", ".join(bad), FAILURES_OF_A_NODE, error)
+
+
+def _again(step: int | None) -> str:
+    return "submit again to go on" + ("" if step is None else f" from step {step}")
 
 
 def _stop(history: History, reason: str, code: int = 1) -> None:

@@ -65,7 +65,9 @@ def test_requeues_are_limited_and_need_a_commit_between_them():
     assert "nothing was committed" in str(supervisor.stop_reason(1, 10, 10, 3))
     assert supervisor.stop_reason(2, 10, 20, 3) is None
     assert "the limit" in str(supervisor.stop_reason(3, 10, 20, 3))
-    assert "the limit" in str(supervisor.stop_reason(0, -1, 5, 0))
+    assert supervisor.stop_reason(0, -1, 5, 0).endswith("the limit (--max-requeues); submit again to go on from step 5")
+    assert supervisor.stop_reason(1, 10, None, 3) is supervisor.stop_reason(1, None, 10, 3) is None
+    assert supervisor.stop_reason(3, 10, None, 3).endswith("; submit again to go on")
 
 
 def test_an_element_of_an_array_means_itself(monkeypatch):
@@ -77,6 +79,35 @@ def test_an_element_of_an_array_means_itself(monkeypatch):
     assert supervisor.own_job_id() == "12_3"
 
 
+BLAMED = "srun: error: n3: task 5: Exited with exit code 1\nsrun: error: n[1-2]: tasks 0-3: Exited with exit code 1"
+
+
+def supervised(folder, code, *overrides, restart=0):
+    """The supervisor's own process; srun and scontrol are programs that do what Slurm's would do with such ranks."""
+    fields = f"JobState=RUNNING Restarts={restart} ExcNodeList=n7"
+    for name, body in {
+        "srun": f"echo '{BLAMED}' >&2; exit {code}",
+        "scontrol": f"case $1 in requeue) touch {folder}/requeued; kill -TERM $PPID;; "
+        f"update) echo $3 > {folder}/updated;; esac; echo {fields}",
+        "sinfo": "echo 9",
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    config = configuration.with_overrides(Config(), [f"run.dir={json.dumps(str(folder / 'run'))}", *overrides])
+    (folder / "config.toml").write_text(configuration.dumps(config))
+    values = {"options": [], "python": ["python"], "srun": [], "tasks_per_node": 1, "max_requeues": 3}
+    values |= {"config": str(folder / "config.toml"), "folder": str(folder), "evaluation": None}
+    (folder / "job.json").write_text(json.dumps(values))
+    slurm = {"SLURM_JOB_PARTITION": "main", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    slurm |= {"SLURM_RESTART_COUNT": str(restart), "PATH": f"{folder}:{os.environ['PATH']}"}
+    given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    program = f"from launch.supervisor import supervise; supervise({str(folder / 'job.json')!r})"
+    return subprocess.run(
+        [sys.executable, "-c", program], env=given | slurm,
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("code", "ends", "requeued", "left_out"),
     [(2, 2, False, None), (76, 1, False, None), (1, 75, True, "n7,n3"), (75, 75, True, None)],
@@ -84,35 +115,25 @@ def test_an_element_of_an_array_means_itself(monkeypatch):
 def test_what_ends_for_good_is_not_requeued_and_a_node_that_failed_twice_is_left_out(
     tmp_path, code, ends, requeued, left_out
 ):
-    """The supervisor's own process; srun and scontrol are programs that do what Slurm's would do with such ranks."""
-    calls, updated = tmp_path / "requeued", tmp_path / "updated"
-    blamed = "srun: error: n3: task 5: Exited with exit code 1\nsrun: error: n[1-2]: tasks 0-3: Exited with exit code 1"
-    fields = "JobState=RUNNING Restarts=0 ExcNodeList=n7"
-    for name, body in {
-        "srun": f"echo '{blamed}' >&2; exit {code}",
-        "scontrol": f"case $1 in requeue) touch {calls}; kill -TERM $PPID;; update) echo $3 > {updated};; esac; "
-        f"echo {fields}",
-        "sinfo": "echo 9",
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    config = configuration.with_overrides(Config(), [f"run.dir={json.dumps(str(tmp_path / 'run'))}"])
-    (tmp_path / "config.toml").write_text(configuration.dumps(config))
-    values = {"options": [], "python": ["python"], "srun": [], "tasks_per_node": 1, "max_requeues": 3}
-    values |= {"config": str(tmp_path / "config.toml"), "folder": str(tmp_path), "evaluation": None}
-    (tmp_path / "job.json").write_text(json.dumps(values))
     history = supervisor.History(tmp_path / "starts.jsonl", "7")
     history.write(event="end", restart=0, step=0, exit_code=1, failed_node="n3")
-    slurm = {"SLURM_JOB_PARTITION": "main", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
-    given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    program = f"from launch.supervisor import supervise; supervise({str(tmp_path / 'job.json')!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=given | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert (done.returncode, calls.exists()) == (ends, requeued), done.stderr
-    assert blamed in done.stderr
+    done = supervised(tmp_path, code)
+    assert (done.returncode, (tmp_path / "requeued").exists()) == (ends, requeued), done.stderr
+    assert BLAMED in done.stderr
+    updated = tmp_path / "updated"
     assert (updated.read_text().strip() if updated.exists() else None) == (left_out and f"ExcNodeList={left_out}")
+
+
+def test_an_outage_of_the_store_does_not_keep_a_job_from_its_requeue(tmp_path):
+    history = supervisor.History(tmp_path / "starts.jsonl", "7")
+    history.write(event="start", restart=0, step=100)
+    store = ["checkpoint.url=s3://bucket/run", "storage.endpoint_url=http://127.0.0.1:9", "storage.anonymous=true"]
+    done = supervised(tmp_path, 1, *store, "storage.retry_seconds=0.01", restart=1)
+    assert (done.returncode, (tmp_path / "requeued").exists()) == (75, True), done.stderr
+    assert [(line["event"], line["step"]) for line in history._lines()[1:]] == [
+        ("start", None), ("end", None), ("requeue", None),
+    ]  # fmt: skip
+    assert done.stderr.count("the newest commit is not known: s3://bucket/run: gave up") == 2
 
 
 @pytest.mark.parametrize(
