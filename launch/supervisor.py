@@ -200,8 +200,9 @@ class _Told:
 
     def _pass_on(self) -> None:
         while piece := os.read(self._source.fileno(), 65_536):
-            sys.stderr.buffer.write(piece)
-            sys.stderr.buffer.flush()
+            with contextlib.suppress(OSError):  # a full disk: srun, whose pipe nobody empties, would stand still
+                sys.stderr.buffer.write(piece)
+                sys.stderr.buffer.flush()
             *lines, self._rest = (self._rest + piece).split(b"\n")
             for line in lines:
                 if self.node is None and (found := FAILED_NODE.match(line)):

@@ -136,6 +136,26 @@ def test_an_outage_of_the_store_does_not_keep_a_job_from_its_requeue(tmp_path):
     assert done.stderr.count("the newest commit is not known: s3://bucket/run: gave up") == 2
 
 
+def test_a_full_disk_under_the_log_does_not_hold_up_srun():
+    """Which says more than a pipe holds, and then blames a node."""
+    program = """if True:
+        import subprocess, sys
+        from launch.supervisor import _Told
+        said = "(head -c 300000 /dev/zero; echo; echo 'srun: error: n3: task 5: Killed') >&2"
+        srun = subprocess.Popen(["sh", "-c", said], stderr=subprocess.PIPE)
+        told = _Told(srun.stderr)
+        told.join()
+        print(told.node, srun.poll() if told.node is None else srun.wait(), flush=True)
+        __import__("os")._exit(0)  # what is left for the full disk can't be written
+    """
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, timeout=60,
+            cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+    assert done.stdout.split() == [b"n3", b"0"]
+
+
 @pytest.mark.parametrize(
     ("refusals", "restarts", "calls", "complaint"), [(2, 0, 3, None), (9, 0, 4, "scontrol: busy"), (9, 1, 1, None)]
 )
