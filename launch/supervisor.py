@@ -233,32 +233,40 @@ def _run_ranks(job: Job, config: Config) -> tuple[int, str | None]:
     signal.signal(signal.SIGCONT, terminated)
     signal.signal(signal.SIGUSR1, forwarded)
     signal.signal(signal.SIGUSR2, forwarded)
-    submitted = exported_steps(config.run.dir)
+    submitted = seen = exported_steps(config.run.dir)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(POLL_SECONDS)
             break
-        submitted = _submit_evaluations(job, config, submitted)
-    _submit_evaluations(job, config, submitted)
+        exported = exported_steps(config.run.dir)
+        if exported != seen:  # what was refused is asked for again with the next one, not every two seconds
+            submitted, seen = submitted | _submit_evaluations(job, exported - submitted), exported
+    _submit_evaluations(job, exported_steps(config.run.dir) - submitted)
     told.join()
     return code, told.node
 
 
-def _submit_evaluations(job: Job, config: Config, submitted: set[int]) -> set[int]:
-    """Submit an evaluation of each step exported since; a failure is logged, since the training matters more."""
-    exported = exported_steps(config.run.dir)
+def _submit_evaluations(job: Job, steps: set[int]) -> set[int]:
+    """Submit an evaluation of each of these steps, up to the first that is refused; those that were submitted.
+
+    A failure is logged, since the training matters more.
+    """
+    submitted: set[int] = set()
     if job.evaluation is not None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         if "SLURM_CONF" in os.environ:
             environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
-        for step in sorted(exported - submitted):
+        for step in sorted(steps):
             command = [*job.evaluation, str(step)]
             try:
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-                log.info("evaluation of step %d: %s", step, (done.stdout or done.stderr).strip())
-            except subprocess.TimeoutExpired as error:
-                log.warning("evaluation of step %d was not submitted: %s", step, error)
-    return exported
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+            except (OSError, subprocess.SubprocessError) as error:
+                said = str(getattr(error, "stderr", None) or error).strip()
+                log.warning("evaluation of step %d was not submitted: %s", step, said)
+                break
+            log.info("evaluation of step %d: %s", step, done.stdout.strip())
+            submitted.add(step)
+    return submitted
 
 
 def _environment_of_ranks() -> dict[str, str]:

@@ -82,11 +82,11 @@ def test_an_element_of_an_array_means_itself(monkeypatch):
 BLAMED = "srun: error: n3: task 5: Exited with exit code 1\nsrun: error: n[1-2]: tasks 0-3: Exited with exit code 1"
 
 
-def supervised(folder, code, *overrides, restart=0):
-    """The supervisor's own process; srun and scontrol are programs that do what Slurm's would do with such ranks."""
+def supervised(folder, code, *overrides, restart=0, ranks=":", evaluation=None):
+    """The supervisor's own process; srun and scontrol are programs that do what Slurm's would do with such `ranks`."""
     fields = f"JobState=RUNNING Restarts={restart} ExcNodeList=n7"
     for name, body in {
-        "srun": f"echo '{BLAMED}' >&2; exit {code}",
+        "srun": f"{ranks}; echo '{BLAMED}' >&2; exit {code}",
         "scontrol": f"case $1 in requeue) touch {folder}/requeued; kill -TERM $PPID;; "
         f"update) echo $3 > {folder}/updated;; esac; echo {fields}",
         "sinfo": "echo 9",
@@ -96,12 +96,13 @@ def supervised(folder, code, *overrides, restart=0):
     config = configuration.with_overrides(Config(), [f"run.dir={json.dumps(str(folder / 'run'))}", *overrides])
     (folder / "config.toml").write_text(configuration.dumps(config))
     values = {"options": [], "python": ["python"], "srun": [], "tasks_per_node": 1, "max_requeues": 3}
-    values |= {"config": str(folder / "config.toml"), "folder": str(folder), "evaluation": None}
+    values |= {"config": str(folder / "config.toml"), "folder": str(folder), "evaluation": evaluation}
     (folder / "job.json").write_text(json.dumps(values))
     slurm = {"SLURM_JOB_PARTITION": "main", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
     slurm |= {"SLURM_RESTART_COUNT": str(restart), "PATH": f"{folder}:{os.environ['PATH']}"}
     given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    program = f"from launch.supervisor import supervise; supervise({str(folder / 'job.json')!r})"
+    program = "from launch import supervisor; supervisor.POLL_SECONDS = 0.1; "
+    program += f"supervisor.supervise({str(folder / 'job.json')!r})"
     return subprocess.run(
         [sys.executable, "-c", program], env=given | slurm,
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
@@ -134,6 +135,22 @@ def test_an_outage_of_the_store_does_not_keep_a_job_from_its_requeue(tmp_path):
         ("start", None), ("end", None), ("requeue", None),
     ]  # fmt: skip
     assert done.stderr.count("the newest commit is not known: s3://bucket/run: gave up") == 2
+
+
+def test_an_evaluation_that_is_refused_is_asked_for_again_with_the_next_export(tmp_path):
+    exported, asked = tmp_path / "run" / "export", tmp_path / "asked"
+    asked.touch()
+    evaluation = ["sh", "-c", f"echo $0 >> {asked}; [ $(wc -l < {asked}) != 1 ] || {{ echo busy >&2; exit 1; }}"]
+    wait = f"i=0; until [ $(wc -l < {asked}) = %d ] || [ $((i += 1)) = 99 ]; do sleep 0.05; done; sleep 0.5"
+    export = f"mkdir -p {exported}; touch {exported}/step-%08d.safetensors"
+    ranks = "; ".join([export % 10, wait % 1, export % 20, wait % 3])
+    done = supervised(tmp_path, 0, ranks=ranks, evaluation=evaluation)
+    assert done.returncode == 0, done.stderr
+    assert "evaluation of step 10 was not submitted: busy" in done.stderr
+    assert asked.read_text().split() == ["10", "10", "20"]
+    done = supervised(tmp_path, 0, ranks=export % 30, evaluation=[str(tmp_path / "no_such_python")])
+    assert done.returncode == 0, done.stderr
+    assert "evaluation of step 30 was not submitted: [Errno 2]" in done.stderr
 
 
 def test_a_full_disk_under_the_log_does_not_hold_up_srun():
