@@ -101,7 +101,7 @@ def supervised(folder, code, *overrides, restart=0, ranks=":", evaluation=None):
     slurm = {"SLURM_JOB_PARTITION": "main", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
     slurm |= {"SLURM_RESTART_COUNT": str(restart), "PATH": f"{folder}:{os.environ['PATH']}"}
     given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    program = "from launch import supervisor; supervisor.POLL_SECONDS = 0.1; "
+    program = "from launch import supervisor; supervisor.POLL_SECONDS = 0.05; "
     program += f"supervisor.supervise({str(folder / 'job.json')!r})"
     return subprocess.run(
         [sys.executable, "-c", program], env=given | slurm,
@@ -141,16 +141,16 @@ def test_an_evaluation_that_is_refused_is_asked_for_again_with_the_next_export(t
     exported, asked = tmp_path / "run" / "export", tmp_path / "asked"
     asked.touch()
     evaluation = ["sh", "-c", f"echo $0 >> {asked}; [ $(wc -l < {asked}) != 1 ] || {{ echo busy >&2; exit 1; }}"]
-    wait = f"i=0; until [ $(wc -l < {asked}) = %d ] || [ $((i += 1)) = 99 ]; do sleep 0.05; done; sleep 0.5"
+    wait = f"i=0; until [ $(wc -l < {asked}) = %d ] || [ $((i += 1)) = 99 ]; do sleep 0.05; done; sleep 0.3"
     export = f"mkdir -p {exported}; touch {exported}/step-%08d.safetensors"
     ranks = "; ".join([export % 10, wait % 1, export % 20, wait % 3])
     done = supervised(tmp_path, 0, ranks=ranks, evaluation=evaluation)
     assert done.returncode == 0, done.stderr
     assert "evaluation of step 10 was not submitted: busy" in done.stderr
     assert asked.read_text().split() == ["10", "10", "20"]
-    done = supervised(tmp_path, 0, ranks=export % 30, evaluation=[str(tmp_path / "no_such_python")])
-    assert done.returncode == 0, done.stderr
-    assert "evaluation of step 30 was not submitted: [Errno 2]" in done.stderr
+    job = supervisor.Job.model_validate_json((tmp_path / "job.json").read_text())
+    gone = job.model_copy(update={"evaluation": [str(tmp_path / "no_such_python")]})
+    assert supervisor._submit_evaluations(gone, {30}) == set()
 
 
 def test_a_full_disk_under_the_log_does_not_hold_up_srun():
