@@ -140,8 +140,8 @@ def test_an_outage_of_the_store_does_not_keep_a_job_from_its_requeue(tmp_path):
 def test_an_evaluation_that_is_refused_is_asked_for_again_with_the_next_export(tmp_path):
     exported, asked = tmp_path / "run" / "export", tmp_path / "asked"
     asked.touch()
-    evaluation = ["sh", "-c", f"echo $0 >> {asked}; [ $(wc -l < {asked}) != 1 ] || {{ echo busy >&2; exit 1; }}"]
-    wait = f"i=0; until [ $(wc -l < {asked}) = %d ] || [ $((i += 1)) = 99 ]; do sleep 0.05; done; sleep 0.3"
+    evaluation = ["sh", "-c", f"echo $0 >> {asked}; ls {exported} | grep -q 20 || {{ echo busy >&2; exit 1; }}"]
+    wait = f"i=0; until [ $(wc -l < {asked}) -ge %d ] || [ $((i += 1)) = 99 ]; do sleep 0.05; done; sleep 0.3"
     export = f"mkdir -p {exported}; touch {exported}/step-%08d.safetensors"
     ranks = "; ".join([export % 10, wait % 1, export % 20, wait % 3])
     done = supervised(tmp_path, 0, ranks=ranks, evaluation=evaluation)
@@ -149,8 +149,9 @@ def test_an_evaluation_that_is_refused_is_asked_for_again_with_the_next_export(t
     assert "evaluation of step 10 was not submitted: busy" in done.stderr
     assert asked.read_text().split() == ["10", "10", "20"]
     job = supervisor.Job.model_validate_json((tmp_path / "job.json").read_text())
-    gone = job.model_copy(update={"evaluation": [str(tmp_path / "no_such_python")]})
-    assert supervisor._submit_evaluations(gone, {30}) == set()
+    for refused in ([str(tmp_path / "no_such_python")], ["sh", "-c", f"echo $0 >> {asked}; exit 1"]):
+        assert supervisor._submit_evaluations(job.model_copy(update={"evaluation": refused}), {30, 40}) == set()
+    assert asked.read_text().split()[3:] == ["30"]  # of a Slurm that refuses no more is asked
 
 
 def test_a_full_disk_under_the_log_does_not_hold_up_srun():
