@@ -1,7 +1,8 @@
 """Start ranks on this machine: `python -m launch.local pretrain CONFIG --ranks N`, on torch's elastic launcher.
 
 Ranks are started again, all of them, when one dies, up to `--max-restarts` times; not after a user's mistake (exit code
-2) and not when they have committed on a signal (75). A signal to the launcher reaches the ranks, which commit.
+2) and not when they have committed on a signal (75). A signal to the launcher reaches the ranks, which commit; one
+that hangs is ended by its own watchdog, and a second Ctrl-C kills all.
 
 On several machines without Slurm the same command runs on each, with `--nodes`, `--node-rank` and `--master-addr`. It
 then exits with its ranks' code at the first failure: whatever started it (docker/jobset.yaml) starts all of it again.
@@ -10,15 +11,18 @@ then exits with its ranks' code at the first failure: whatever started it (docke
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -99,7 +103,9 @@ def pretrain(
     before_start.check_extras(checked)
     settings = [part for override in overrides for part in ("--set", override)]
     arguments = ["pretrain", str(config), *settings, *context.args]
-    run_ranks(arguments, size, restarts, checked.engine.grace_seconds, place, Path(checked.run.dir))
+    # As long as a commit takes: ranks that come to no end give up, or their watchdogs end them, before this.
+    seconds_to_end = checked.engine.grace_seconds + 60 * checked.engine.hang_minutes
+    run_ranks(arguments, size, restarts, seconds_to_end, place, Path(checked.run.dir))
 
 
 @app.command(context_settings=PASSED_ON)
@@ -124,12 +130,13 @@ def run_ranks(
     arguments: list[str],
     size: int,
     max_restarts: int,
-    grace_seconds: float,
+    seconds_to_end: float,
     nodes: Nodes | None = None,
     run_dir: Path | None = None,
 ) -> NoReturn:
     """Run `dist-ssl ARGUMENTS` on `size` local ranks, of one node of several where told, and exit as they did.
 
+    After a signal they have `seconds_to_end`, and no more after a second Ctrl-C. Both end in SIGKILL.
     Once a start has set the run in `run_dir` aside, as `--restart` asks, the next ones go on with what it began.
     """
     nodes, held = nodes or Nodes(), _held(run_dir)
@@ -145,7 +152,18 @@ def run_ranks(
         raise UserError(f"--ranks {size}: expected at most one a GPU, this machine shows {torch.cuda.device_count()}")
     logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # we say it in one line
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # dist_ssl sets its own number; torch warns otherwise
-    launch = elastic_launch(_launch_config(size, grace_seconds, nodes), sys.executable)
+    launch = elastic_launch(_launch_config(size, seconds_to_end, nodes), sys.executable)
+    interrupted_at: list[float] = []
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        if not interrupted_at:
+            interrupted_at.append(time.monotonic())
+            os.write(2, b"told the ranks to end; Ctrl-C again kills them\n")
+            raise SignalException("Ctrl-C", signal.SIGINT)
+        if time.monotonic() - interrupted_at[0] > 1:  # sooner it is the same one, passed on by a sweep
+            _kill_ranks()
+
+    signal.signal(signal.SIGINT, interrupted)
     exit_code = Path(tempfile.mkdtemp(prefix="dist_ssl-")) / "exit_code"
     os.environ[EXIT_CODE_FILE] = str(exit_code)
     atexit.register(shutil.rmtree, exit_code.parent, ignore_errors=True)
@@ -183,7 +201,15 @@ def _held(run_dir: Path | None) -> int | None:
     return run_dir.stat().st_ino if run_dir is not None and run_dir.is_dir() and any(run_dir.iterdir()) else None
 
 
-def _launch_config(size: int, grace_seconds: float, nodes: Nodes) -> LaunchConfig:
+def _kill_ranks() -> None:
+    import psutil
+
+    for rank in psutil.Process().children():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)  # a session of its own, with its data workers
+
+
+def _launch_config(size: int, seconds_to_end: float, nodes: Nodes) -> LaunchConfig:
     """`size` ranks here, no restarts (not every exit code wants one); among several nodes ranks go by the node's."""
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -199,8 +225,8 @@ def _launch_config(size: int, grace_seconds: float, nodes: Nodes) -> LaunchConfi
         local_addr="127.0.0.1" if alone else None,
         max_restarts=0,
         monitor_interval=0.2,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-        shutdown_timeout=int(grace_seconds) + 5,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",  # SIGINT is ours
+        shutdown_timeout=int(seconds_to_end) + 5,
     )
 
 

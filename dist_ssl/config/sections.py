@@ -209,7 +209,9 @@ class EngineConfig(Section):
     hang_minutes: float = Field(
         30.0, gt=0, description="without a step or a save; the process then shows its stacks and ends"
     )
-    grace_seconds: float = Field(25.0, gt=0, description="between SIGTERM and a launcher's SIGKILL; holds two steps")
+    grace_seconds: float = Field(
+        25.0, gt=0, description="after a signal, until all agree on a last step; holds two steps"
+    )
     threads_per_rank: int | None = Field(
         None, ge=1, description="CPU only; unset: CPUs that it may use / ranks that share them"
     )

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -19,6 +21,7 @@ from tests.faults import chaos, inject
 from tests.faults.forked import ForkedLaunch
 from tests.faults.harness import Launch, last_step, send
 from tests.pool import RankFailed, ranks
+from tests.terminal import ROOT
 from tests.trajectory import ledger, losses, small_config
 
 pytestmark = pytest.mark.slow
@@ -126,6 +129,37 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, small_shards):
     assert not alive
     steps = checkpoint.committed_steps(Store(str(tmp_path / "run" / "checkpoints"), StorageConfig()))
     assert steps[-1] >= 5  # they committed before they ended
+
+
+@pytest.mark.parametrize(("commit_seconds", "pause", "committed"), [(6, 0.2, 2), (30, 1.5, 0)])
+def test_a_commit_may_be_long_and_a_second_ctrl_c_ends_it(tmp_path, commit_seconds, pause, committed):
+    """Two ranks of `launch.local`, in whose place stand programs. One signal may come twice, passed on by a sweep."""
+    said, rank = tmp_path / "said", tmp_path / "rank"
+    rank.write_text(f"""#!/bin/sh
+        trap 'sleep {commit_seconds}; echo committed >> {said}; exit 75' INT
+        echo up >> {said}
+        for i in $(seq 200); do sleep 0.1; done""")
+    rank.chmod(0o755)
+    program = f"""if True:
+        import sys
+        from launch import local
+        sys.executable = {str(rank)!r}
+        local.app(["pretrain", "configs/debug_cpu.toml", "--ranks", "2", "--set", "engine.grace_seconds=0.1"])
+    """
+    launcher = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True)
+    try:
+        while launcher.poll() is None and not (said.exists() and said.read_text().count("up") == 2):
+            time.sleep(0.1)
+        time.sleep(1)  # until torch has noted that it has started them
+        left = psutil.Process(launcher.pid).children()
+        for _ in range(2):
+            launcher.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        assert launcher.wait(20) == 130
+    finally:
+        launcher.kill()
+    assert not any(process.is_running() for process in left)
+    assert said.read_text().count("committed") == committed
 
 
 def test_a_hanging_rank_is_found_and_its_stack_shown(tmp_path, small_shards):
