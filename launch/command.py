@@ -54,8 +54,9 @@ def sweep(
 ) -> None:
     """Pretrain every combination of values on this machine, one run after another, and print one table.
 
-    Each run has a folder below run.dir. The same command goes on: what is complete is not run again. One that fails is
-    named and the next one is run; exit code 1 then. On Slurm: `python -m launch.slurm pretrain CONFIG --sweep ...`.
+    Each run has a folder below run.dir, and below checkpoint.url where that is set. The same command goes on: what is
+    complete is not run again. One that fails is named and the next one is run; exit code 1 then. On Slurm:
+    `python -m launch.slurm pretrain CONFIG --sweep ...`.
 
     Example: dist-ssl sweep configs/quickstart.toml --sweep objective.temperature=0.05,0.1 --sweep run.seed=0,1
     """
