@@ -19,7 +19,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from dist_ssl import checkpoint, config
+from dist_ssl import checkpoint, config, distributed
 from dist_ssl.checkpoint import table
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.evaluation.features import open_split
@@ -147,6 +147,39 @@ def test_all_damaged_is_an_error_on_all_ranks(run):
         assert "all 3 checkpoints are damaged" in answer
 
 
+def error_of_a_start(settings, endpoint, environment):
+    """What `newest_valid` raises on this rank, and what it warns of, where rank 1 has an endpoint of its own."""
+    with pytest.MonkeyPatch.context() as patch, engines.messages() as said:
+        for name, value in environment[distributed.rank()].items():
+            patch.setenv(name, value)
+        if distributed.rank() == 1:
+            settings = config.with_overrides(settings, [f"storage.endpoint_url={endpoint}"])
+        try:
+            return checkpoint.newest_valid(checkpoint.checkpoint_store(settings)).step, said
+        except (OSError, ValueError) as error:
+            return f"{type(error).__name__}: {error}", said
+
+
+def test_a_file_that_one_rank_cant_read_now_is_not_damaged(run, tmp_path):
+    """A store that refuses, wrong keys, none: all ranks end with that error, and the newest step is there as before."""
+    shutil.copytree(Path(run.run.dir, "checkpoints"), tmp_path / "s3" / "bucket" / "run")
+    with s3_server(tmp_path / "s3") as server, faulty_proxy(server.port, refused=1.0) as proxy:
+        url, known = server.endpoint_url, server.environment
+        at_once = ["checkpoint.url=s3://bucket/run", f"storage.endpoint_url={url}", "storage.retry_seconds=0"]
+        settings = config.with_overrides(run, at_once)
+        none = known | {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_CONFIG_FILE": "/nonexistent"}
+        for endpoint, environment, expected in (
+            (url, known, "5"),
+            (proxy.endpoint_url, known, r"StorageError: (rank 1: )?s3://bucket/run/step-0\S+: gave up after 1 "),
+            (url, known | {"AWS_SECRET_ACCESS_KEY": "another"}, "PermissionError: (rank 1: )?s3://bucket/run/step-0"),
+            (url, none | {"AWS_SHARED_CREDENTIALS_FILE": "/nonexistent"}, "UserError: (rank 1: )?.*credentials"),
+            (url, known, "5"),
+        ):
+            for answer, said in ranks(2).run(error_of_a_start, settings, endpoint, (known, environment)):
+                assert re.match(expected, str(answer)), answer
+                assert said == []
+
+
 def sign(manifest, body):
     """Write a manifest whose own checksum holds, whatever is in it."""
     text = json.dumps(body)
@@ -174,6 +207,20 @@ def test_a_forged_manifest_does_not_make_a_pickle_load(run, harm):
     with pytest.raises(ValueError, match="not a safetensors file"):
         forged.tensors("master")
     assert not list(Path(run.run.dir).rglob("ran"))
+
+
+def test_a_header_that_is_longer_than_its_file_is_damage_in_a_store_too(run):
+    file, manifest = files_of(run, 5)[0], files_of(run, 5)[-1]
+    data = (2**20).to_bytes(8, "little") + b"{}"
+    body = json.loads(json.loads(manifest.read_text())["manifest"])
+    name = "/".join(file.parts[-2:])
+    body["files"][name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+    sign(manifest, body)
+    store = Store(f"memory://{run.run.dir}", StorageConfig())
+    store.at("step-00000005").write(name, data)
+    store.at("step-00000005").write("manifest.json", manifest.read_bytes())
+    problem = checkpoint.open_checkpoint(store, 5).verify(name)
+    assert re.search("expected bytes 8 to 1048584, but there are 10", problem)
 
 
 @pytest.mark.parametrize(

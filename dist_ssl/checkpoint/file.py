@@ -15,7 +15,7 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
-from dist_ssl.storage import Store
+from dist_ssl.storage import Store, retry
 from dist_ssl.storage.large_reads import read_file
 
 _NAMES = {
@@ -82,6 +82,14 @@ class HostBuffer:
         self._layout = layout
 
 
+def _checksum(path: str) -> int:
+    crc, block = 0, memoryview(bytearray(_BLOCK_BYTES))  # one: touching fresh memory costs more than reading into it
+    with open(path, "rb", buffering=0) as file:
+        while length := file.readinto(block):
+            crc = isal_zlib.crc32(block[:length], crc)
+    return crc
+
+
 class FileReader:
     """Ranges of the tensors in a safetensors file: of a local one mapped, of one in an object store requested."""
 
@@ -95,14 +103,12 @@ class FileReader:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def checksum(self, keep: bool) -> int:
-        """crc32 of the file. With `keep` an object stays in memory, so that it is not fetched twice."""
-        crc = 0
+        """crc32 of the file. With `keep` an object stays in memory, so that it is not fetched twice.
+
+        Raises StorageError where it can't be read, also of a disk.
+        """
         if (path := self._store.local_path(self._name)) is not None:
-            block = memoryview(bytearray(_BLOCK_BYTES))  # one: touching fresh memory costs more than reading into it
-            with open(path, "rb", buffering=0) as file:
-                while length := file.readinto(block):
-                    crc = isal_zlib.crc32(block[:length], crc)
-            return crc
+            return retry(self._url, self._store.config, lambda: _checksum(path))
         whole = bytearray(self._num_bytes if keep else 0)
 
         def take(offset: int, data: bytes) -> None:
@@ -141,11 +147,10 @@ class FileReader:
 
     def _range(self, start: int, stop: int) -> memoryview:
         data = self._data
-        if data is None:
-            return self._requested(start, stop)
-        if stop > len(data):
-            raise ValueError(f"{self._url}: expected bytes {start} to {stop}, but there are {len(data)}")
-        return memoryview(data)[start:stop]
+        there = self._num_bytes if data is None else len(data)
+        if stop > there:
+            raise ValueError(f"{self._url}: expected bytes {start} to {stop}, but there are {there}")
+        return self._requested(start, stop) if data is None else memoryview(data)[start:stop]
 
     def _requested(self, start: int, stop: int) -> memoryview:
         """Bytes of an object, and with them what probably is asked for next: a request costs as much as its wait."""

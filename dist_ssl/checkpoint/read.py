@@ -28,6 +28,7 @@ from dist_ssl.storage.layout import MANIFEST, committed_steps, step_name
 
 log = logging.getLogger(__name__)
 PROBE = "probe."  # the names of the online probe's tensors, which are no part of the model
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # what a file that is not there is told by
 TEACHER = "teacher"  # the kind of its parameters, under the student's names; its buffers are replicated as teacher.*
 
 
@@ -66,7 +67,10 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     def verify(self, name: str, keep: bool = False) -> str | None:
-        """What is wrong with one of its files, or None. With `keep` what was fetched is there for `read`."""
+        """What is wrong with one of its files, or None. With `keep` what was fetched is there for `read`.
+
+        Raises what keeps it from being read, which is no damage: StorageError, PermissionError, UserError.
+        """
         described = self.manifest["files"][name]
         try:
             size = self.store.size(name)
@@ -77,7 +81,9 @@ class Checkpoint:
                 return f"{name}: its checksum does not match: damaged"
             if name.endswith(".safetensors"):
                 _ = reader.header
-        except (OSError, ValueError) as error:
+        except UserError:  # no credentials, say
+            raise
+        except (*MISSING, ValueError) as error:
             return f"{name}: {error}"
         return None
 
@@ -151,18 +157,21 @@ def newest_valid(store: Store) -> Checkpoint | None:
     """The newest checkpoint every file of which holds, or None where none is committed. Collective.
 
     The ranks check a share of the files each. Warns of each damaged one that it passes over; raises UserError where
-    all are damaged.
+    all are damaged. A file that can't be read now is not damaged: raises StorageError, PermissionError or UserError.
     """
-    steps = broadcast_object(committed_steps(store) if rank() == 0 else None)
+    with together():
+        steps = committed_steps(store) if rank() == 0 else []
+    steps = broadcast_object(steps)
     for step in reversed(steps):
         problems = []
         found = None
-        try:
-            found = open_checkpoint(store, step)
-            names = sorted(found.manifest["files"])[rank() :: world_size()]
-            problems = [problem for name in names if (problem := found.verify(name, keep=True))]
-        except (OSError, DamagedCheckpoint) as error:
-            problems = [str(error)]
+        with together():
+            try:
+                found = open_checkpoint(store, step)
+                names = sorted(found.manifest["files"])[rank() :: world_size()]
+                problems = [problem for name in names if (problem := found.verify(name, keep=True))]
+            except (*MISSING, DamagedCheckpoint) as error:
+                problems = [str(error)]
         problems = [problem for mine in gather_objects(problems) for problem in mine]
         if not problems:
             return found
