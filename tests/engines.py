@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,37 @@ def load_and_step(config: Config, start: int, more: int) -> tuple[Any, Any]:
     loaded = held(model)
     take_steps(model, build_model(config), range(start, start + more))
     return loaded, held(model)
+
+
+def saved_and_loaded_with_a_lone_number(config: Config) -> tuple[Any, Any]:
+    """What is held of a parameter without dimensions, as timm's NFNets have them, at a save and after its load."""
+
+    def started() -> tuple[engine.Engine, torch.nn.Module]:
+        model = build_model(config)
+        model.gain = torch.nn.Parameter(torch.tensor(0.5))
+        model.encoder.register_forward_hook(lambda module, inputs, h: h * model.gain)
+        shapes = copy.deepcopy(model)
+        return engine.initialize(model, config, distributed.initialize()), shapes
+
+    def lone(model: engine.Engine) -> Any:
+        held = {}
+        for f in model.fragments:
+            if f.name == "gain":
+                held = {
+                    key: (value if key == "step" else f.of(value)).item()
+                    for key, value in model.optimizer.state[f.flat].items()
+                }
+                held["master"] = f.of(f.flat).item()
+        return held
+
+    model, shapes = started()
+    take_steps(model, shapes, range(2))
+    save(config, model, 2)
+    other, _ = started()
+    found = checkpoint.newest_valid(checkpoint.checkpoint_store(config))
+    assert found is not None
+    checkpoint.load(found, other)
+    return lone(model), lone(other)
 
 
 def naive_lars(config: Config, steps: int) -> dict[str, Tensor]:

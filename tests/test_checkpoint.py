@@ -84,6 +84,18 @@ def test_saved_here_loaded_there(tmp_path, optimizer, place, others):
         loaded_equals(optimizer, other, tmp_path, saved, exactly=place == other)
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_parameter_that_is_one_number_is_resumed(tmp_path, stage):
+    """Under ZeRO 0 AdamW's `step` has its shape; with it the number of parameters is odd."""
+    settings = at("adamw", (2, stage), tmp_path)
+    answers = ranks(2).run(engines.saved_and_loaded_with_a_lone_number, settings)
+    assert all(saved == loaded for saved, loaded in answers)
+    assert answers[0][0].keys() == {"step", "exp_avg", "exp_avg_sq", "master"}
+    assert answers[0][0]["master"] != 0.5
+    found = checkpoint.open_checkpoint(checkpoint.checkpoint_store(settings), 2)
+    assert {kind for _, kind in found.table.shapes} == {"master", "exp_avg", "exp_avg_sq", "replicated"}
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A run directory with committed steps 0, 3 and 5."""

@@ -6,6 +6,7 @@ import torch
 from dist_ssl import config as config_module
 from dist_ssl import engine
 from dist_ssl.config import Config, UserError
+from dist_ssl.distributed import World
 from tests import engines
 from tests.pool import ranks
 from tests.trajectory import small_config
@@ -59,3 +60,11 @@ def test_raw_keys_that_are_not_derived_reach_deepspeed():
     assert derived["wall_clock_breakdown"]
     assert derived["zero_optimization"]["contiguous_gradients"] is False
     assert engine.deepspeed_config(Config(), 1000)["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1
+
+
+def test_a_parameter_without_dimensions_is_refused_under_zero_3(tmp_path):
+    config = small_config(tmp_path, "", "engine.zero_stage=3")
+    model = engines.build_model(config)
+    model.gain = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(UserError, match=r"zero_stage = 3: .* take 0, 1 or 2"):
+        engine.initialize(model, config, World(0, 1, 0, 1, torch.device("cpu")))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dist_ssl.checkpoint.export import write_export
 from dist_ssl.checkpoint.file import HostBuffer
-from dist_ssl.checkpoint.read import PROBE, TEACHER, RunState, open_checkpoint
+from dist_ssl.checkpoint.read import PROBE, STEP, TEACHER, RunState, open_checkpoint
 from dist_ssl.checkpoint.table import FORMAT, Piece, entries, key_of
 from dist_ssl.config import CheckpointConfig, UserError
 from dist_ssl.distributed import rank, world_size
@@ -126,7 +126,7 @@ class Checkpointer:
         for f in self._fragments:
             kinds = {"master": f.of(f.flat)}
             for key, value in self._optimizer.state.get(f.flat, {}).items():
-                if value.numel() == f.flat.numel() and value.dim() == f.flat.dim():
+                if _is_per_element(key, value, f.flat):
                     kinds[key] = f.of(value)
             for kind, values in kinds.items():
                 _take_share(tensors, table, (f.name, kind, f.shape), f.offset, values, f.replicated)
@@ -250,8 +250,13 @@ def _take_share(
         table.append((*what, offset + start, stop - start))
 
 
+def _is_per_element(key: str, value: Any, flat: Tensor) -> bool:
+    # By its shape alone AdamW's step would be a state of each element of a parameter that is one number.
+    return key != STEP and isinstance(value, Tensor) and value.shape == flat.shape
+
+
 def _scalars(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """State that is one number a parameter and the same for all: AdamW's `step`."""
-    for state in optimizer.state.values():
-        return {key: float(v) for key, v in state.items() if not isinstance(v, Tensor) or v.dim() == 0}
+    for flat, state in optimizer.state.items():
+        return {key: float(v) for key, v in state.items() if not _is_per_element(key, v, flat)}
     return {}

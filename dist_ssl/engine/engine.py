@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -132,7 +133,7 @@ def deepspeed_config(
     Sizes are in elements; `overlapped`: there are other ranks, and streams on which they are talked to meanwhile.
     Raises UserError for a raw key that is derived here or that would break a contract.
     """
-    bucket = min(num_parameters, BUCKET)
+    bucket = min(num_parameters + num_parameters % 2, BUCKET)  # DeepSpeed wants it even
     # Of a parameter that is larger than its bucket ZeRO 2 frees the gradient while the reduction still reads it.
     overlapped_bucket = min(num_parameters, max(OVERLAPPED_BUCKET, largest_parameter))
     zero: dict[str, Any] = {
@@ -218,7 +219,10 @@ def _merge(derived: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str,
 
 
 def initialize(model: nn.Module, config: Config, world: World) -> Engine:
-    """A DeepSpeed engine around the model on this rank's device. Collective; the process group must exist."""
+    """A DeepSpeed engine around the model on this rank's device. Collective; the process group must exist.
+
+    Raises UserError for a model that DeepSpeed can't split under ZeRO 3.
+    """
     model = model.to(world.device)
     if config.engine.compile:
         model.compile()
@@ -228,12 +232,23 @@ def initialize(model: nn.Module, config: Config, world: World) -> Engine:
     parameters = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in parameters]
     overlapped = world.size > 1 and on_gpu(parameters[0])
+    lone = [p for p in parameters if p.dim() == 0]
+    if lone and config.engine.zero_stage == 3:
+        raise UserError(
+            "engine.zero_stage = 3: DeepSpeed can't split a parameter without dimensions, as "
+            f"{config.model.encoder} has; take 0, 1 or 2"
+        )
+    for p in lone:  # DeepSpeed would send its bytes, which torch has no view of; not where it finds this attribute
+        dist.broadcast(p.data, 0)
+        p.ds_optim_param = True  # type: ignore[attr-defined]
     deepspeed_engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.optimizer),
         config=deepspeed_config(config, sum(sizes), max(sizes), overlapped),
         dist_init_required=False,
     )
+    for p in lone:
+        del p.ds_optim_param  # type: ignore[attr-defined]
     engine = Engine(deepspeed_engine)
     if isinstance(engine.optimizer, LARS):
         layers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
