@@ -61,26 +61,34 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
 
 
 def _make(config: Config, run_dir: Path, restart: bool) -> None:
+    if restart:
+        _check_restart(config, run_dir)  # before anything is moved
     try:
         if restart:
-            _set_aside(config, run_dir)
+            _set_aside(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise UserError(f"run.dir = {run_dir}: expected a directory that can be written: {cause}") from None
 
 
-def _set_aside(config: Config, run_dir: Path) -> None:
+def _check_restart(config: Config, run_dir: Path) -> None:
+    """Raises UserError where checkpoints would stay behind: those in the run directory go with it."""
+    store = checkpoint_store(config)
+    path = store.local_path()
+    moves = path is not None and Path(path).is_relative_to(run_dir.absolute())
+    if not moves and committed_steps(store):
+        raise UserError(
+            f"checkpoint.url = {store.root}: expected it empty for a restart, but a run's checkpoints are there; "
+            "give another one or remove them"
+        )
+
+
+def _set_aside(run_dir: Path) -> None:
     """--restart deletes nothing: the old run keeps its files under another name."""
     if run_dir.exists() and any(run_dir.iterdir()):
         aside = run_dir.with_name(f"{run_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         os.rename(run_dir, aside)
         log.info("the run that was in %s is now in %s", run_dir, aside)
-    url = config.checkpoint.url
-    if url and committed_steps(checkpoint_store(config)):
-        raise UserError(
-            f"checkpoint.url = {url}: expected it empty for a restart, but a run's checkpoints are there; "
-            "give another one or remove them"
-        )
 
 
 def _check_goes_on(config: Config, manifest: Any, state: RunState, extend: bool) -> None:

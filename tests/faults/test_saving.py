@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from dist_ssl import checkpoint
+from dist_ssl.config import UserError
 from dist_ssl.training.interrupts import StopRequest
+from dist_ssl.training.run_directory import open_run
 from tests import engines, trajectory
 from tests.faults import inject
 from tests.faults.harness import last_step
@@ -150,6 +152,24 @@ def test_what_one_rank_sees_of_a_run_directory_ends_all(tmp_path):
     (tmp_path / "run" / "config.toml" / "in the way").mkdir(parents=True)
     for error in ranks(2).run(inject.error_of_a_run_seen_by_one_rank, config, tmp_path / "run"):
         assert re.match(r"\w*Error: .*config.toml", error)
+
+
+def test_a_restart_that_is_refused_moves_nothing(tmp_path):
+    """Checkpoints elsewhere would be gone on from; those in the run's directory go with it, whatever names them."""
+    run = tmp_path / "run"
+    for place, refused in ((tmp_path / "elsewhere", True), (run / "mine", False)):
+        manifest = place / "step-00000000" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text("{}")
+        (run / "metrics.jsonl").parent.mkdir(exist_ok=True)
+        (run / "metrics.jsonl").write_text("{}")
+        config = small_config(run, "", f"checkpoint.url={place}")
+        if refused:
+            with pytest.raises(UserError, match="elsewhere: expected it empty for a restart"):
+                open_run(config, None, restart=True, extend=False)
+        else:
+            assert open_run(config, None, restart=True, extend=False) == (1, None)
+        assert manifest.exists() == (run / "metrics.jsonl").exists() == refused
 
 
 @pytest.mark.slow
