@@ -111,6 +111,18 @@ def save(config: Config, model: engine.Engine, steps: int, last_step: int | None
     assert checkpointer.seconds_to_save() > 0
 
 
+def warnings_of_commits(config: Config, steps: list[int]) -> list[str]:
+    """What one incarnation, which went on from step 0, warns of while it commits these."""
+    model, store = build(config), checkpoint.checkpoint_store(config)
+    incarnation = distributed.broadcast_object(take_incarnation(config.run.dir) if distributed.rank() == 0 else None)
+    checkpointer = Checkpointer(store, config.run.dir, config.checkpoint, model, incarnation, last_step=0)
+    with messages() as said:
+        for step in steps:
+            checkpointer.save(RunState(step, step * 4, config_module.dumps(config), "data"), {})
+            checkpointer.wait()
+    return said
+
+
 def go_on_and_save(config: Config, steps: int) -> int:
     """Commit what the newest valid checkpoint holds as another step; returns the one it was."""
     model = build(config)

@@ -400,6 +400,36 @@ def test_what_is_damaged_holds_no_place_of_the_last_ones(run):
     assert engines.step_directories(settings) == [f"step-{step:08d}" for step in (0, 3, 7)]
 
 
+def test_what_a_killed_save_left_is_removed_by_the_one_that_commits_the_step(run):
+    left = Path(run.run.dir, "checkpoints", "step-00000007", "i0002")
+    left.mkdir(parents=True)
+    for name in ("rank-00000.safetensors", ".rank-00001.safetensors.x2f81q"):
+        (left / name).write_bytes(bytes(10))
+    other = left.parent / "notes"
+    other.mkdir()
+    (other / "of the user").touch()
+    assert ranks(2).run(engines.go_on_and_save, run, 7) == [5, 5]
+    assert sorted(path.name for path in left.parent.iterdir()) == ["i0004", "manifest.json", "notes"]
+    assert [step for step, _ in ranks(2).run(engines.newest_step, run)] == [7, 7]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount what can't be removed")
+def test_a_removal_that_fails_does_not_fail_the_commit_and_is_told_once(tmp_path):
+    settings = small_config(tmp_path / "run", "", "checkpoint.keep_last=1")
+    ranks(1).run(engines.save_after, settings, 0)
+    stays = tmp_path / "run" / "checkpoints" / "step-00000001" / "i0001"
+    stays.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", stays], check=True)
+    try:
+        (stays / "rank-00000.safetensors").touch()
+        (said,) = ranks(1).run(engines.warnings_of_commits, settings, [2, 3, 4])
+        assert len(said) == 1
+        assert re.match(r"step 2 is committed, but older files can't be removed .*: .*step-00000001", said[0])
+        assert checkpoint.committed_steps(checkpoint.checkpoint_store(settings))[-1] == 4
+    finally:
+        subprocess.run(["umount", stays], check=True)
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "poisoned_rank", "stage"),
     [

@@ -67,6 +67,11 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def num_commits(self) -> int:
+        """Of the run up to this one, that of step 0 left out; 0 where an older version did not count them."""
+        return int(self.manifest.get("num_commits", 0))
+
     def verify(self, name: str, keep: bool = False) -> str | None:
         """What is wrong with one of its files, or None. With `keep` what was fetched is there for `read`.
 

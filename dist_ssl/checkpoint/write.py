@@ -6,6 +6,8 @@ Every start of a run takes a new incarnation number; one that is no longer the n
 from __future__ import annotations
 
 import json
+import logging
+import re
 import threading
 import time
 from collections import deque
@@ -36,6 +38,8 @@ from dist_ssl.storage.layout import (
     steps_in,
 )
 
+log = logging.getLogger(__name__)
+
 
 class NotFiniteCheckpoint(UserError):
     """The state that was to be saved holds a NaN or an infinity: it was not committed. The same on all ranks."""
@@ -48,8 +52,9 @@ class Fenced(RuntimeError):
 class Checkpointer:
     """Saves an engine's state: training waits for one copy to host memory, a thread does the rest.
 
-    At most one save is under way. The thread talks to the other ranks by a process group of its own. `last_step` is
-    that of the checkpoint that the run goes on from, `first_guess_seconds` what a save may take before any was made.
+    At most one save is under way. The thread talks to the other ranks by a process group of its own. `last_step` and
+    `num_commits` are those of the checkpoint that the run goes on from, `first_guess_seconds` what a save may take
+    before any was made.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Checkpointer:
         incarnation: int,
         *,
         last_step: int = -1,
+        num_commits: int = 0,
         first_guess_seconds: float = 0.0,
     ):
         self._store, self._run_dir, self._config, self._incarnation = store, run_dir, config, incarnation
@@ -69,6 +75,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._resumed, self._committed = last_step, set[int]()
+        self._num_commits = num_commits  # of the run, over all its starts, that of step 0 left out
+        self._told = False  # that nothing can be removed
         self._began, self._seconds, self._first_guess = 0.0, deque[float](maxlen=16), first_guess_seconds
         self.last_step = last_step  # the newest that is known to hold: resumed from, or committed since; -1 for none
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
@@ -195,9 +203,11 @@ class Checkpointer:
         files = {name: described for answer in answers for name, described in answer["files"].items()}
         name = state_name(self._incarnation)
         files[name] = _put(directory, name, json.dumps(asdict(state), indent=1).encode())
+        num_commits = self._num_commits + (state.step > 0)
         manifest = {
             "format": FORMAT,
             "step": state.step,
+            "num_commits": num_commits,
             "world_size": world_size(),
             "state": name,
             "files": files,
@@ -207,12 +217,26 @@ class Checkpointer:
         body = json.dumps(manifest)
         directory.write(MANIFEST, json.dumps({"crc32": isal_zlib.crc32(body.encode()), "manifest": body}).encode())
         self._committed.add(state.step)
-        if state.step and (every := self._config.export_every_commits) and len(self._committed - {0}) % every == 0:
+        self._num_commits = num_commits
+        if state.step and (every := self._config.export_every_commits) and num_commits % every == 0:
             write_export(open_checkpoint(self._store, state.step), export_path(self._run_dir, state.step))
-        self._clean_up(state.step)
+        try:
+            self._clean_up(state.step)
+        except (OSError, UserError) as error:  # the commit stands; credentials may well be for writing alone
+            if not self._told:
+                log.warning(
+                    "step %d is committed, but older files can't be removed (tried again at the next): %s",
+                    state.step,
+                    error,
+                )
+            self._told = True
 
     def _clean_up(self, newest: int) -> None:
         """Remove what retention lets go, what was never committed, and what was damaged; only ever after a commit."""
+        directory = self._store.at(step_name(newest))
+        for folder in {name.partition("/")[0] for name in directory.names()}:
+            if re.fullmatch(r"i\d+", folder) and int(folder[1:]) < self._incarnation:
+                directory.remove(folder, recursive=True)  # of one that was killed while it saved this step
         present, every = steps_in(self._store), self._config.keep_every_steps
         # Those between the one that was resumed from and our own were passed over on resume: they don't hold.
         known = {step for step in present if step <= self._resumed} | self._committed

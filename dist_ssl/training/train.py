@@ -91,6 +91,7 @@ def pretrain(config: Config, *, restart: bool = False, extend: bool = False) -> 
         model,
         incarnation,
         last_step=state.step if found is not None else -1,
+        num_commits=found.num_commits if found is not None else 0,
         first_guess_seconds=time.monotonic() - reading_since,
     )
     saver = Saver(config, checkpointer, model, probe, teacher)

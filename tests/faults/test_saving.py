@@ -10,6 +10,7 @@ import pytest
 
 from dist_ssl import checkpoint
 from dist_ssl.config import UserError
+from dist_ssl.storage.layout import exported_steps
 from dist_ssl.training.interrupts import StopRequest
 from dist_ssl.training.run_directory import open_run
 from tests import engines, trajectory
@@ -78,6 +79,16 @@ def test_on_each_signal(tmp_path, small_shards, number):
     assert ranks(2).run(inject.pretrain_with_signal, config, 3, number) == [75, 75]
     assert committed(config) == [0, last_step(tmp_path / "run")]
     assert last_step(tmp_path / "run") in (2, 3)  # it came while step 2 was under way
+
+
+def test_commits_are_counted_over_all_starts_of_a_run(tmp_path, small_shards):
+    """One that is preempted more often than it exports does export."""
+    settings = ("train.steps=5", "checkpoint.every_steps=1000", "checkpoint.export_every_commits=2")
+    config = small_config(tmp_path / "run", small_shards, *settings)
+    assert ranks(2).run(inject.pretrain_with_signal, config, 3, signal.SIGTERM) == [75, 75]
+    assert exported_steps(tmp_path / "run") == set()
+    assert ranks(2).run(trajectory.pretrain, config) == [0, 0]
+    assert exported_steps(tmp_path / "run") == {5}
 
 
 @pytest.mark.parametrize(("bad", "saved"), [(1, 0), (2, 0), (3, 2), (5, 4)])
