@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 # torch 2.14 renamed it and warns of the old name; 2.11 knows only that one.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -99,7 +100,8 @@ def rank() -> int:
 def initialize(timeout_minutes: float = 30.0) -> World:
     """Join the process group that the environment describes; alone, a world of one that has a group too.
 
-    Collective. A rank that waits longer than the timeout for its peers fails with torch's error.
+    Collective. A rank that waits longer than the timeout for its peers, in this group or any other, fails with torch's
+    error.
     """
     # Here, since the losses alone should not wait for what checks configs.
     from dist_ssl.config.environment import ranks_in_environment
@@ -126,6 +128,8 @@ def initialize(timeout_minutes: float = 30.0) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
+        # Else every other group, DeepSpeed's clone of this one too, waits for torch's half hour.
+        distributed_c10d.default_pg_timeout = timeout
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if int(values["WORLD_SIZE"]) == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -137,6 +141,11 @@ def initialize(timeout_minutes: float = 30.0) -> World:
                 backend, store=_store, rank=index, world_size=size, timeout=timeout, device_id=device if cuda else None
             )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, int(values["LOCAL_WORLD_SIZE"]), device)
+
+
+def patience() -> timedelta:
+    """How long a rank waits for its peers in a collective, of whatever group."""
+    return distributed_c10d.default_pg_timeout
 
 
 def shutdown() -> None:

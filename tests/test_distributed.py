@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dist_ssl import distributed
+from dist_ssl.checkpoint import Checkpointer
 from dist_ssl.distributed import as_on_gpu
 from dist_ssl.models import (
     GlobalBatchNorm,
@@ -17,8 +18,10 @@ from dist_ssl.models import (
     frozen_running_statistics,
     moments,
 )
+from dist_ssl.storage.layout import checkpoint_store
+from tests import engines
 from tests.counting import Count
-from tests.pool import RankFailed, ranks
+from tests.pool import Pool, RankFailed, free_port, ranks
 from tests.terminal import ROOT, run
 from tests.trajectory import small_config
 
@@ -248,6 +251,31 @@ def test_gather_rows_uneven(rows):
     expected = torch.cat([torch.arange(n).view(-1, 1) + 100 * r for r, n in enumerate(rows)])
     for gathered in ranks(len(rows)).run(gather, rows):
         assert torch.equal(gathered, expected)
+
+
+def seconds_that_groups_wait(config, minutes: float, port: int) -> list[float]:
+    """Of a process group that waits so long, of one of some ranks, of DeepSpeed's clone, and of the one for saves."""
+    torch.distributed.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(port)
+    distributed.initialize(minutes)
+    model = engines.build(config)
+    saves = Checkpointer(checkpoint_store(config), config.run.dir, config.checkpoint, model, 1)._group
+    groups = [torch.distributed.group.WORLD, distributed.peers(2).group, model._engine.seq_data_parallel_group, saves]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.slow
+def test_all_groups_wait_as_long_as_they_were_told(tmp_path):
+    """A save waits longer by what its requests may take: a rank's file, the state, the manifest, a removal."""
+    pool = Pool(4)
+    try:
+        config = small_config(tmp_path, "", "storage.retry_seconds=50")
+        found = pool.run(seconds_that_groups_wait, config, 7.0, free_port())
+        assert found == [[420.0, 420.0, 420.0, 620.0]] * 4
+    finally:
+        for process in pool.processes:
+            process.kill()
+            process.wait()
 
 
 def fail_on_rank_one():

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dist_ssl.checkpoint.file import HostBuffer
 from dist_ssl.checkpoint.read import PROBE, STEP, TEACHER, RunState, open_checkpoint
 from dist_ssl.checkpoint.table import FORMAT, Piece, entries, key_of
 from dist_ssl.config import CheckpointConfig, UserError
-from dist_ssl.distributed import rank, world_size
+from dist_ssl.distributed import patience, rank, world_size
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import (
     MANIFEST,
@@ -39,6 +40,7 @@ from dist_ssl.storage.layout import (
 )
 
 log = logging.getLogger(__name__)
+REQUESTS = 4  # that a rank may wait for another's: its file, the state, the manifest, a removal
 
 
 class NotFiniteCheckpoint(UserError):
@@ -79,7 +81,8 @@ class Checkpointer:
         self._told = False  # that nothing can be removed
         self._began, self._seconds, self._first_guess = 0.0, deque[float](maxlen=16), first_guess_seconds
         self.last_step = last_step  # the newest that is known to hold: resumed from, or committed since; -1 for none
-        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+        longer = patience() + timedelta(seconds=REQUESTS * store.config.retry_seconds)
+        self._group: Any = dist.new_group(backend="gloo", timeout=longer) if world_size() > 1 else None
 
     def save(self, state: RunState, replicated: dict[str, Tensor], teacher: Mapping[str, Tensor] | None = None) -> None:
         """Start a save. Collective. `replicated` tensors are the same on all ranks; rank 0 writes them. So are the
