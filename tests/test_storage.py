@@ -130,6 +130,21 @@ def _umask() -> int:
     return mask
 
 
+def test_a_file_is_as_readable_as_the_umask_says_which_nobody_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the whole process's: set by one thread for a moment, it is that of another's file."""
+    before, calls = os.umask(0o026), []
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", calls.append)
+            storage.write_bytes(str(tmp_path / "file"), b"x", LOCAL)
+        assert calls == []
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
     """A process writes big files over one another without end, and is killed at some moment."""
     url = tmp_path / "file"

@@ -7,12 +7,12 @@ import errno
 import logging
 import os
 import random
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from dist_ssl.config import StorageConfig, UserError
 from dist_ssl.storage.systems import filesystem
@@ -152,10 +152,8 @@ def write_bytes(url: str, data: bytes | memoryview, config: StorageConfig) -> No
     if not is_local(url):
         retry(url, config, lambda: _upload(system, "pipe_file", len(data), config, path, bytes(data)))
         return
-    with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+    with _replacing(Path(path)) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_file(local_path: str | Path, url: str, config: StorageConfig) -> None:
@@ -166,11 +164,9 @@ def write_file(local_path: str | Path, url: str, config: StorageConfig) -> None:
         num_bytes = os.path.getsize(local_path)
         retry(url, config, lambda: _upload(system, "put_file", num_bytes, config, str(local_path), path))
         return
-    with _replacing(Path(path)) as temporary, open(local_path, "rb") as source, open(temporary, "wb") as file:
+    with open(local_path, "rb") as source, _replacing(Path(path)) as file:
         while block := source.read(2**22):
             file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _upload(system: Any, method: str, num_bytes: int, config: StorageConfig, *arguments: Any) -> None:
@@ -188,18 +184,19 @@ def _upload(system: Any, method: str, num_bytes: int, config: StorageConfig, *ar
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Any:
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which is durable and at `path` in the end, or nowhere."""
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        yield name
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes 0600: a team could not read the run
-        os.replace(name, path)
+        with open(temporary, "xb") as file:  # not tempfile's, whose files are their owner's alone
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise
     # The entry of the file, and those of the directories that were made for it.
     for parent in (path.parent, *(folder.parent for folder in made)):
@@ -208,12 +205,6 @@ def _replacing(path: Path) -> Any:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def exists(url: str, config: StorageConfig) -> bool:
