@@ -13,15 +13,15 @@ from tests.pool import ranks
 
 
 def trimmed_by_this_rank(run_dir: Path) -> list[str]:
-    """Names of the files that were replaced."""
+    """Names of the files that were replaced, each by one that was on the disk."""
     ledgers = distributed.broadcast_object(ledgers_of(run_dir))
-    mine, replace = [], os.replace
-    os.replace = lambda source, target: (mine.append(Path(target).name), replace(source, target))
-    try:
+    mine, synced, replace, fsync = [], set(), os.replace, os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (synced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+        patch.setattr(os, "replace", lambda *names: (mine.append(names), replace(*names)))
         trim_run(run_dir, 3, ledgers)
-    finally:
-        os.replace = replace
-    return sorted(mine)
+    assert {os.path.realpath(source) for source, _ in mine} <= synced
+    return sorted(Path(target).name for _, target in mine)
 
 
 def test_each_rank_trims_its_own_ledger_and_a_share_of_those_left_over(tmp_path):

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from dist_ssl.config import Config, UserError, dumps
+from dist_ssl.config import Config, StorageConfig, UserError, dumps
 from dist_ssl.data.progress import Progress
 from dist_ssl.distributed import rank, world_size
+from dist_ssl.storage import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,7 @@ def trim_jsonl(path: Path, last_step: int) -> None:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_bytes(str(path), "".join(kept).encode(), StorageConfig())
 
 
 def ledgers_of(run_dir: Path) -> list[str]:
