@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from dist_ssl import config as configuration
+from dist_ssl.config import Config
 from dist_ssl.training.observability import Observer
+from tests import trajectory
+from tests.pool import ranks
+from tests.trajectory import small_config
 
 
 def of_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
@@ -48,6 +52,46 @@ def of_wandb(file: Path) -> dict[str, dict[int, float]]:
             if not name.startswith("_"):
                 found.setdefault(name, {})[history.step.num] = value
     return found
+
+
+def wandb_ids(folders: list[Path]) -> list[str]:
+    """Those of observers of runs in these. In a rank, since W&B heeds only the mode that its process begins with."""
+    ids = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            values = {"run": {"dir": str(folder)}, "log": {"wandb_project": "mine", "tensorboard": False}}
+            with Observer(configuration.validate(values, "test"), 20, 0) as observer:
+                ids += [board._run.id for board in observer._boards]
+    return ids
+
+
+def test_runs_of_directories_of_one_name_are_two_in_wandb(tmp_path: Path) -> None:
+    one, two = tmp_path / "lr1" / "seed=0", tmp_path / "lr2" / "seed=0"
+    (ids,) = ranks(1).run(wandb_ids, [one, two, one])
+    assert ids[0] == ids[2]
+    assert len({*ids, "seed=0"}) == 3
+
+
+def pretrain(config: Config, extend: bool) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        return trajectory.pretrain(config, extend=extend)
+
+
+@pytest.mark.parametrize("logged_before", [True, False])
+def test_a_run_of_before_goes_on_in_its_wandb_run(tmp_path: Path, small_shards: Path, logged_before: bool) -> None:
+    """It has no file that tells the id, and nor has one that begins to log now."""
+    config = small_config(tmp_path / "run", str(small_shards), "log.tensorboard=false", "train.steps=2")
+    here = configuration.with_overrides(config, ["log.wandb_project=mine", "train.steps=4"])
+    file = tmp_path / "run" / "wandb-run-id"
+    project = ["log.wandb_project=mine"] if logged_before else []
+    assert ranks(1).run(pretrain, configuration.with_overrides(config, project), False) == [0]
+    assert file.exists() == logged_before
+    file.unlink(missing_ok=True)
+    assert ranks(1).run(pretrain, here, True) == [0]
+    assert (file.read_text() == "run") == logged_before
 
 
 @pytest.mark.slow

@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from dist_ssl.config import Config, StorageConfig, UserError, dumps
+from dist_ssl.config import Config, StorageConfig, UserError, dumps, loads
 from dist_ssl.data.progress import Progress
 from dist_ssl.distributed import rank, world_size
 from dist_ssl.storage import write_bytes
 
 log = logging.getLogger(__name__)
+WANDB_ID = "wandb-run-id"
 
 
 def trim_jsonl(path: Path, last_step: int) -> None:
@@ -136,12 +137,23 @@ class _TensorBoard:
         self._writer.close()
 
 
+def keep_wandb_id(run_dir: Path, saved: str) -> None:
+    """A run that logged when the directory's name was the id goes on there; `saved` is the config that it had."""
+    file = run_dir / WANDB_ID
+    if not file.exists() and loads(saved, "the checkpoint's config").log.wandb_project:
+        file.write_text(run_dir.name)
+
+
 class _WeightsAndBiases:
+    """The run's id is kept in RUN_DIR/wandb-run-id, since directories of other runs have the same name."""
+
     def __init__(self, config: Config):
         import wandb  # `planning.before_start` has looked for it
 
-        name = Path(config.run.dir).name
-        self._run = wandb.init(project=config.log.wandb_project, name=name, id=name, resume="allow")
+        file, name = Path(config.run.dir, WANDB_ID), Path(config.run.dir).name
+        known = file.read_text() if file.exists() else None
+        self._run = wandb.init(project=config.log.wandb_project, name=name, id=known, resume="allow")
+        file.write_text(self._run.id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

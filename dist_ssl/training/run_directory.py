@@ -18,7 +18,7 @@ from dist_ssl.distributed import broadcast_object, rank, together
 from dist_ssl.engine.optimizers import learning_rate
 from dist_ssl.storage import Store
 from dist_ssl.storage.layout import checkpoint_store, committed_steps, take_incarnation
-from dist_ssl.training.observability import ledgers_of, trim_run
+from dist_ssl.training.observability import keep_wandb_id, ledgers_of, trim_run
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def open_run(config: Config, manifest: Any, *, restart: bool, extend: bool) -> t
     with together():
         if rank() == 0:
             incarnation = take_incarnation(run_dir)
+            if state is not None and state.step:
+                keep_wandb_id(run_dir, state.config)
             Store(str(run_dir), config.storage).write("config.toml", config_module.dumps(config).encode())
     incarnation = broadcast_object(incarnation)
     if rank() == 0 and state is not None:
