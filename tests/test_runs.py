@@ -104,7 +104,7 @@ def test_runs_of_a_folder_with_their_accuracy(tmp_path: Path) -> None:
 
 def test_only_what_a_restart_set_aside_is_pruned(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", 7)
-    _set_aside(configuration.load(run / "config.toml"), run)
+    _set_aside(run)
     a_run(run, 9)
     (aside,) = tmp_path.glob("run.before-*")
     mine = a_run(tmp_path / "run.before-breakfast", 1)

@@ -227,11 +227,8 @@ class Checkpointer:
             self._clean_up(state.step)
         except (OSError, UserError) as error:  # the commit stands; credentials may well be for writing alone
             if not self._told:
-                log.warning(
-                    "step %d is committed, but older files can't be removed (tried again at the next): %s",
-                    state.step,
-                    error,
-                )
+                said = "step %d is committed, but older files can't be removed (tried again at the next): %s"
+                log.warning(said, state.step, error)
             self._told = True
 
     def _clean_up(self, newest: int) -> None:

@@ -77,7 +77,7 @@ def _check_restart(config: Config, run_dir: Path) -> None:
     """Raises UserError where checkpoints would stay behind: those in the run directory go with it."""
     store = checkpoint_store(config)
     path = store.local_path()
-    moves = path is not None and Path(path).is_relative_to(run_dir.absolute())
+    moves = path is not None and Path(path).is_relative_to(os.path.abspath(run_dir))
     if not moves and committed_steps(store):
         raise UserError(
             f"checkpoint.url = {store.root}: expected it empty for a restart, but a run's checkpoints are there; "
