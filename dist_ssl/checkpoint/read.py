@@ -27,7 +27,6 @@ from dist_ssl.storage import Store
 from dist_ssl.storage.layout import MANIFEST, committed_steps, step_name
 
 log = logging.getLogger(__name__)
-STEP = "step"  # what AdamW calls the count of its own, which is no kind: versions before took it for one
 PROBE = "probe."  # the names of the online probe's tensors, which are no part of the model
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # what a file that is not there is told by
 TEACHER = "teacher"  # the kind of its parameters, under the student's names; its buffers are replicated as teacher.*
@@ -98,7 +97,7 @@ class Checkpoint:
 
     def kinds(self) -> set[str]:
         """Of what is held of the student's parameters: "master" and the optimizer's state."""
-        return {kind for _, kind in self.table.shapes} - {"replicated", TEACHER, STEP}
+        return {kind for _, kind in self.table.shapes} - {"replicated", TEACHER}
 
     def read(self, name: str, kind: str, offset: int, length: int, into: Tensor) -> int:
         """Elements [offset, offset + length) of a parameter's flat `kind`, copied to `into`; returns how many were."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dist_ssl.checkpoint.export import write_export
 from dist_ssl.checkpoint.file import HostBuffer
-from dist_ssl.checkpoint.read import PROBE, STEP, TEACHER, RunState, open_checkpoint
+from dist_ssl.checkpoint.read import PROBE, TEACHER, RunState, open_checkpoint
 from dist_ssl.checkpoint.table import FORMAT, Piece, entries, key_of
 from dist_ssl.config import CheckpointConfig, UserError
 from dist_ssl.distributed import patience, rank, world_size
@@ -276,7 +276,7 @@ def _take_share(
 
 def _is_per_element(key: str, value: Any, flat: Tensor) -> bool:
     # By its shape alone AdamW's step would be a state of each element of a parameter that is one number.
-    return key != STEP and isinstance(value, Tensor) and value.shape == flat.shape
+    return key != "step" and isinstance(value, Tensor) and value.shape == flat.shape
 
 
 def _scalars(optimizer: torch.optim.Optimizer) -> dict[str, float]:
