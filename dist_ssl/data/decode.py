@@ -26,7 +26,7 @@ FORMATS = {
     "BMP": ("bmp",),
     "GIF": ("gif",),
 }
-LONGEST = 4  # times the shorter side: what is centre-cropped is not resized beyond it
+LONGEST = 64  # times the shorter side: what is centre-cropped is not resized beyond it
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 
