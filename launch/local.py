@@ -30,7 +30,13 @@ import typer
 from dist_ssl import cli
 from dist_ssl import config as configuration
 from dist_ssl.config import UserError
-from dist_ssl.config.environment import EXIT_CODE_FILE, EXIT_FENCED, EXIT_RUN_ME_AGAIN, EXIT_USERS_MISTAKE
+from dist_ssl.config.environment import (
+    EXIT_CODE_FILE,
+    EXIT_FENCED,
+    EXIT_RUN_ME_AGAIN,
+    EXIT_USERS_MISTAKE,
+    STOP_SIGNALS,
+)
 from dist_ssl.data.commands import DataFolder
 from dist_ssl.planning import before_start
 
@@ -225,7 +231,9 @@ def _launch_config(size: int, seconds_to_end: float, nodes: Nodes) -> LaunchConf
         local_addr="127.0.0.1" if alone else None,
         max_restarts=0,
         monitor_interval=0.2,
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",  # SIGINT is ours
+        signals_to_handle=",".join(
+            one.name for one in {*STOP_SIGNALS, signal.SIGQUIT} - {signal.SIGINT}
+        ),  # which is ours
         shutdown_timeout=int(seconds_to_end) + 5,
     )
 

@@ -19,8 +19,11 @@ EXIT_HANGING = 70
 EXIT_RUN_ME_AGAIN = 75  # BSD's EX_TEMPFAIL: told to stop and committed, start the same command again
 EXIT_FENCED = 76  # a newer incarnation of the run is alive: a launcher must not start this one again
 
-# What tells a run to commit and stop, and whoever waits for one to pass on.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# What tells a run to commit and stop, and whoever waits for one to pass on. SIGHUP, of a terminal that was closed, too,
+# but where it is ignored from the start: by nohup.
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    STOP_SIGNALS += (signal.SIGHUP,)
 
 # The local launcher's, for the first of its ranks: a launcher that was signalled does not see its ranks' exit codes.
 EXIT_CODE_FILE = "DIST_SSL_EXIT_CODE_FILE"

@@ -162,6 +162,24 @@ def test_a_commit_may_be_long_and_a_second_ctrl_c_ends_it(tmp_path, commit_secon
     assert said.read_text().count("committed") == committed
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_is_a_signal_to_commit_but_under_nohup(tmp_path, small_shards, ignored):
+    """nohup starts a program with SIGHUP ignored."""
+    config = settings(tmp_path, small_shards, "checkpoint.every_steps=1000", "train.steps=2000")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        launch = Launch(config, 2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    launch.wait_for_step(5)
+    send([launch.process, *launch.ranks()], signal.SIGHUP)  # as the terminal sends it, to all
+    if ignored:
+        launch.wait_for_step(last_step(launch.run_dir) + 5)
+        launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait(60) == 75
+    assert "SIGTERM" in launch.said() if ignored else "committed after SIGHUP" in launch.said()
+
+
 def test_a_hanging_rank_is_found_and_its_stack_shown(tmp_path, small_shards):
     config = settings(tmp_path, small_shards, "engine.hang_minutes=0.1", "engine.grace_seconds=2")
     launch = ForkedLaunch(config, 2, grace_seconds=1)  # a rank that is stopped hears no SIGTERM
