@@ -213,7 +213,10 @@ class EngineConfig(Section):
         25.0, gt=0, description="after a signal, until all agree on a last step; holds two steps"
     )
     threads_per_rank: int | None = Field(
-        None, ge=1, description="CPU only; unset: CPUs that it may use / ranks that share them"
+        None,
+        ge=1,
+        description="CPU only; unset: CPUs that it may use / ranks that share them; 1 where other programs use them, "
+        "since in bf16 threads wait for each other by spinning",
     )
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed keys; those that we derive are refused")
 
