@@ -5,6 +5,7 @@ Commands import what they need when they are called: `--help` should not wait fo
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -226,7 +227,10 @@ def run(app: typer.Typer) -> None:
         problem, code = str(error), 1  # unlike a mistake of the user's, this may pass: launchers start again
     except Exception as error:
         code = EXIT_FENCED if type(error).__name__ == "Fenced" else 1
-        problem = str(error) if code == EXIT_FENCED else f"unexpected\n{traceback.format_exc()}".rstrip()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"{error}; the disk or your quota is full: make room, then run the same command again"
+        else:
+            problem = str(error) if code == EXIT_FENCED else f"unexpected\n{traceback.format_exc()}".rstrip()
     if code == EXIT_FENCED:  # on all ranks alike
         from dist_ssl.training.interrupts import tell_the_launcher
 

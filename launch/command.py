@@ -26,16 +26,19 @@ def lab(
     import rich
 
     from dist_ssl import config as configuration
+    from dist_ssl.config import UserError
     from dist_ssl.evaluation import lab_summary
     from dist_ssl.evaluation.lab import checked_cells
     from dist_ssl.evaluation.results import write_json
     from dist_ssl.report import lab_page
     from launch import lab as laboratory
 
+    if cell is not None and summary_only:
+        raise UserError("--cell runs one cell, --summary none: leave one of them out")
     loaded = configuration.load(config, overrides)
     grid = checked_cells(loaded) if summary_only else laboratory.run(loaded, cell)
     if cell is not None:
-        return
+        raise typer.Exit(0 if grid[cell].results() is not None else 1)
     summary, folder = lab_summary.summarize_lab(grid), Path(loaded.run.dir)
     write_json(folder / "lab.json", lab_summary.to_json(summary))
     lab_summary.show(summary, rich.print)

@@ -64,6 +64,11 @@ def _prepare_data(config: Config) -> None:
     with _alone(folder):
         if (folder / "test" / "manifest.json").exists():
             details = load_manifest(str(folder / "test"), config.storage).details
+            if details.get("test_fraction") != lab.test_fraction:
+                raise UserError(
+                    f"{folder}: {details['test_fraction']:g} of it is held out, lab.test_fraction is "
+                    f"{lab.test_fraction:g}: name another folder by run.dir"
+                )
             if (details.get("source"), details.get("files")) != (source.name, source.fingerprint):
                 raise UserError(
                     f"{folder}: holds shards of {details['source']}, or of other files than are there now; lab.source "

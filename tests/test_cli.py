@@ -1,10 +1,13 @@
 """The command line as a user meets it: help with examples, and mistakes in one line."""
 
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from dist_ssl import cli
 from dist_ssl.cli import shards_app
 from dist_ssl.config import UserError
 from launch.command import app
@@ -25,6 +28,8 @@ MISTAKES = [
     ("dist_ssl.cli", "plan configs/debug_cpu.toml --num-images 9 --latency-ms 9", "--latency-ms: expected --simulate"),
     ("dist_ssl.cli", "plan configs/debug_cpu.toml --num-classes 9", "--num-classes: expected --num-images beside it"),
     ("dist_ssl.cli", "plan configs/debug_cpu.toml --num-images 9 --data photos", "leave one of them out"),
+    ("dist_ssl.cli", "evaluate none --probes ,", "--probes: expected names with commas"),
+    ("launch.command", "lab configs/lab_cpu.toml --cell 1 --summary", "leave one of them out"),
     ("launch.command", "lab configs/debug_cpu.toml", "the config has no [lab] section"),
     ("launch.local", "pretrain configs/debug_cpu.toml --ranks 0", "'--ranks'"),
     ("launch.slurm", "pretrain", "Missing argument 'config'"),
@@ -52,3 +57,13 @@ def test_results_on_other_data_take_no_folder_of_ours(given):
 @pytest.mark.parametrize("command", [*app.registered_commands, *shards_app.registered_commands])
 def test_every_command_has_an_example(command):
     assert "Example: dist-ssl " in command.callback.__doc__
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    fills = typer.Typer()
+    fills.command()(lambda: Path("/dev/full").write_text("more than there is room for") and None)
+    monkeypatch.setattr("sys.argv", ["dist-ssl"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.run(fills)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the disk or your quota is full: make room, then run the same command again" in line

@@ -88,7 +88,7 @@ def test_every_key_is_explained():
     [
         "[run]\ndir = 'a \"b\"\\c # \u00e9'\n",
         "[engine.deepspeed]\nwall_clock_breakdown = true\n[engine.deepspeed.'a.b']\nc = [{ d = 1 }, { d = 'x' }]\n",
-        "[lab]\nheads = []\n[data]\ncache_gb = 1e-7\n",
+        "[lab]\ncontrols = []\n[data]\ncache_gb = 1e-7\n",
     ],
 )
 def test_what_is_written_reads_back_the_same(tmp_path, text):

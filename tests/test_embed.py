@@ -105,6 +105,7 @@ def test_parquet(trained: Path, tmp_path: Path) -> None:
     [
         (["photos", "h.csv"], "expected a name that ends in .npy or .parquet"),
         (["empty", "h.npy"], "empty: no jpg, jpeg"),
+        (["photos", "none/h.npy"], "h.npy: expected a folder that exists and that you may write to"),
         (["photos", "h.npy", "--checkpoint", "7"], "expected a checkpoint of step 7"),
     ],
 )

@@ -13,6 +13,7 @@ from dist_ssl.data.given import train_and_test, training_overrides
 from dist_ssl.data.manifest import load_manifest
 from dist_ssl.data.shards import write_shards
 from dist_ssl.data.sources import open_source
+from dist_ssl.evaluation.commands import DataSet, _found
 from tests.terminal import forked
 from tests.test_shards import photo_folder
 
@@ -121,3 +122,10 @@ def test_a_newcomers_photos(tmp_path: Path) -> None:
     planned = forked("plan", "configs/debug_cpu.toml", "--data", str(root), "--gpus-per-node=1", "--simulate", *options)
     assert planned.returncode == 0, planned.stderr
     assert "samples that were on their node" in planned.stdout
+
+
+def test_an_evaluation_wants_a_test_part_of_the_same_images(tmp_path: Path) -> None:
+    root = photo_folder(tmp_path, 1, each=3) / "class0"
+    with pytest.raises(UserError, match=r"class0: holds no test part to score probes on; expected folders train and"):
+        _found(DataSet(None, str(root)), None, None)
+    assert _found(DataSet(None, str(root)), None, "tests").test == "tests"

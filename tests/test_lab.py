@@ -174,8 +174,16 @@ def test_a_real_grid_goes_on_where_it_stopped_and_is_summed_up(tmp_path):
         other = CliRunner().invoke(app, ["lab", str(file), "--set", *keys])
         assert isinstance(other.exception, UserError)
         assert "was made by another config (train.steps: 2 -> 3); name another folder" in str(other.exception)
+    other = CliRunner().invoke(app, ["lab", str(file), "--set", "evaluation.knn_k=5"])
+    assert "was evaluated otherwise (evaluation.knn_k: 20 -> 5); name another" in str(other.exception)
     with pytest.raises(UserError, match=r"holds shards of shapes:96:20.*lab.source is shapes:90"):
         laboratory.run(tiny(tmp_path / "lab", num_seeds=1, source="shapes:90"))
+    with pytest.raises(UserError, match=r"0.25 of it is held out, lab.test_fraction is 0.5: name another folder"):
+        laboratory.run(tiny(tmp_path / "lab", num_seeds=1, test_fraction=0.5))
+    # Of a job array's tasks one that failed says so.
+    assert CliRunner().invoke(app, ["lab", str(file), "--cell", "0"]).exit_code == 0
+    too_wide = ["--set", 'lab.heads=["direct"]', "--set", "lab.output_dims=[4096]"]
+    assert CliRunner().invoke(app, ["lab", str(file), "--cell", "0", *too_wide]).exit_code == 1
 
 
 def test_a_signal_to_the_lab_is_its_cells_and_ends_both(tmp_path, monkeypatch):

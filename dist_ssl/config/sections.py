@@ -294,10 +294,11 @@ class LabConfig(Section):
     source: str | None = Field(
         None, description="what to write shards of where data.shards is empty: shapes:COUNT, folder:DIR, ..."
     )
-    source_image_size: int = Field(64, ge=8, description="shorter side of the images written, in pixels")
+    source_image_size: int = Field(64, ge=8, description="of shapes:COUNT, in pixels")
     test_fraction: float = Field(0.25, gt=0, lt=1, description="of the source that is held out")
     heads: list[str] = Field(
         ["none", "linear", "mlp2", "mlp3"],
+        min_length=1,
         description='kinds, mlpN for N linear layers; other keys of the head after it: "mlp2 activation=silu"',
     )
     controls: list[str] = Field(
@@ -306,8 +307,8 @@ class LabConfig(Section):
     objectives: list[Method] = Field(
         [], description='methods compared: "byol", or { name = "byol", teacher_decay = 0.99 }; none: [objective] alone'
     )
-    batch_norm: list[bool] = Field([True], description="each value is tried")
-    output_dims: list[int] = Field([128], description="widths of z; each is tried")
+    batch_norm: list[bool] = Field([True], min_length=1, description="each value is tried")
+    output_dims: list[int] = Field([128], min_length=1, description="widths of z; each is tried")
     num_seeds: int = Field(3, ge=1, description="runs of each head")
     ranks: int = Field(1, ge=1, description="of each pretraining, started by launch.local when more than one")
 

@@ -160,5 +160,5 @@ def _check_writable(place: str, location: str) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(
             f"{place}: can't be written to, where the index of {location} would go; name another folder by "
-            "--output FOLDER, and train on it by data.shards = FOLDER"
+            "`dist-ssl shards index ... --output FOLDER`, and train on it by data.shards = FOLDER"
         )

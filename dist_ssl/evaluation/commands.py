@@ -73,6 +73,8 @@ def evaluate(
     """
     if (run is None) == (weights is None) or (weights is None) != (encoder is None):
         raise UserError("evaluate: expected a run's directory, or --weights FILE --encoder NAME")
+    if probes is not None and not any(probes.split(",")):
+        raise UserError("--probes: expected names with commas between them, such as linear,knn")
     given = _given(data, name, several_excludes=[train_shards, test_shards])
     if run is not None:
         config_path(run)  # where there is none, before torch is imported, which takes seconds
@@ -163,6 +165,11 @@ def _found(one: DataSet, train: str | None, test: str | None) -> DataSet:
 
         parts = train_and_test(one.location, StorageConfig())
         train, test = train or parts[0], test or parts[1]
+        if test is None:  # the config's own is of other images
+            raise UserError(
+                f"--data {one.location}: holds no test part to score probes on; expected folders train and test in it, "
+                "or --test-shards URL"
+            )
     return one._replace(train=train, test=test)
 
 

@@ -116,11 +116,13 @@ def _prepared(encoder: Encoder, picture: Picture) -> NDArray[np.uint8] | BadSamp
 
 
 def check_output(file: Path) -> None:
-    """Raises UserError for a format that is none, or whose package is not installed."""
+    """Raises UserError for a format that is none, or whose package is not installed, and where it can't be written."""
     if file.suffix not in (".npy", ".parquet"):
         raise UserError(f"{file}: expected a name that ends in .npy or .parquet, the formats that are written")
     if file.suffix == ".parquet":
         _arrow(file)
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise UserError(f"{file}: expected a folder that exists and that you may write to")
 
 
 def write_embeddings(file: Path, h: NDArray[np.float32], paths: list[str], encoder: Encoder) -> None:

@@ -28,6 +28,8 @@ from dist_ssl.config import (
 from dist_ssl.evaluation.results import stored
 from dist_ssl.storage.urls import join
 
+# Keys of [evaluation] that change no number: where its data is, which has a hash, and how it is read.
+MAY_DIFFER = {"train_shards", "test_shards", "batch_size_per_rank", "num_workers", "keep_features"}
 # Keys of [augment] that a control sets, for every view. `same_class` takes the labels instead: SupCon's loss.
 CONTROLS: dict[str, dict[str, float]] = {
     "same_class": {},
@@ -152,10 +154,19 @@ def checked_cells(config: Config) -> list[Cell]:
         asked, results = cell_config(config, cell), cell.results()
         if results is None:
             continue
-        if differing := configuration.resume_diff(configuration.loads(results["config"]), asked):
+        made = configuration.loads(results["config"])
+        if differing := configuration.resume_diff(made, asked):
             raise UserError(
                 f"{cell.folder}: was made by another config ({'; '.join(differing)}); name another folder by run.dir, "
                 "or remove this one"
+            )
+        before, now = (one.evaluation.model_dump(exclude=MAY_DIFFER) for one in (made, asked))
+        if differing := [
+            f"evaluation.{key}: {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]
+        ]:
+            raise UserError(
+                f"{cell.folder}: was evaluated otherwise ({'; '.join(differing)}); name another folder by run.dir, or "
+                f"remove {cell.folder / 'evaluation'}, which is then made again"
             )
     return grid
 

@@ -159,7 +159,7 @@ def show(results: dict[str, Any], print_: Callable[[Any], None]) -> None:
     """
     data, probes = results["data"], results["probes"]
     if not probes:
-        print_(f"{results['checkpoint']}: the images have no labels, so no accuracy")
+        print_(f"{results['checkpoint']}: no accuracy: the images have no labels, or no probe asks for them")
         return
     caption = f"top-1 in % on {data['test_images']} test images, {data['num_classes']} classes "
     caption += f"(chance {100 / data['num_classes']:.1f}), 95% interval over test images"

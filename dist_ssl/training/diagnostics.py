@@ -120,7 +120,7 @@ def alarms(metrics: Mapping[str, float]) -> list[str]:
         )
     if late and metrics.get("loss_gap", infinity) < 0.02:
         found.append(
-            f"nothing learned: the loss is {metrics['loss_gap']:.3f} below log(views - 1); try a higher "
+            f"nothing learned: the loss is that of guessing, log(views - 1), {-metrics['loss_gap']:+.3f}; try a higher "
             "optimizer.base_learning_rate, a lower objective.temperature, or a larger augment.min_scale"
         )
     if late and positive > 0.995 and negative < 0.5:
