@@ -1,6 +1,6 @@
 """Features of a whole split, read once through frozen encoders into memory-mapped files, by any number of ranks.
 
-A folder holds one `<layer>.npy` a layer, `labels.npy`, `sample_ids.npy`, `meta.json` (what they are features of) and
+A folder holds one `<layer>.npy` a layer, one a column (COLUMNS), `meta.json` (what they are features of) and
 `done.bin` (a byte a block of rows, set once that block's rows are on disk). An interrupted extraction goes on with the
 blocks that are missing, whatever the number of ranks was; another encoder, split or size starts afresh.
 
