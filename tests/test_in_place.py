@@ -266,7 +266,7 @@ def test_an_idx_file_gives_the_pixels_that_its_shards_would(tmp_path: Path, zipp
 def test_a_place_that_cannot_be_written_to_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(photos / ".dist_ssl")
     (photos / ".dist_ssl").write_text("")  # root may write anywhere, but not into a file
-    with pytest.raises(UserError, match="name another folder by --output FOLDER"):
+    with pytest.raises(UserError, match=r"name another folder by `dist-ssl shards index \.\.\. --output FOLDER`"):
         index_in_place(f"folder:{photos}", LOCAL, num_workers=0)
 
 
