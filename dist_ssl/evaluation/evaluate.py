@@ -24,7 +24,7 @@ from dist_ssl.data.progress import Progress
 from dist_ssl.evaluation import features as feature_files
 from dist_ssl.evaluation import pictures, projector, sgd
 from dist_ssl.evaluation.features import PIXELS, Features, Split
-from dist_ssl.evaluation.few_labels import few_label_probe, sample
+from dist_ssl.evaluation.few_labels import balanced, few_label_probe
 from dist_ssl.evaluation.fine_tuning import fine_tune_few_labels
 from dist_ssl.evaluation.frozen import Readable, frozen, load_foreign, with_batch_statistics
 from dist_ssl.evaluation.geometry import geometry
@@ -169,7 +169,7 @@ def _probe(
     wanted = [name for name in settings.probes if num_classes or name in without_labels]
     if {"few_labels", "few_labels_fine_tuned"} & set(wanted):
         for fraction in settings.few_label_fractions:  # what can't be drawn is said before the first fit
-            sample(train_features.labels, fraction, seed=0)
+            balanced(train_features.labels, fraction)
     chosen = [name for name in on_features if name in wanted or ("few_labels" in wanted and name.startswith("few_"))]
     with Progress("probes", len(chosen) * len(train_features.layers), distributed.rank() == 0) as progress:
         for probe in chosen:
@@ -235,7 +235,8 @@ def _linear(train: Rows, test: Rows, num_classes: int, settings: EvaluationConfi
 def _few_labels(fraction: float) -> Callable[[Rows, Rows, int, EvaluationConfig], Outcome]:
     def probe(train: Rows, test: Rows, num_classes: int, settings: EvaluationConfig) -> Outcome:
         result = few_label_probe(train, test, num_classes, fraction, settings.num_seeds)
-        return result.correct_sn, _fitted(result) | {"num_labels": len(sample(train.labels, fraction, seed=0))}
+        classes, each = balanced(train.labels, fraction)
+        return result.correct_sn, _fitted(result) | {"num_labels": each * len(classes)}
 
     return probe
 

@@ -28,8 +28,8 @@ from dist_ssl.evaluation.linear import (
 FOLDS = 5
 
 
-def sample(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rows of a balanced sample: as many of every class, fraction * n / C each, at least one; ascending.
+def balanced(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
+    """The classes, and how many images of each a sample has: fraction * n / C, at least one.
 
     Raises UserError where a class has fewer images than that.
     """
@@ -40,6 +40,12 @@ def sample(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
             f"few labels: expected {each} images of every class for a fraction of {fraction:g}, class "
             f"{classes[counts.argmin()]} has {counts.min()}; use a smaller fraction"
         )
+    return classes, each
+
+
+def sample(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rows of a sample that is `balanced`, which raises UserError; ascending."""
+    classes, each = balanced(labels, fraction)
     order = np.random.Generator(np.random.Philox(key=[seed, 0xFE3])).permutation(len(labels))
     of_class = [order[labels[order] == label][:each] for label in classes]
     return np.sort(np.concatenate(of_class))
